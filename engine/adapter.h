@@ -1,0 +1,29 @@
+/* adapter.h - LoRA weights in memory: for each projection of each layer, y += s * B (A x). */
+#ifndef GN_ADAPTER_H
+#define GN_ADAPTER_H
+
+#include "engine/config.h"
+#include "engine/guanaco.h"
+
+typedef struct gn_lora_pair {
+    int rank;    /* 0: this projection is not adapted */
+    float scale; /* alpha/r, or alpha/sqrt(r) with rsLoRA */
+    gn_tensor a; /* (rank, cols) F32 or BF16 (F16 is widened to F32 while loading) */
+    gn_tensor b; /* (rows, rank), the same dtype */
+} gn_lora_pair;
+
+struct gn_adapter {
+    _Atomic int refs;
+    int layers;
+    gn_lora_pair (*pairs)[7]; /* [layers][GN_PROJ_COUNT] */
+    uint64_t hash[2];         /* of every pair's place, shape, scale and values */
+    int max_rank;
+    size_t bytes;
+    void *memory; /* what the tensors point into */
+};
+
+/* As gn_adapter_open, for a base known only by its config. `where` names the base in messages. */
+GN_CHECKED gn_status gn_adapter_load(gn_adapter **out, const gn_config *config, const char *where,
+                                     const char *dir, gn_error *err);
+
+#endif

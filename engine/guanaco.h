@@ -1,0 +1,209 @@
+/* guanaco.h - the public interface: one 4-bit base model, many LoRA adapters, an engine
+ * that serves them together.
+ *
+ *   gn_model   a base: weights on a device, tokenizer, chat template. Immutable.
+ *   gn_adapter LoRA weights for one base. Immutable, reference-counted, known by content.
+ *   gn_engine  one thread that owns the device, the KV cache and the schedule; takes
+ *              requests from any thread and answers through a callback.
+ *
+ * The library never prints and never exits. Strings are UTF-8. Unless a comment says
+ * otherwise, pointers passed in are borrowed for the call only, functions may be called
+ * from any thread, and a gn_error may be NULL. */
+#ifndef GUANACO_H
+#define GUANACO_H
+
+#include "kernels/base.h"
+#include "kernels/blockquant.h" /* gn_qtype */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- model ---- */
+
+typedef struct gn_model gn_model;
+
+typedef enum gn_compute { GN_COMPUTE_AUTO, GN_COMPUTE_F32, GN_COMPUTE_BF16 } gn_compute;
+
+typedef struct gn_model_options {
+    const char *device;   /* "auto" (NULL), "cpu" */
+    gn_compute compute;   /* AUTO: bf16 where the device multiplies it natively, else f32 */
+    bool as_stored;       /* keep 16/32-bit projections as they are; else quantize to `quant` */
+    gn_qtype quant;       /* with as_stored false; GN_Q_NONE means NF4 */
+    bool no_double_quant; /* keep float32 absmax (4-bit types made while loading) */
+    int threads;          /* 0: all cores */
+    const char *chat_template; /* file or built-in name; NULL: the folder's, else by model */
+    /* Progress while weights are made ready: done of total bytes. May be NULL. */
+    void (*progress)(void *user, int64_t done, int64_t total);
+    void *user;
+} gn_model_options;
+
+/* Opens a Hugging Face folder (16/32-bit, or bitsandbytes' serialized 4-bit form). Zeroed
+ * options are the defaults. */
+GN_CHECKED gn_status gn_model_open(gn_model **out, const char *dir, const gn_model_options *options,
+                                   gn_error *err);
+/* Random weights in the shape of "llama-1.1b", "llama-7b", "-13b", "-33b" or "-65b", for
+ * benchmarks; no tokenizer. */
+GN_CHECKED gn_status gn_model_synthetic(gn_model **out, const char *shape,
+                                        const gn_model_options *options, gn_error *err);
+void gn_model_close(gn_model *model); /* after every adapter and engine that uses it */
+
+typedef struct gn_model_info {
+    const char *dir, *device;
+    gn_qtype quant;
+    gn_compute compute;
+    int64_t parameters, weight_bytes;
+    int layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, context;
+} gn_model_info;
+gn_model_info gn_model_describe(const gn_model *model); /* strings live as long as the model */
+
+/* ---- text ---- */
+
+/* *ids is malloc'ed (caller frees). Control tokens in `text` are plain text. */
+GN_CHECKED gn_status gn_tokenize(const gn_model *model, const char *text, size_t len, bool add_bos,
+                                 int32_t **ids, int32_t *n, gn_error *err);
+/* *text is malloc'ed and terminated. An id outside the vocabulary is GN_EINVAL. */
+GN_CHECKED gn_status gn_detokenize(const gn_model *model, const int32_t *ids, int32_t n,
+                                   char **text, size_t *len, gn_error *err);
+/* The bytes one token stands for ("▁" is a space, <0x0A> is a newline; control tokens are
+ * empty). Borrowed from the model. */
+const char *gn_token_bytes(const gn_model *model, int32_t id, size_t *len);
+
+typedef struct gn_message {
+    const char *role; /* "system", "user" or "assistant" */
+    const char *content;
+} gn_message;
+/* Renders a conversation through the chat template and tokenizes it, BOS included, ready
+ * for the assistant's turn. *ids is malloc'ed. */
+GN_CHECKED gn_status gn_chat_encode(const gn_model *model, const gn_message *messages,
+                                    int n_messages, int32_t **ids, int32_t *n, gn_error *err);
+/* Strings that end the assistant's turn under the template. Borrowed from the model. */
+const char *const *gn_chat_stops(const gn_model *model, int *n);
+
+/* ---- adapters ---- */
+
+typedef struct gn_adapter gn_adapter;
+
+/* Loads a PEFT folder made for this base. One reference belongs to the caller. */
+GN_CHECKED gn_status gn_adapter_open(gn_adapter **out, const gn_model *model, const char *dir,
+                                     gn_error *err);
+gn_adapter *gn_adapter_ref(gn_adapter *adapter);
+void gn_adapter_close(gn_adapter *adapter); /* drops a reference; accepts NULL */
+size_t gn_adapter_bytes(const gn_adapter *adapter);
+int gn_adapter_max_rank(const gn_adapter *adapter);
+
+typedef struct gn_adapter_use {
+    gn_adapter *adapter;
+    float scale; /* multiplies the adapter's own alpha/r; 1 is as trained */
+} gn_adapter_use;
+
+/* ---- requests ---- */
+
+typedef struct gn_token_prob {
+    int32_t id;
+    float logprob; /* natural logarithm, of the model's distribution before sampling options */
+} gn_token_prob;
+
+typedef struct gn_sampling {
+    float temperature;                         /* 0: greedy */
+    int32_t top_k;                             /* 0: off */
+    float top_p, min_p;                        /* 1 and 0: off */
+    float typical_p;                           /* 1: off */
+    float repetition_penalty;                  /* 1: off; over prompt and reply */
+    float presence_penalty, frequency_penalty; /* 0: off; over the reply */
+    uint64_t seed;
+    const gn_token_prob *bias; /* logprob is added to that id's logit */
+    int32_t n_bias;
+} gn_sampling;
+#define GN_SAMPLING_DEFAULT                                                                        \
+    { .temperature = 1, .top_p = 1, .typical_p = 1, .repetition_penalty = 1 }
+
+enum { GN_MAX_ADAPTERS = 8, GN_MAX_TOP_LOGPROBS = 20 };
+
+typedef enum gn_finish {
+    GN_FINISH_NONE,
+    GN_FINISH_STOP,
+    GN_FINISH_LENGTH,
+    GN_FINISH_CANCEL,
+    GN_FINISH_ERROR
+} gn_finish;
+
+/* What happened to a request in one step. Everything in it is borrowed for the call. */
+typedef struct gn_event {
+    uint64_t id;
+    /* Text that is certain: whole characters, no part of a stop string. May be empty. */
+    const char *text;
+    size_t text_len;
+    /* The token sampled in this step, when has_token. `top` holds n_top most likely tokens when
+     * logprobs were asked for. A stop token is reported too, with empty text. */
+    bool has_token;
+    gn_token_prob token;
+    int32_t n_top;
+    const gn_token_prob *top;
+    /* Once, with prompt_logprobs: one entry a prompt token; the first has logprob NaN. prompt_top
+     * holds n_top entries for each. */
+    int32_t n_prompt;
+    const gn_token_prob *prompt, *prompt_top;
+    gn_finish finish;      /* the last event of a request has one that is not NONE */
+    const gn_error *error; /* with GN_FINISH_ERROR */
+    int32_t prompt_tokens, cached_tokens, completion_tokens; /* so far */
+} gn_event;
+
+typedef struct gn_request {
+    const int32_t *prompt;
+    int32_t n_prompt;                         /* at least 1 */
+    gn_adapter_use adapters[GN_MAX_ADAPTERS]; /* the engine takes its own references */
+    int32_t n_adapters;
+    gn_sampling sampling;
+    int32_t max_tokens;   /* 0: only evaluate the prompt; -1: as far as the context goes */
+    int32_t min_tokens;   /* EOS and stop ids are not sampled before */
+    int32_t logprobs;     /* -1: none; else how many alternatives, at most GN_MAX_TOP_LOGPROBS */
+    bool prompt_logprobs; /* report the prompt's, with `logprobs` alternatives */
+    bool ignore_eos;
+    const char *const *stop; /* not part of the reply */
+    int32_t n_stop;
+    const int32_t *stop_ids;
+    int32_t n_stop_ids;
+    /* Called on the engine's thread; must not block or call gn_engine_close. */
+    void (*on_event)(void *user, const gn_event *event);
+    void *user;
+} gn_request;
+
+/* ---- engine ---- */
+
+typedef struct gn_engine gn_engine;
+
+typedef struct gn_engine_options {
+    int32_t max_seqs;         /* sequences in one batch; 0: 64 */
+    int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 */
+    int32_t max_queue;        /* waiting requests before GN_EBUSY; 0: 1024 */
+    int64_t kv_bytes;         /* KV cache budget; 0: 1 GiB, at most what max_seqs contexts need */
+    int32_t context;          /* tokens a sequence may have; 0: the model's */
+    bool no_prefix_cache;
+} gn_engine_options;
+
+GN_CHECKED gn_status gn_engine_open(gn_engine **out, gn_model *model,
+                                    const gn_engine_options *options, gn_error *err);
+void gn_engine_close(gn_engine *engine); /* cancels what runs, then waits for the thread */
+
+/* Copies the request and queues it. Refuses at once what can never run (GN_EINVAL, GN_ETOOBIG,
+ * GN_EBUSY). After GN_OK exactly one event with a finish reason will come. */
+GN_CHECKED gn_status gn_engine_submit(gn_engine *engine, const gn_request *request, uint64_t *id,
+                                      gn_error *err);
+/* Asks for GN_FINISH_CANCEL; nothing happens when the request has ended already. */
+void gn_engine_cancel(gn_engine *engine, uint64_t id);
+
+typedef struct gn_engine_stats {
+    int32_t running, waiting;
+    int32_t kv_blocks, kv_blocks_used, kv_blocks_cached, kv_block_tokens;
+    int64_t prompt_tokens, cached_tokens, completion_tokens, requests; /* since start */
+    int64_t steps;
+    double model_seconds; /* spent in forward passes and sampling */
+    int32_t context, max_seqs;
+} gn_engine_stats;
+gn_engine_stats gn_engine_read_stats(gn_engine *engine);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,31 @@
+/* sample.h - from a row of logits to a token. */
+#ifndef GN_SAMPLE_H
+#define GN_SAMPLE_H
+
+#include "engine/guanaco.h"
+
+/* A request's sampling state: its options and how often each token was seen. */
+typedef struct gn_sampler gn_sampler;
+
+/* Copies options and bias; scratch for `vocab` logits is allocated here, so that sampling
+ * allocates nothing. Values out of range (top_p not in (0,1], temperature negative or not finite,
+ * repetition_penalty not positive, an id outside the vocabulary ...) are GN_EINVAL, named. */
+GN_CHECKED gn_status gn_sampler_open(gn_sampler **out, const gn_sampling *options, int vocab,
+                                     gn_error *err);
+void gn_sampler_close(gn_sampler *s);
+/* Counts a prompt token (in_reply false) or a sampled one for the penalties. */
+void gn_sampler_accept(gn_sampler *s, int32_t id, bool in_reply);
+
+/* Draws the token of step `step` (tokens sampled so far) from logits (vocab). The draw depends
+ * only on options, counts, logits, seed and step. Order as in llama.cpp and vLLM: bias, penalties,
+ * then temperature, top_k, typical_p, top_p, min_p. `banned` ids are not drawn. Ties are broken
+ * toward the lower id. logits are not changed. */
+int32_t gn_sampler_draw(gn_sampler *s, const float *logits, int64_t step, const int32_t *banned,
+                        int n_banned);
+
+/* log softmax of the raw logits: of `id`, and of the n_top most likely (descending, ties toward
+ * the lower id). */
+float gn_logprob(const float *logits, int vocab, int32_t id);
+void gn_top_logprobs(const float *logits, int vocab, int n_top, gn_token_prob *top);
+
+#endif

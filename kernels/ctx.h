@@ -1,0 +1,47 @@
+/* ctx.h - where operations run: a backend, its threads, its working memory.
+ *
+ * A context is used by one thread at a time. Working memory for the ops is reserved ahead
+ * (gn_ctx_reserve) and only ever grows, so that steady state allocates nothing. */
+#ifndef GN_CTX_H
+#define GN_CTX_H
+
+#include "base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct gn_ctx gn_ctx;
+
+/* How the CPU's products are computed, weakest first; each needs those before it. */
+typedef enum gn_isa { GN_ISA_REFERENCE, GN_ISA_AVX2, GN_ISA_AVX512, GN_ISA_AVX512BF16 } gn_isa;
+
+typedef struct gn_ctx_options {
+    const char *device; /* "auto" (NULL) or "cpu" */
+    gn_dtype compute;   /* GN_F32 or GN_BF16: what products multiply; sums are always float32 */
+    bool auto_compute;  /* ignore `compute`: BF16 where it is native, else F32 */
+    int threads;        /* 0: all cores */
+    bool limit_isa;     /* for tests: no more than max_isa */
+    gn_isa max_isa;
+} gn_ctx_options;
+
+/* An unknown device is GN_EINVAL, one that this build or machine lacks GN_EDEVICE. */
+GN_CHECKED gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err);
+void gn_ctx_close(gn_ctx *ctx);
+
+const char *gn_ctx_device(const gn_ctx *ctx); /* "cpu (avx512-bf16, 2 threads)" */
+gn_dtype gn_ctx_compute(const gn_ctx *ctx);
+int gn_ctx_threads(const gn_ctx *ctx);
+gn_isa gn_ctx_isa(const gn_ctx *ctx);
+
+/* Makes sure that ops find `bytes` of working memory. */
+GN_CHECKED gn_status gn_ctx_reserve(gn_ctx *ctx, size_t bytes);
+
+/* Memory on the context's device, 64-byte aligned; NULL when there is none left. */
+void *gn_ctx_alloc(gn_ctx *ctx, size_t bytes);
+void gn_ctx_free(gn_ctx *ctx, void *memory);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
