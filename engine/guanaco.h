@@ -160,6 +160,7 @@ typedef struct gn_request {
     int32_t logprobs;     /* -1: none; else how many alternatives, at most GN_MAX_TOP_LOGPROBS */
     bool prompt_logprobs; /* report the prompt's, with `logprobs` alternatives */
     bool ignore_eos;
+    bool strip_space;     /* drop the reply's leading space, as a chat reply wants */
     const char *const *stop; /* not part of the reply */
     int32_t n_stop;
     const int32_t *stop_ids;

@@ -1,0 +1,245 @@
+/* forward.c - the LLaMA forward pass, composed from ops.
+ *
+ * Per layer: q, k, v = W norm(x); rotate and store; attend; x += W_o a; h = silu(W_g norm(x)) *
+ * W_u norm(x); x += W_d h. Six ops a layer; the norms ride in the products' prologues, the
+ * residual additions and SwiGLU in their epilogues, LoRA in the products themselves. */
+#include "engine/forward.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/adapter.h"
+
+struct gn_forward {
+    gn_model *model;
+    gn_forward_options limits;
+    gn_tensor x, q, k, v, a, h; /* (max_rows, ...) f32 */
+    gn_tensor cos, sin;         /* (max_rows, head_dim/2) */
+    gn_tensor last, logits;     /* (max_logits, hidden), (max_logits, vocab) */
+    gn_kv *kv;                  /* one a layer */
+    gn_lora *terms;             /* (GN_MAX_PARTS, max_terms) */
+    int32_t max_terms;
+    int rank; /* reserved for */
+};
+
+static gn_dtype kv_dtype(const gn_model *model) {
+    return gn_ctx_compute(model->ctx);
+}
+
+static int64_t kv_block_numel(const gn_config *c) {
+    return (int64_t)c->kv_heads * GN_KV_BLOCK_TOKENS * c->head_dim;
+}
+
+size_t gn_forward_kv_block_bytes(const gn_model *model) {
+    const gn_config *c = &model->config;
+    return 2 * (size_t)c->layers * (size_t)kv_block_numel(c) * gn_dtype_size(kv_dtype(model));
+}
+
+static bool allocate(gn_ctx *ctx, gn_tensor *t, gn_dtype dtype, int64_t rows, int64_t cols) {
+    *t = gn_tensor_2d(gn_ctx_alloc(ctx, (size_t)(rows * cols) * gn_dtype_size(dtype)), dtype, rows,
+                      cols);
+    return t->data != NULL;
+}
+
+static bool allocate_cache(gn_forward *f) {
+    const gn_config *c = &f->model->config;
+    f->kv = calloc((size_t)c->layers, sizeof *f->kv);
+    if (!f->kv) return false;
+    const int64_t blocks = f->limits.kv_blocks;
+    for (int i = 0; i < c->layers; i++) {
+        gn_tensor *both[] = {&f->kv[i].k, &f->kv[i].v};
+        for (int j = 0; j < 2; j++) {
+            gn_tensor *t = both[j];
+            if (!allocate(f->model->ctx, t, kv_dtype(f->model), blocks, kv_block_numel(c)))
+                return false;
+            t->ndim = 4;
+            t->shape[1] = c->kv_heads;
+            t->shape[2] = GN_KV_BLOCK_TOKENS;
+            t->shape[3] = c->head_dim;
+        }
+    }
+    return true;
+}
+
+static bool allocate_activations(gn_forward *f) {
+    const gn_config *c = &f->model->config;
+    gn_ctx *ctx = f->model->ctx;
+    const int64_t rows = f->limits.max_rows, outputs = f->limits.max_logits;
+    const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    return allocate(ctx, &f->x, GN_F32, rows, c->hidden) &&
+           allocate(ctx, &f->q, GN_F32, rows, dim) && allocate(ctx, &f->k, GN_F32, rows, kv) &&
+           allocate(ctx, &f->v, GN_F32, rows, kv) && allocate(ctx, &f->a, GN_F32, rows, dim) &&
+           allocate(ctx, &f->h, GN_F32, rows, c->intermediate) &&
+           allocate(ctx, &f->cos, GN_F32, rows, c->head_dim / 2) &&
+           allocate(ctx, &f->sin, GN_F32, rows, c->head_dim / 2) &&
+           allocate(ctx, &f->last, GN_F32, outputs, c->hidden) &&
+           allocate(ctx, &f->logits, GN_F32, outputs, c->vocab);
+}
+
+static int64_t max_of(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+gn_status gn_forward_reserve(gn_forward *f, int rank) {
+    if (rank <= f->rank) return GN_OK;
+    const gn_config *c = &f->model->config;
+    gn_ctx *ctx = f->model->ctx;
+    const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    const int64_t max_k = max_of(max_of(c->hidden, c->intermediate), dim);
+    const int64_t max_n = max_of(max_of(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->vocab);
+    const int64_t rows = max_of(f->limits.max_rows, f->limits.max_logits);
+    const size_t linear = gn_linear_workspace(ctx, rows, max_k, max_n, rank, GN_MAX_ADAPTERS);
+    const size_t attention = gn_attention_workspace(ctx, f->limits.context);
+    const gn_status status = gn_ctx_reserve(ctx, linear > attention ? linear : attention);
+    if (status == GN_OK) f->rank = rank;
+    return status;
+}
+
+gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_options *options,
+                          gn_error *err) {
+    gn_forward *f = calloc(1, sizeof *f);
+    if (!f) return gn_fail(err, GN_ENOMEM, "out of memory");
+    f->model = model;
+    f->limits = *options;
+    f->max_terms = options->max_seqs * GN_MAX_ADAPTERS;
+    f->terms = calloc((size_t)GN_MAX_PARTS * (size_t)f->max_terms, sizeof *f->terms);
+    if (!f->terms || !allocate_cache(f) || !allocate_activations(f) ||
+        gn_forward_reserve(f, 1) != GN_OK) {
+        gn_forward_close(f);
+        return gn_fail(err, GN_ENOMEM,
+                       "out of memory for activations of %d tokens and %d KV blocks (%.2f GiB)",
+                       options->max_rows, options->kv_blocks,
+                       (double)gn_forward_kv_block_bytes(model) * options->kv_blocks / 0x1p30);
+    }
+    *out = f;
+    return GN_OK;
+}
+
+void gn_forward_close(gn_forward *f) {
+    if (!f) return;
+    gn_ctx *ctx = f->model->ctx;
+    gn_tensor *tensors[] = {&f->x, &f->q,   &f->k,   &f->v,    &f->a,
+                            &f->h, &f->cos, &f->sin, &f->last, &f->logits};
+    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
+        gn_ctx_free(ctx, tensors[i]->data);
+    for (int i = 0; f->kv && i < f->model->config.layers; i++) {
+        gn_ctx_free(ctx, f->kv[i].k.data);
+        gn_ctx_free(ctx, f->kv[i].v.data);
+    }
+    free(f->kv);
+    free(f->terms);
+    free(f);
+}
+
+/* The first `rows` rows, seen as (rows, cols) or as (rows, heads, dim). */
+static gn_tensor rows_of(const gn_tensor *t, int64_t rows) {
+    return gn_tensor_2d(t->data, t->dtype, rows, t->shape[1]);
+}
+
+static gn_tensor heads_of(const gn_tensor *t, int64_t rows, int64_t heads) {
+    const gn_tensor view = {
+        t->data, t->dtype, 3, {rows, heads, t->shape[1] / heads, 1}, t->shape[1]};
+    return view;
+}
+
+static bool same_uses(const gn_batch *b, int i, int j) {
+    const int n = b->use0[i + 1] - b->use0[i];
+    if (n != b->use0[j + 1] - b->use0[j]) return false;
+    for (int u = 0; u < n; u++) {
+        const gn_adapter_use *p = &b->uses[b->use0[i] + u], *q = &b->uses[b->use0[j] + u];
+        if (p->adapter != q->adapter || p->scale != q->scale) return false;
+    }
+    return true;
+}
+
+/* LoRA terms of one projection for the whole batch; returns how many. */
+static int gather_terms(const gn_batch *b, int layer, gn_proj proj, gn_lora *terms) {
+    if (!b->use0) return 0;
+    int n = 0;
+    for (int i = 0, end; i < b->seqs.n; i = end) {
+        for (end = i + 1; end < b->seqs.n && same_uses(b, i, end);) end++;
+        for (int u = b->use0[i]; u < b->use0[i + 1]; u++) {
+            const gn_lora_pair *pair = &b->uses[u].adapter->pairs[layer][proj];
+            if (pair->rank == 0) continue;
+            terms[n++] = (gn_lora){.row0 = b->seqs.row0[i],
+                                   .rows = b->seqs.row0[end] - b->seqs.row0[i],
+                                   .scale = pair->scale * b->uses[u].scale,
+                                   .a = pair->a,
+                                   .b = pair->b};
+        }
+    }
+    return n;
+}
+
+/* Products of x with the projections first, first+1, ... first+n_parts-1 of a layer. */
+static gn_status project(gn_forward *f, const gn_batch *b, int layer, gn_proj first, int n_parts,
+                         gn_tensor x, const gn_tensor *norm, gn_epilogue epilogue,
+                         const gn_tensor *y) {
+    gn_linear_args args = {.x = x,
+                           .norm = norm,
+                           .eps = f->model->config.rms_eps,
+                           .epilogue = epilogue,
+                           .n_parts = n_parts};
+    for (int i = 0; i < n_parts; i++) {
+        gn_lora *terms = f->terms + (size_t)i * (size_t)f->max_terms;
+        const gn_proj proj = (gn_proj)(first + i);
+        args.part[i].y = y[i];
+        args.part[i].w = &f->model->layers[layer].proj[proj];
+        args.part[i].lora = terms;
+        args.part[i].n_lora = gather_terms(b, layer, proj, terms);
+    }
+    return gn_linear(f->model->ctx, &args);
+}
+
+static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
+    const gn_config *c = &f->model->config;
+    gn_ctx *ctx = f->model->ctx;
+    const gn_layer *layer = &f->model->layers[i];
+    const int64_t n = b->rows;
+    const gn_tensor x = rows_of(&f->x, n), a = rows_of(&f->a, n), h = rows_of(&f->h, n);
+    const gn_tensor qkv[] = {rows_of(&f->q, n), rows_of(&f->k, n), rows_of(&f->v, n)};
+    const gn_tensor gate_up[] = {h, h};
+    gn_tensor q = heads_of(&f->q, n, c->heads), y = heads_of(&f->a, n, c->heads);
+    const gn_tensor k = heads_of(&f->k, n, c->kv_heads), v = heads_of(&f->v, n, c->kv_heads);
+    const gn_tensor cos = rows_of(&f->cos, n), sin = rows_of(&f->sin, n);
+
+    gn_status status = project(f, b, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
+    if (status == GN_OK) status = gn_rope_store(ctx, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
+    if (status == GN_OK) status = gn_attention(ctx, &y, &q, &f->kv[i], &b->seqs);
+    if (status == GN_OK) status = project(f, b, i, GN_O, 1, a, NULL, GN_ADD, &x);
+    if (status == GN_OK)
+        status = project(f, b, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
+    if (status == GN_OK) status = project(f, b, i, GN_DOWN, 1, h, NULL, GN_ADD, &x);
+    return status;
+}
+
+gn_status gn_forward_run(gn_forward *f, const gn_batch *b) {
+    if (b->rows < 1 || b->rows > f->limits.max_rows || b->seqs.n > f->limits.max_seqs)
+        return GN_EINVAL;
+    gn_tensor x = rows_of(&f->x, b->rows), cos = rows_of(&f->cos, b->rows),
+              sin = rows_of(&f->sin, b->rows);
+    gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids);
+    if (status == GN_OK)
+        status = gn_rope_table(f->model->ctx, &cos, &sin, &f->model->inv_freq, &b->seqs);
+    for (int i = 0; status == GN_OK && i < f->model->config.layers; i++)
+        status = run_layer(f, b, i);
+    return status;
+}
+
+gn_status gn_forward_logits(gn_forward *f, const int32_t *rows, int32_t n, const float **logits) {
+    if (n < 1 || n > f->limits.max_logits) return GN_EINVAL;
+    const int64_t hidden = f->model->config.hidden;
+    float *last = f->last.data;
+    const float *x = f->x.data;
+    for (int32_t i = 0; i < n; i++)
+        memcpy(last + i * hidden, x + rows[i] * hidden, (size_t)hidden * sizeof *x);
+    gn_linear_args args = {.x = rows_of(&f->last, n),
+                           .norm = &f->model->norm,
+                           .eps = f->model->config.rms_eps,
+                           .epilogue = GN_STORE,
+                           .n_parts = 1};
+    args.part[0].y = rows_of(&f->logits, n);
+    args.part[0].w = &f->model->lm_head;
+    *logits = f->logits.data;
+    return gn_linear(f->model->ctx, &args);
+}
