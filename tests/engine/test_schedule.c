@@ -1,0 +1,136 @@
+/* The schedule alone: sequences without a model, "computed" by pretending. */
+#include "engine/schedule.h"
+
+#include <criterion/criterion.h>
+#include <stdlib.h>
+#include <string.h>
+
+static gn_sequence *sequence(uint64_t id, int32_t n_prompt, int32_t max_tokens, int32_t first) {
+    gn_sequence *s = calloc(1, sizeof *s);
+    const size_t capacity = (size_t)(n_prompt + max_tokens);
+    s->id = id;
+    s->n_prompt = s->n_tokens = n_prompt;
+    s->max_tokens = max_tokens;
+    s->tokens = malloc(capacity * sizeof *s->tokens);
+    s->blocks = malloc((capacity / GN_KV_BLOCK_TOKENS + 1) * sizeof *s->blocks);
+    for (int32_t i = 0; i < n_prompt; i++) s->tokens[i] = first + i;
+    return s;
+}
+
+static void discard(gn_sequence *s) {
+    free(s->tokens);
+    free(s->blocks);
+    free(s);
+}
+
+/* Plans and "runs" one step; ends what is complete. Returns the rows computed. */
+static int32_t run_step(gn_schedule *s, int32_t *n_done) {
+    gn_schedule_plan(s);
+    int32_t rows = 0;
+    for (int32_t i = 0; i < s->n_planned; i++) {
+        gn_sequence *q = s->planned[i];
+        cr_assert_gt(q->rows, 0);
+        cr_assert_leq(q->computed + q->rows, q->n_blocks * GN_KV_BLOCK_TOKENS);
+        rows += q->rows;
+        const bool complete = q->rows == gn_sequence_pending(q);
+        gn_schedule_advance(s, q);
+        if (!complete) continue;
+        q->tokens[q->n_tokens++] = 5;
+        if (q->n_tokens - q->n_prompt < q->max_tokens) continue;
+        gn_schedule_remove(s, q);
+        discard(q);
+        ++*n_done;
+    }
+    cr_assert_leq(rows, s->max_rows);
+    return rows;
+}
+
+Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    gn_schedule_add(&s, sequence(1, 10, 100, 0));
+    cr_assert_eq(run_step(&s, &done), 10);
+    gn_schedule_add(&s, sequence(2, 300, 2, 1000));
+    gn_schedule_plan(&s);
+    cr_assert_eq(s.n_planned, 2);
+    for (int i = 0; i < 2; i++) cr_assert_eq(s.planned[i]->rows, s.planned[i]->id == 1 ? 1 : 16);
+    while (run_step(&s, &done) > 0) {
+    }
+    cr_assert_eq(done, 2);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+Test(schedule, shares_a_known_prefix_but_computes_the_last_token) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256), GN_OK);
+    gn_schedule_add(&s, sequence(1, 64, 1, 0));
+    cr_assert_eq(run_step(&s, &done), 64);
+    gn_schedule_add(&s, sequence(2, 64, 1, 0));
+    cr_assert_eq(run_step(&s, &done), 16, "three blocks of four are known, the last is computed");
+    gn_sequence *other = sequence(3, 64, 1, 0);
+    other->adapters.h[0] = 1;
+    gn_schedule_add(&s, other);
+    cr_assert_eq(run_step(&s, &done), 64, "another adapter shares nothing");
+    cr_assert_eq(done, 3);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+Test(schedule, admits_first_come_first_served) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 8, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256), GN_OK);
+    gn_schedule_add(&s, sequence(1, 60, 20, 0));
+    gn_schedule_add(&s, sequence(2, 100, 4, 500)); /* does not fit beside the first */
+    gn_schedule_add(&s, sequence(3, 4, 4, 900));   /* would, but came later */
+    run_step(&s, &done);
+    cr_assert_eq(s.n_running, 1);
+    cr_assert_eq(s.waiting->id, 2);
+    while (run_step(&s, &done) > 0) {
+    }
+    cr_assert_eq(done, 3);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+/* Many sequences in far too few blocks: all end, and nothing is left in use. */
+Test(schedule, preempts_and_still_finishes_everything) {
+    enum { SEQUENCES = 300, BLOCKS = 24 };
+    srand(3);
+    for (int cache = 0; cache < 2; cache++) {
+        gn_kv_pool *pool;
+        gn_schedule s;
+        int32_t done = 0, added = 0, steps = 0;
+        cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, cache), GN_OK);
+        cr_assert_eq(gn_schedule_open(&s, pool, 16, 64), GN_OK);
+        while (done < SEQUENCES) {
+            while (added < SEQUENCES && rand() % 2) {
+                const int32_t prompt = 1 + rand() % 200, reply = 1 + rand() % 150;
+                gn_sequence *q = sequence((uint64_t)++added, prompt, reply, rand() % 3);
+                q->adapters.h[0] = (uint64_t)(rand() % 3);
+                gn_schedule_add(&s, q);
+            }
+            const int32_t rows = run_step(&s, &done);
+            cr_assert(rows > 0 || (s.n_running == 0 && !s.waiting), "work stands still");
+            cr_assert_lt(++steps, 200000);
+            if (rand() % 50 == 0 && s.n_running > 0) { /* a client goes away */
+                gn_sequence *q = s.running[rand() % s.n_running];
+                gn_schedule_remove(&s, q);
+                discard(q);
+                done++;
+            }
+        }
+        cr_assert_eq(gn_kv_pool_free(pool), BLOCKS);
+        gn_schedule_close(&s);
+        gn_kv_pool_close(pool);
+    }
+}
