@@ -1,0 +1,104 @@
+/* score.c - one sequence at a time through the forward pass, in chunks. */
+#include "engine/score.h"
+
+#include <stdlib.h>
+
+#include "engine/sample.h"
+
+enum { CHUNK_ROWS = 256, LOGITS_ROWS = 32 };
+
+struct gn_scorer {
+    gn_model *model;
+    gn_forward *forward;
+    int32_t context, max_blocks;
+    int32_t *blocks; /* the identity: one sequence has the cache to itself */
+};
+
+gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context, gn_error *err) {
+    gn_scorer *s = calloc(1, sizeof *s);
+    if (!s) return gn_fail(err, GN_ENOMEM, "out of memory");
+    s->model = model;
+    s->context = context;
+    s->max_blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
+    s->blocks = malloc((size_t)s->max_blocks * sizeof *s->blocks);
+    const gn_forward_options limits = {.max_rows = CHUNK_ROWS,
+                                       .max_seqs = 1,
+                                       .max_logits = LOGITS_ROWS,
+                                       .kv_blocks = s->max_blocks,
+                                       .context = context};
+    const gn_status status = s->blocks ? gn_forward_open(&s->forward, model, &limits, err)
+                                       : gn_fail(err, GN_ENOMEM, "out of memory");
+    if (status) {
+        gn_scorer_close(s);
+        return status;
+    }
+    for (int32_t i = 0; i < s->max_blocks; i++) s->blocks[i] = i;
+    *out = s;
+    return GN_OK;
+}
+
+void gn_scorer_close(gn_scorer *s) {
+    if (!s) return;
+    gn_forward_close(s->forward);
+    free(s->blocks);
+    free(s);
+}
+
+static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
+                            void (*on_row)(void *, int32_t, const float *), void *user) {
+    const size_t vocab = (size_t)s->model->config.vocab;
+    for (int32_t at = 0, n; at < rows; at += n) {
+        int32_t which[LOGITS_ROWS];
+        const float *logits;
+        n = rows - at < LOGITS_ROWS ? rows - at : LOGITS_ROWS;
+        for (int32_t i = 0; i < n; i++) which[i] = at + i;
+        const gn_status status = gn_forward_logits(s->forward, which, n, &logits);
+        if (status) return status;
+        for (int32_t i = 0; i < n; i++) on_row(user, position + at + i, logits + (size_t)i * vocab);
+    }
+    return GN_OK;
+}
+
+gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
+                        int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
+                        void *user) {
+    if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
+    gn_status status = GN_OK;
+    for (int32_t i = 0; !status && i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= s->model->config.vocab) status = GN_EINVAL;
+    }
+    for (int32_t i = 0; !status && i < n_uses; i++)
+        status = gn_forward_reserve(s->forward, gn_adapter_max_rank(uses[i].adapter));
+    for (int32_t at = 0, rows; !status && at < n; at += rows) {
+        rows = n - at < CHUNK_ROWS ? n - at : CHUNK_ROWS;
+        const int32_t row0[] = {0, rows}, pos0[] = {at}, use0[] = {0, n_uses};
+        const gn_batch batch = {.rows = rows,
+                                .ids = ids + at,
+                                .seqs = {1, s->max_blocks, row0, pos0, s->blocks},
+                                .uses = uses,
+                                .use0 = use0};
+        status = gn_forward_run(s->forward, &batch);
+        if (!status) status = visit_rows(s, rows, at, on_row, user);
+    }
+    return status;
+}
+
+typedef struct nll_sum {
+    const int32_t *ids;
+    int32_t n;
+    int vocab;
+    double nll;
+} nll_sum;
+
+static void add_nll(void *user, int32_t position, const float *logits) {
+    nll_sum *sum = user;
+    if (position + 1 < sum->n) sum->nll -= gn_logprob(logits, sum->vocab, sum->ids[position + 1]);
+}
+
+gn_status gn_scorer_nll(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
+                        int32_t n_uses, double *nll) {
+    nll_sum sum = {ids, n, s->model->config.vocab, 0};
+    const gn_status status = gn_scorer_run(s, ids, n, uses, n_uses, add_nll, &sum);
+    *nll = sum.nll;
+    return status;
+}
