@@ -75,8 +75,10 @@ typedef struct gn_seqs {
     const int32_t *blocks; /* (n, max_blocks) */
 } gn_seqs;
 
-/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32 or BF16.
- */
+enum { GN_MAX_HEAD_DIM = 256 };
+
+/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32 or BF16;
+ * head_dim is even and at most GN_MAX_HEAD_DIM. */
 typedef struct gn_kv {
     gn_tensor k, v;
 } gn_kv;

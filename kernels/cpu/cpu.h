@@ -1,0 +1,50 @@
+/* cpu.h - the CPU backend's ops, and what they share; for kernels/cpu only.
+ *
+ * Two rules hold everywhere here. Work is split over threads by output row or item, never
+ * inside a sum, and sums run in an order that only the row's own length decides: so a row's
+ * result is the same bits whatever the batch and however many the threads. */
+#ifndef GN_CPU_H
+#define GN_CPU_H
+
+#include "kernels/backend.h"
+
+#define X(name, parameters) gn_status gn_cpu_##name parameters;
+GN_BACKEND_OPS(X)
+#undef X
+size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                               int64_t max_rank, int max_terms);
+size_t gn_cpu_attention_workspace(const gn_ctx *ctx, int64_t context);
+
+/* Calls fn(arg, i, n) once for each i in [0, n) at the same time; n is `threads`, or fewer when
+ * the system has no more. gn_cpu_barrier, inside fn, waits until all have come to it. */
+typedef void gn_cpu_fn(void *arg, int thread, int n_threads);
+void gn_cpu_parallel(int threads, gn_cpu_fn *fn, void *arg);
+void gn_cpu_barrier(void);
+
+/* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
+enum { GN_CPU_SERIAL = 16384 };
+
+/* Thread i's share of [0, n): [gn_cpu_share(n, i, of), gn_cpu_share(n, i+1, of)). */
+static inline int64_t gn_cpu_share(int64_t n, int i, int of) {
+    return n / of * i + (n % of < i ? n % of : i);
+}
+
+static inline int64_t gn_cpu_round_up(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
+
+/* Row `row` of a tensor of one or more dimensions. */
+static inline float *gn_cpu_row(const gn_tensor *t, int64_t row) {
+    return (float *)t->data + row * t->ld;
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * w; y may be x. */
+void gn_cpu_rmsnorm_row(float *y, const float *x, const float *w, float eps, int64_t n);
+
+/* Sequences own consecutive rows; calls for increasing rows walk on from *seq. */
+static inline int32_t gn_cpu_seq_of_row(const gn_seqs *seqs, int32_t seq, int64_t row) {
+    while (seqs->row0[seq + 1] <= row) seq++;
+    return seq;
+}
+
+#endif

@@ -1,0 +1,48 @@
+/* exp.h - the exponential that softmax and silu share, on every instruction set.
+ *
+ * Branch-free, so that the compiler turns a loop of it into vectors, and without fma, so that
+ * it gives the same bits everywhere. e^x = 2^n * e^r with n = round(x / ln 2); e^r is Cephes'
+ * polynomial (|r| <= ln 2 / 2). Within 2 ulp; overflows to infinity, underflows to zero through
+ * the subnormals; NaN gives NaN. */
+#ifndef GN_CPU_EXP_H
+#define GN_CPU_EXP_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline float gn_exp_power_of_2(uint32_t n) { /* n in [-126, 127], as a two's complement */
+    const uint32_t bits = (n + 127u) << 23;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static inline float gn_exp(float x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
+    x = x < -104.0f ? -104.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    const float t = x * 1.44269504f + shift;
+    const float n = t - shift;
+    uint32_t bits;
+    memcpy(&bits, &t, sizeof bits);
+    const uint32_t k = bits - 0x4b400000u;
+
+    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+
+    /* Two factors, because 2^n alone leaves the range of a float before the product does. */
+    const uint32_t half = (uint32_t)((int32_t)k >> 1);
+    return p * gn_exp_power_of_2(half) * gn_exp_power_of_2(k - half);
+}
+
+static inline float gn_silu(float x) {
+    return x / (1.0f + gn_exp(-x));
+}
+
+#endif

@@ -1,0 +1,151 @@
+/* linear_reference.c - gn_linear in plain loops with double sums.
+ *
+ * What the SIMD paths are held to. Threads share the work by rows of the weight, which are
+ * dequantized one at a time. */
+#include "exp.h"
+#include "linear.h"
+
+#include <math.h>
+
+struct reference {
+    const gn_linear_args *args;
+    gn_dtype compute;
+    int64_t T, K;
+    float *x;               /* (T, K) as products see it */
+    float *u[GN_MAX_PARTS]; /* A x of a part's terms, one after another: (rows, r) each */
+    float *w;               /* (threads, K): the weight's row that a thread is at */
+};
+
+static size_t lora_floats(const struct gn_linear_part *part) {
+    size_t n = 0;
+    for (int i = 0; i < part->n_lora; i++)
+        n += (size_t)part->lora[i].rows * (size_t)part->lora[i].a.shape[0];
+    return n;
+}
+
+/* Points op into `memory`, or only counts with NULL. */
+static size_t lay_out(struct reference *op, char *memory, int threads) {
+    size_t total = 0;
+    const size_t x = gn_linear_piece(&total, (size_t)op->T * (size_t)op->K * sizeof(float));
+    const size_t w = gn_linear_piece(&total, (size_t)threads * (size_t)op->K * sizeof(float));
+    size_t u[GN_MAX_PARTS];
+    for (int i = 0; i < op->args->n_parts; i++)
+        u[i] = gn_linear_piece(&total, lora_floats(&op->args->part[i]) * sizeof(float));
+    if (!memory) return total;
+    op->x = (float *)(memory + x);
+    op->w = (float *)(memory + w);
+    for (int i = 0; i < op->args->n_parts; i++) op->u[i] = (float *)(memory + u[i]);
+    return total;
+}
+
+static double dot(const float *a, const float *b, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+/* The same with a row of `a` widened on the way. */
+static double dot_row(const gn_tensor *a, int64_t row, const float *b) {
+    const size_t size = gn_dtype_size(a->dtype);
+    const char *data = (const char *)a->data + (size_t)(row * a->ld) * size;
+    double sum = 0;
+    for (int64_t i = 0; i < a->shape[1]; i++) {
+        float v;
+        gn_widen(&v, data + (size_t)i * size, a->dtype, 1);
+        sum += (double)v * b[i];
+    }
+    return sum;
+}
+
+static void project_lora(const struct reference *op, int part, int thread, int n_threads) {
+    float *u = op->u[part];
+    for (int i = 0; i < op->args->part[part].n_lora; i++) {
+        const gn_lora *term = &op->args->part[part].lora[i];
+        const int64_t r = term->a.shape[0];
+        const int64_t last = gn_cpu_share(term->rows, thread + 1, n_threads);
+        for (int64_t t = gn_cpu_share(term->rows, thread, n_threads); t < last; t++)
+            for (int64_t j = 0; j < r; j++)
+                u[t * r + j] = (float)dot_row(&term->a, j, op->x + (term->row0 + t) * op->K);
+        u += term->rows * r;
+    }
+}
+
+/* Row t of the product with the weight row w, which is row n of the part's weight. */
+static float product(const struct reference *op, int part, const float *w, int64_t n, int64_t t) {
+    const struct gn_linear_part *p = &op->args->part[part];
+    double sum = dot(w, op->x + t * op->K, op->K);
+    const float *u = op->u[part];
+    for (int i = 0; i < p->n_lora; i++) {
+        const gn_lora *term = &p->lora[i];
+        const int64_t r = term->a.shape[0], row = t - term->row0;
+        if (row >= 0 && row < term->rows) sum += term->scale * dot_row(&term->b, n, u + row * r);
+        u += term->rows * r;
+    }
+    return (float)sum;
+}
+
+static void load_weight(const struct reference *op, int part, int64_t n, float *w) {
+    gn_dequantize(w, op->args->part[part].w, n * op->K, op->K);
+    for (int64_t k = 0; k < op->K; k++) w[k] = gn_linear_round(w[k], op->compute);
+}
+
+static void multiply(const struct reference *op, int part, float *w, int thread, int n_threads) {
+    const gn_tensor *y = &op->args->part[part].y;
+    const int64_t N = op->args->part[part].w->rows, last = gn_cpu_share(N, thread + 1, n_threads);
+    for (int64_t n = gn_cpu_share(N, thread, n_threads); n < last; n++) {
+        load_weight(op, part, n, w);
+        for (int64_t t = 0; t < op->T; t++) {
+            float *out = gn_cpu_row(y, t) + n;
+            const float value = product(op, part, w, n, t);
+            *out = op->args->epilogue == GN_ADD ? *out + value : value;
+        }
+    }
+}
+
+/* Part 0 leaves the gate in y, part 1 multiplies it by up: the same thread does both. */
+static void multiply_swiglu(const struct reference *op, float *w, int thread, int n_threads) {
+    const gn_tensor *y = &op->args->part[0].y;
+    multiply(op, 0, w, thread, n_threads);
+    const int64_t N = op->args->part[1].w->rows, last = gn_cpu_share(N, thread + 1, n_threads);
+    for (int64_t n = gn_cpu_share(N, thread, n_threads); n < last; n++) {
+        load_weight(op, 1, n, w);
+        for (int64_t t = 0; t < op->T; t++) {
+            float *out = gn_cpu_row(y, t) + n;
+            *out = gn_silu(*out) * product(op, 1, w, n, t);
+        }
+    }
+}
+
+static void run(void *arg, int thread, int n_threads) {
+    const struct reference *op = arg;
+    const int64_t last = gn_cpu_share(op->T, thread + 1, n_threads);
+    for (int64_t t = gn_cpu_share(op->T, thread, n_threads); t < last; t++)
+        gn_linear_input_row(op->x + t * op->K, op->args, t, op->compute);
+    gn_cpu_barrier();
+    for (int i = 0; i < op->args->n_parts; i++) project_lora(op, i, thread, n_threads);
+    gn_cpu_barrier();
+    float *w = op->w + thread * op->K;
+    if (op->args->epilogue == GN_SWIGLU) {
+        multiply_swiglu(op, w, thread, n_threads);
+        return;
+    }
+    for (int i = 0; i < op->args->n_parts; i++) multiply(op, i, w, thread, n_threads);
+}
+
+static struct reference reference_of(const gn_ctx *ctx, const gn_linear_args *args) {
+    return (struct reference){
+        .args = args, .compute = ctx->compute, .T = args->x.shape[0], .K = args->x.shape[1]};
+}
+
+size_t gn_cpu_linear_reference_workspace(const gn_ctx *ctx, const gn_linear_args *args) {
+    struct reference op = reference_of(ctx, args);
+    return lay_out(&op, NULL, ctx->threads);
+}
+
+gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args) {
+    struct reference op = reference_of(ctx, args);
+    if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
+    lay_out(&op, ctx->workspace, ctx->threads);
+    gn_cpu_parallel(ctx->threads, run, &op);
+    return GN_OK;
+}

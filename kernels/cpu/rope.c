@@ -1,0 +1,79 @@
+/* rope.c - rotary positions, and the keys' and values' way into the paged cache. */
+#include "cpu.h"
+
+#include <math.h>
+
+gn_status gn_cpu_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_tensor *inv_freq,
+                            const gn_seqs *seqs) {
+    (void)ctx;
+    const float *freq = inv_freq->data;
+    for (int32_t i = 0; i < seqs->n; i++)
+        for (int32_t t = seqs->row0[i]; t < seqs->row0[i + 1]; t++) {
+            const float position = (float)(seqs->pos0[i] + (t - seqs->row0[i]));
+            float *c = gn_cpu_row(cos, t), *s = gn_cpu_row(sin, t);
+            for (int64_t j = 0; j < inv_freq->shape[0]; j++) {
+                const float angle = position * freq[j];
+                c[j] = cosf(angle);
+                s[j] = sinf(angle);
+            }
+        }
+    return GN_OK;
+}
+
+struct rope {
+    const gn_tensor *q, *k, *v, *cos, *sin;
+    const gn_seqs *seqs;
+    const gn_kv *kv;
+};
+
+static void rotate(float *y, const float *x, const float *c, const float *s, int64_t half) {
+    for (int64_t j = 0; j < half; j++) {
+        const float a = x[j], b = x[j + half];
+        y[j] = a * c[j] - b * s[j];
+        y[j + half] = b * c[j] + a * s[j];
+    }
+}
+
+/* Where `head` at `position` of sequence `seq` lies in one of the cache's tensors. */
+static void *cache_row(const gn_tensor *cache, const gn_seqs *seqs, int32_t seq, int32_t position,
+                       int64_t head) {
+    const int64_t tokens = cache->shape[2], D = cache->shape[3];
+    const int64_t block = seqs->blocks[(int64_t)seq * seqs->max_blocks + position / tokens];
+    const int64_t at = block * cache->ld + (head * tokens + position % tokens) * D;
+    return (char *)cache->data + (size_t)at * gn_dtype_size(cache->dtype);
+}
+
+static void rope_row(const struct rope *op, int64_t t, int32_t seq) {
+    const int64_t heads = op->q->shape[1], kv_heads = op->k->shape[1], D = op->q->shape[2];
+    const int32_t position = op->seqs->pos0[seq] + ((int32_t)t - op->seqs->row0[seq]);
+    const float *c = gn_cpu_row(op->cos, t), *s = gn_cpu_row(op->sin, t);
+    float *q = gn_cpu_row(op->q, t);
+    const float *k = gn_cpu_row(op->k, t), *v = gn_cpu_row(op->v, t);
+    float rotated[GN_MAX_HEAD_DIM];
+
+    for (int64_t h = 0; h < heads; h++) rotate(q + h * D, q + h * D, c, s, D / 2);
+    for (int64_t h = 0; h < kv_heads; h++) {
+        rotate(rotated, k + h * D, c, s, D / 2);
+        gn_narrow(cache_row(&op->kv->k, op->seqs, seq, position, h), op->kv->k.dtype, rotated, D);
+        gn_narrow(cache_row(&op->kv->v, op->seqs, seq, position, h), op->kv->v.dtype, v + h * D, D);
+    }
+}
+
+static void rope_rows(void *arg, int thread, int n_threads) {
+    const struct rope *op = arg;
+    const int64_t T = op->q->shape[0];
+    const int64_t last = gn_cpu_share(T, thread + 1, n_threads);
+    int32_t seq = 0;
+    for (int64_t t = gn_cpu_share(T, thread, n_threads); t < last; t++) {
+        seq = gn_cpu_seq_of_row(op->seqs, seq, t);
+        rope_row(op, t, seq);
+    }
+}
+
+gn_status gn_cpu_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
+                            const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
+                            gn_kv *kv) {
+    struct rope op = {q, k, v, cos, sin, seqs, kv};
+    gn_cpu_parallel(gn_tensor_numel(q) < GN_CPU_SERIAL ? 1 : ctx->threads, rope_rows, &op);
+    return GN_OK;
+}

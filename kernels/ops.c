@@ -1,0 +1,185 @@
+/* ops.c - checks a call, then hands it to the context's backend.
+ *
+ * Every pointer, shape, id and position is looked at here, once, so that backends need not
+ * and refuse exactly the same calls. */
+#include "backend.h"
+
+#include <limits.h>
+
+static bool is_aligned(const void *p, size_t to) {
+    return (uintptr_t)p % to == 0;
+}
+
+/* Elements of one step along the first dimension, or -1 if a size is below 1 or overflows. */
+static int64_t inner_numel(const gn_tensor *t) {
+    int64_t n = 1;
+    for (int i = 1; i < t->ndim; i++)
+        if (t->shape[i] < 1 || __builtin_mul_overflow(n, t->shape[i], &n)) return -1;
+    return n;
+}
+
+/* Memory, a known float dtype, `ndim` dimensions, rows that do not overlap, and a size in bytes
+ * that a pointer difference can hold. Zero rows are fine, and then need no memory. */
+static bool is_tensor(const gn_tensor *t, int ndim) {
+    if (!t || t->ndim != ndim || !gn_dtype_is_float(t->dtype) || t->shape[0] < 0) return false;
+    const int64_t inner = inner_numel(t);
+    int64_t bytes;
+    if (inner < 0 || t->ld < inner || __builtin_mul_overflow(t->shape[0], t->ld, &bytes) ||
+        bytes > PTRDIFF_MAX / 8)
+        return false;
+    return t->shape[0] == 0 || t->data;
+}
+
+static bool is_f32(const gn_tensor *t, int ndim) {
+    return is_tensor(t, ndim) && t->dtype == GN_F32 && is_aligned(t->data, sizeof(float));
+}
+
+static bool is_vector(const gn_tensor *t, int64_t n) {
+    return is_f32(t, 1) && t->ld == 1 && t->shape[0] == n;
+}
+
+static bool is_rows(const gn_tensor *t, int64_t rows, int64_t cols) {
+    return is_f32(t, 2) && t->shape[0] == rows && t->shape[1] == cols;
+}
+
+static bool is_matrix(const gn_matrix *m) {
+    int64_t numel;
+    if (!m || !m->data || m->qtype < 0 || m->qtype >= GN_QTYPE_COUNT) return false;
+    if (m->rows < 1 || m->cols < 1 || __builtin_mul_overflow(m->rows, m->cols, &numel) ||
+        numel > PTRDIFF_MAX / 8 || !gn_dtype_is_float(m->dtype))
+        return false;
+    if (m->qtype == GN_Q_NONE) return true;
+    if (m->qtype == GN_Q_INT8) return m->absmax && is_aligned(m->absmax, sizeof(float));
+    if (!m->code || !is_aligned(m->code, sizeof(float))) return false;
+    if (!m->absmax_u8) return m->absmax && is_aligned(m->absmax, sizeof(float));
+    return m->nested_code && m->nested_absmax && is_aligned(m->nested_code, sizeof(float)) &&
+           is_aligned(m->nested_absmax, sizeof(float));
+}
+
+gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table, const int32_t *ids) {
+    if (!ctx || !is_f32(y, 2) || !is_matrix(table) || table->qtype != GN_Q_NONE ||
+        y->shape[1] != table->cols)
+        return GN_EINVAL;
+    if (y->shape[0] == 0) return GN_OK;
+    if (!ids) return GN_EINVAL;
+    for (int64_t t = 0; t < y->shape[0]; t++)
+        if (ids[t] < 0 || ids[t] >= table->rows) return GN_EINVAL;
+    return ctx->backend->embed(ctx, y, table, ids);
+}
+
+gn_status gn_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_tensor *w, float eps) {
+    if (!ctx || !is_f32(x, 2) || !is_rows(y, x->shape[0], x->shape[1]) ||
+        !is_vector(w, x->shape[1]))
+        return GN_EINVAL;
+    return x->shape[0] == 0 ? GN_OK : ctx->backend->rmsnorm(ctx, y, x, w, eps);
+}
+
+static bool is_lora(const gn_lora *term, int64_t T, int64_t K, int64_t N) {
+    if (term->row0 < 0 || term->rows < 0 || (int64_t)term->row0 + term->rows > T) return false;
+    const gn_tensor *a = &term->a, *b = &term->b;
+    if (!is_tensor(a, 2) || !is_tensor(b, 2) || a->dtype != b->dtype || a->dtype == GN_F16)
+        return false;
+    return a->shape[0] >= 1 && a->shape[1] == K && b->shape[0] == N && b->shape[1] == a->shape[0];
+}
+
+static bool is_part(const struct gn_linear_part *part, int64_t T, int64_t K, bool writes_y) {
+    if (!is_matrix(part->w) || part->w->cols != K) return false;
+    if (writes_y && !is_rows(&part->y, T, part->w->rows)) return false;
+    if (part->n_lora < 0 || (part->n_lora > 0 && !part->lora)) return false;
+    for (int i = 0; i < part->n_lora; i++)
+        if (!is_lora(&part->lora[i], T, K, part->w->rows)) return false;
+    return true;
+}
+
+gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
+    if (!ctx || !args || !is_f32(&args->x, 2)) return GN_EINVAL;
+    const int64_t T = args->x.shape[0], K = args->x.shape[1];
+    const bool swiglu = args->epilogue == GN_SWIGLU;
+    if (args->epilogue != GN_STORE && args->epilogue != GN_ADD && !swiglu) return GN_EINVAL;
+    if (args->n_parts < 1 || args->n_parts > GN_MAX_PARTS || (swiglu && args->n_parts != 2))
+        return GN_EINVAL;
+    if (args->norm && !is_vector(args->norm, K)) return GN_EINVAL;
+    for (int i = 0; i < args->n_parts; i++)
+        if (!is_part(&args->part[i], T, K, !swiglu || i == 0)) return GN_EINVAL;
+    if (swiglu && args->part[0].w->rows != args->part[1].w->rows) return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->linear(ctx, args);
+}
+
+size_t gn_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                           int64_t max_rank, int max_terms) {
+    return ctx->backend->linear_workspace(ctx, rows, max_k, max_n, max_rank, max_terms);
+}
+
+/* Rows 0 ... T in order, and positions that fit in an int32. */
+static bool is_seqs(const gn_seqs *seqs, int64_t T) {
+    if (!seqs || seqs->n < 0 || T > INT32_MAX) return false;
+    if (seqs->n == 0) return T == 0;
+    if (!seqs->row0 || !seqs->pos0 || seqs->row0[0] != 0 || seqs->row0[seqs->n] != T) return false;
+    for (int32_t i = 0; i < seqs->n; i++) {
+        if (seqs->row0[i + 1] < seqs->row0[i] || seqs->pos0[i] < 0) return false;
+        if ((int64_t)seqs->pos0[i] + (seqs->row0[i + 1] - seqs->row0[i]) > INT32_MAX) return false;
+    }
+    return true;
+}
+
+static bool is_kv(const gn_kv *kv, int64_t kv_heads, int64_t head_dim) {
+    if (!kv || !is_tensor(&kv->k, 4) || !is_tensor(&kv->v, 4)) return false;
+    if (kv->k.dtype != kv->v.dtype || kv->k.dtype == GN_F16) return false;
+    for (int i = 0; i < 4; i++)
+        if (kv->k.shape[i] != kv->v.shape[i]) return false;
+    return kv->k.shape[1] == kv_heads && kv->k.shape[3] == head_dim && head_dim % 2 == 0 &&
+           head_dim <= GN_MAX_HEAD_DIM;
+}
+
+/* Every position up to each sequence's last has a block, and the block exists. */
+static bool has_blocks(const gn_seqs *seqs, const gn_kv *kv) {
+    const int64_t tokens = kv->k.shape[2];
+    for (int32_t i = 0; i < seqs->n; i++) {
+        const int64_t rows = seqs->row0[i + 1] - seqs->row0[i];
+        if (rows == 0) continue;
+        const int64_t needed = (seqs->pos0[i] + rows - 1) / tokens + 1;
+        if (needed > seqs->max_blocks || !seqs->blocks) return false;
+        const int32_t *blocks = seqs->blocks + (int64_t)i * seqs->max_blocks;
+        for (int64_t j = 0; j < needed; j++)
+            if (blocks[j] < 0 || blocks[j] >= kv->k.shape[0]) return false;
+    }
+    return true;
+}
+
+gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_tensor *inv_freq,
+                        const gn_seqs *seqs) {
+    if (!ctx || !is_f32(cos, 2) || !is_rows(sin, cos->shape[0], cos->shape[1]) ||
+        !is_vector(inv_freq, cos->shape[1]) || !is_seqs(seqs, cos->shape[0]))
+        return GN_EINVAL;
+    return cos->shape[0] == 0 ? GN_OK : ctx->backend->rope_table(ctx, cos, sin, inv_freq, seqs);
+}
+
+gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
+                        const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
+                        gn_kv *kv) {
+    if (!ctx || !is_f32(q, 3) || !is_f32(k, 3) || !is_f32(v, 3)) return GN_EINVAL;
+    const int64_t T = q->shape[0], kv_heads = k->shape[1], D = q->shape[2];
+    if (k->shape[0] != T || k->shape[2] != D || v->shape[0] != T || v->shape[1] != kv_heads ||
+        v->shape[2] != D)
+        return GN_EINVAL;
+    if (!is_kv(kv, kv_heads, D) || !is_rows(cos, T, D / 2) || !is_rows(sin, T, D / 2) ||
+        !is_seqs(seqs, T) || !has_blocks(seqs, kv))
+        return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->rope_store(ctx, q, k, v, cos, sin, seqs, kv);
+}
+
+gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
+                       const gn_seqs *seqs) {
+    if (!ctx || !kv || !is_f32(q, 3) || !is_f32(y, 3)) return GN_EINVAL;
+    const int64_t T = q->shape[0], heads = q->shape[1], D = q->shape[2];
+    const int64_t kv_heads = kv->k.shape[1];
+    if (y->shape[0] != T || y->shape[1] != heads || y->shape[2] != D) return GN_EINVAL;
+    if (!is_kv(kv, kv_heads, D) || heads % kv_heads != 0 || !is_seqs(seqs, T) ||
+        !has_blocks(seqs, kv))
+        return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->attention(ctx, y, q, kv, seqs);
+}
+
+size_t gn_attention_workspace(const gn_ctx *ctx, int64_t context) {
+    return ctx->backend->attention_workspace(ctx, context);
+}
