@@ -24,8 +24,8 @@ struct gn_tensor_file {
 /* An empty set; gn_tensor_file_close frees it at any stage. */
 GN_CHECKED gn_status gn_tensor_file_new(gn_tensor_file **out, gn_error *err);
 /* Maps a regular file read-only. *mapping is a copy, good until the set is closed. */
-GN_CHECKED gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path,
-                                        gn_mapping *mapping, gn_error *err);
+GN_CHECKED gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, gn_mapping *mapping,
+                                        gn_error *err);
 /* Adds a copy of *tensor. Its name is copied; its data and path point into a mapping of this set
  * and were checked by the caller. */
 GN_CHECKED gn_status gn_tensor_file_add(gn_tensor_file *file, const gn_file_tensor *tensor,
