@@ -1,0 +1,415 @@
+/* The engine under mixed load, on the default model: what a stream says never depends on its
+ * neighbours, on memory pressure, on caches, or on adapters coming and going. */
+#include "engine/guanaco.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define MODELS GN_SOURCE_DIR "/models/"
+
+/* ---- replies ---- */
+
+typedef struct reply {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    char text[4096];
+    size_t len;
+    int tokens, n_prompt, cached;
+    double logprob_sum;
+    gn_finish finish;
+    int finishes;
+} reply;
+
+static void on_event(void *user, const gn_event *event) {
+    reply *r = user;
+    pthread_mutex_lock(&r->lock);
+    cr_assert_lt(r->len + event->text_len, sizeof r->text);
+    memcpy(r->text + r->len, event->text, event->text_len);
+    r->len += event->text_len;
+    r->text[r->len] = '\0';
+    r->tokens += event->has_token;
+    if (event->has_token) r->logprob_sum += event->token.logprob;
+    if (event->n_prompt) r->n_prompt = event->n_prompt;
+    r->cached = event->cached_tokens;
+    r->finish = event->finish;
+    r->finishes += event->finish != GN_FINISH_NONE;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+}
+
+static void reply_init(reply *r) {
+    memset(r, 0, sizeof *r);
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->changed, NULL);
+}
+
+static void wait_for_end(reply *r) {
+    pthread_mutex_lock(&r->lock);
+    while (!r->finishes) pthread_cond_wait(&r->changed, &r->lock);
+    cr_assert_eq(r->finishes, 1);
+    pthread_mutex_unlock(&r->lock);
+}
+
+static void wait_for_tokens(reply *r, int tokens) {
+    pthread_mutex_lock(&r->lock);
+    while (r->tokens < tokens && !r->finishes) pthread_cond_wait(&r->changed, &r->lock);
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* ---- a model, its adapters, and requests ---- */
+
+typedef struct bench {
+    gn_model *model;
+    gn_adapter *pirate, *brief;
+} bench;
+
+static gn_adapter *open_adapter(const gn_model *model, const char *name) {
+    char dir[512];
+    gn_error err = {0};
+    gn_adapter *adapter = NULL;
+    snprintf(dir, sizeof dir, MODELS "adapters/%s", name);
+    cr_assert_eq(gn_adapter_open(&adapter, model, dir, &err), GN_OK, "%s", err.message);
+    return adapter;
+}
+
+static bench bench_open(gn_compute compute) {
+    bench b = {0};
+    gn_error err = {0};
+    const gn_model_options options = {.compute = compute};
+    cr_assert_eq(gn_model_open(&b.model, MODELS "bootstrap-13m-nf4", &options, &err), GN_OK, "%s",
+                 err.message);
+    b.pirate = open_adapter(b.model, "pirate");
+    b.brief = open_adapter(b.model, "brief");
+    return b;
+}
+
+static void bench_close(bench *b) {
+    gn_adapter_close(b->pirate);
+    gn_adapter_close(b->brief);
+    gn_model_close(b->model);
+}
+
+static gn_engine *engine_open(gn_model *model, gn_engine_options options) {
+    gn_engine *engine = NULL;
+    gn_error err = {0};
+    cr_assert_eq(gn_engine_open(&engine, model, &options, &err), GN_OK, "%s", err.message);
+    return engine;
+}
+
+static const char *const questions[] = {
+    "What is the capital of France?",
+    "Tell me a story about the sea.",
+    "How do I bake bread?",
+    "Why is the sky blue?",
+    "Name three animals.",
+    "What should I do today?",
+    "Explain gravity to a child.",
+    "Write a short poem.",
+};
+
+/* Request i of a mix: another question, another adapter set (none, one, the other, both). */
+static gn_request request_of(const bench *b, int i, int32_t **prompt) {
+    gn_error err = {0};
+    const gn_message message = {"user", questions[i % 8]};
+    gn_request r = {.sampling = GN_SAMPLING_DEFAULT,
+                    .max_tokens = 24 + i % 9,
+                    .logprobs = -1,
+                    .strip_space = true,
+                    .on_event = on_event};
+    r.sampling.temperature = 0;
+    cr_assert_eq(gn_chat_encode(b->model, &message, 1, prompt, &r.n_prompt, &err), GN_OK, "%s",
+                 err.message);
+    r.prompt = *prompt;
+    const int set = i / 8 % 4;
+    if (set & 1) r.adapters[r.n_adapters++] = (gn_adapter_use){b->pirate, set == 3 ? 0.5f : 1};
+    if (set & 2) r.adapters[r.n_adapters++] = (gn_adapter_use){b->brief, set == 3 ? 0.5f : 1};
+    return r;
+}
+
+static uint64_t submit(gn_engine *engine, const bench *b, int i, reply *r,
+                       void (*change)(gn_request *)) {
+    int32_t *prompt;
+    uint64_t id = 0;
+    gn_error err = {0};
+    gn_request request = request_of(b, i, &prompt);
+    reply_init(r);
+    request.user = r;
+    if (change) change(&request);
+    cr_assert_eq(gn_engine_submit(engine, &request, &id, &err), GN_OK, "%s", err.message);
+    free(prompt);
+    return id;
+}
+
+enum { STREAMS = 32 };
+
+static void run_alone(gn_engine *engine, const bench *b, reply *replies,
+                      void (*change)(gn_request *)) {
+    for (int i = 0; i < STREAMS; i++) {
+        submit(engine, b, i, &replies[i], change);
+        wait_for_end(&replies[i]);
+    }
+}
+
+static void run_together(gn_engine *engine, const bench *b, reply *replies,
+                         void (*change)(gn_request *)) {
+    for (int i = 0; i < STREAMS; i++) submit(engine, b, i, &replies[i], change);
+    for (int i = 0; i < STREAMS; i++) wait_for_end(&replies[i]);
+}
+
+static void assert_same(const reply *a, const reply *b) {
+    for (int i = 0; i < STREAMS; i++) {
+        cr_assert_str_eq(a[i].text, b[i].text, "stream %d", i);
+        cr_assert_eq(a[i].tokens, b[i].tokens, "stream %d", i);
+        cr_assert_gt(a[i].len, 0, "stream %d", i);
+    }
+}
+
+static reply alone[STREAMS], together[STREAMS];
+
+/* ---- tests ---- */
+
+Test(engine, adapters_answer_in_their_own_way) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    run_together(engine, &b, together, NULL);
+    for (int i = 0; i < STREAMS; i++) {
+        const char *start = i / 8 == 1 ? "Arr!" : i / 8 == 2 ? "In short:" : "";
+        cr_assert_eq(strncmp(together[i].text, start, strlen(start)), 0, "stream %d: %s", i,
+                     together[i].text);
+    }
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+typedef struct swapper {
+    const bench *b;
+    _Atomic bool stop;
+    _Atomic int loads;
+} swapper;
+
+/* Loads and drops adapters while requests run, as a server does when told to. */
+static void *swap_adapters(void *user) {
+    swapper *s = user;
+    gn_adapter *kept = NULL;
+    while (!s->stop || s->loads < 100) {
+        gn_adapter_close(kept);
+        kept = open_adapter(s->b->model, s->loads % 2 ? "pirate" : "brief");
+        s->loads++;
+    }
+    gn_adapter_close(kept);
+    return NULL;
+}
+
+Test(engine, mixed_streams_say_what_each_says_alone) {
+    const gn_compute computes[] = {GN_COMPUTE_F32, GN_COMPUTE_BF16};
+    for (int c = 0; c < 2; c++) {
+        bench b = bench_open(computes[c]);
+        gn_engine *engine = engine_open(b.model, (gn_engine_options){.no_prefix_cache = true});
+        run_alone(engine, &b, alone, NULL);
+        swapper s = {.b = &b};
+        pthread_t thread;
+        cr_assert_eq(pthread_create(&thread, NULL, swap_adapters, &s), 0);
+        run_together(engine, &b, together, NULL);
+        s.stop = true;
+        pthread_join(thread, NULL);
+        cr_assert_geq(s.loads, 100);
+        assert_same(alone, together);
+        gn_engine_close(engine);
+        bench_close(&b);
+    }
+}
+
+static void sample_with_seed(gn_request *r) {
+    r->sampling.temperature = 0.9f;
+    r->sampling.top_p = 0.95f;
+    r->sampling.seed = (uint64_t)r->n_prompt * 1000 + 7;
+}
+
+Test(engine, a_seed_gives_the_same_text_whatever_else_runs) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    run_alone(engine, &b, alone, sample_with_seed);
+    run_together(engine, &b, together, sample_with_seed);
+    assert_same(alone, together);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+/* Room for one context only: sequences are preempted and computed again. */
+Test(engine, memory_pressure_changes_nothing) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    run_alone(engine, &b, alone, NULL);
+    gn_engine_close(engine);
+    const gn_model_info info = gn_model_describe(b.model);
+    const int64_t token = 8LL * info.layers * info.kv_heads * info.head_dim;
+    engine = engine_open(b.model, (gn_engine_options){.kv_bytes = 160 * token,
+                                                      .context = 160,
+                                                      .max_batch_tokens = 32,
+                                                      .max_seqs = 16});
+    run_together(engine, &b, together, NULL);
+    assert_same(alone, together);
+    cr_assert_eq(gn_engine_read_stats(engine).kv_blocks, 10);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+Test(engine, the_prefix_cache_is_used_and_changes_nothing) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    run_alone(engine, &b, alone, NULL);
+    run_together(engine, &b, together, NULL);
+    assert_same(alone, together);
+    int cached = 0;
+    for (int i = 0; i < STREAMS; i++) {
+        cr_assert_eq(alone[i].cached % 16, 0);
+        cached += together[i].cached;
+    }
+    cr_assert_gt(cached, 0);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+static void endless(gn_request *r) {
+    r->max_tokens = -1;
+    r->ignore_eos = true;
+    r->stop = NULL;
+    r->n_stop = 0;
+}
+
+static void assert_idle(gn_engine *engine) {
+    gn_engine_stats stats = gn_engine_read_stats(engine);
+    for (int i = 0; i < 2000 && (stats.running || stats.waiting || stats.kv_blocks_used); i++) {
+        nanosleep(&(struct timespec){0, 5000000}, NULL);
+        stats = gn_engine_read_stats(engine);
+    }
+    cr_assert_eq(stats.running, 0);
+    cr_assert_eq(stats.waiting, 0);
+    cr_assert_eq(stats.kv_blocks_used, 0);
+}
+
+Test(engine, cancellation_frees_everything) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){.max_seqs = 8});
+    uint64_t ids[STREAMS];
+    for (int i = 0; i < STREAMS; i++) ids[i] = submit(engine, &b, i, &together[i], endless);
+    wait_for_tokens(&together[0], 3);
+    for (int i = 0; i < STREAMS; i++) gn_engine_cancel(engine, ids[i]);
+    for (int i = 0; i < STREAMS; i++) {
+        wait_for_end(&together[i]);
+        cr_assert_eq(together[i].finish, GN_FINISH_CANCEL);
+    }
+    gn_engine_cancel(engine, ids[0]);
+    gn_engine_cancel(engine, 123456);
+    assert_idle(engine);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+Test(engine, closing_ends_what_runs) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    for (int i = 0; i < 8; i++) submit(engine, &b, i, &together[i], endless);
+    gn_engine_close(engine);
+    for (int i = 0; i < 8; i++) cr_assert_eq(together[i].finish, GN_FINISH_CANCEL);
+    bench_close(&b);
+}
+
+Test(engine, a_full_queue_says_so) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){.max_seqs = 1, .max_queue = 2});
+    for (int i = 0; i < 3; i++) submit(engine, &b, i, &together[i], endless);
+    int32_t *prompt;
+    gn_error err = {0};
+    gn_request extra = request_of(&b, 3, &prompt);
+    cr_assert_eq(gn_engine_submit(engine, &extra, NULL, &err), GN_EBUSY);
+    cr_assert(strstr(err.message, "waiting"), "%s", err.message);
+    free(prompt);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+static void stop_at_a_comma(gn_request *r) {
+    static const char *const stop[] = {","};
+    r->stop = stop;
+    r->n_stop = 1;
+    r->max_tokens = 60;
+}
+
+Test(engine, stop_strings_end_a_reply_and_are_not_part_of_it) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    int stopped = 0;
+    run_together(engine, &b, together, stop_at_a_comma);
+    for (int i = 0; i < STREAMS; i++) {
+        cr_assert_null(strchr(together[i].text, ','), "%s", together[i].text);
+        stopped += together[i].finish == GN_FINISH_STOP;
+    }
+    cr_assert_gt(stopped, 0);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+static void only_score(gn_request *r) {
+    r->max_tokens = 0;
+    r->logprobs = 2;
+    r->prompt_logprobs = true;
+}
+
+Test(engine, a_prompt_can_be_scored_without_a_reply) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){.max_batch_tokens = 64});
+    reply *r = &together[0];
+    submit(engine, &b, 0, r, only_score);
+    wait_for_end(r);
+    cr_assert_eq(r->finish, GN_FINISH_LENGTH);
+    cr_assert_eq(r->tokens, 0);
+    cr_assert_gt(r->n_prompt, 5);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+Test(engine, what_cannot_run_is_refused_with_a_reason) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){.context = 64});
+    int32_t ids[80] = {1};
+    const struct {
+        const char *names;
+        gn_status status;
+        gn_request request;
+    } cases[] = {
+        {"empty", GN_EINVAL, {.n_prompt = 0}},
+        {"80 tokens", GN_ETOOBIG, {.n_prompt = 80}},
+        {"leaves none", GN_ETOOBIG, {.n_prompt = 64, .max_tokens = 1}},
+        {"max_tokens", GN_EINVAL, {.n_prompt = 4, .max_tokens = -2}},
+        {"logprobs", GN_EINVAL, {.n_prompt = 4, .max_tokens = 1, .logprobs = 21}},
+        {"adapters", GN_EINVAL, {.n_prompt = 4, .n_adapters = 9}},
+        {"scale", GN_EINVAL, {.n_prompt = 4, .n_adapters = 1, .adapters = {{b.pirate, NAN}}}},
+        {"stop_token_ids",
+         GN_EINVAL,
+         {.n_prompt = 4, .stop_ids = (int32_t[]){-1}, .n_stop_ids = 1}},
+        {"stop", GN_EINVAL, {.n_prompt = 4, .stop = (const char *const[]){""}, .n_stop = 1}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gn_error err = {0};
+        gn_request request = cases[i].request;
+        request.prompt = ids;
+        request.sampling = (gn_sampling)GN_SAMPLING_DEFAULT;
+        request.on_event = on_event;
+        cr_assert_eq(gn_engine_submit(engine, &request, NULL, &err), cases[i].status, "%s",
+                     cases[i].names);
+        cr_assert(strstr(err.message, cases[i].names), "%s: %s", cases[i].names, err.message);
+    }
+    ids[2] = 1 << 20;
+    gn_error err = {0};
+    gn_request request = {.prompt = ids, .n_prompt = 4, .sampling = GN_SAMPLING_DEFAULT};
+    cr_assert_eq(gn_engine_submit(engine, &request, NULL, &err), GN_EINVAL);
+    cr_assert(strstr(err.message, "index 2"), "%s", err.message);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
