@@ -137,11 +137,6 @@ static struct reference reference_of(const gn_ctx *ctx, const gn_linear_args *ar
         .args = args, .compute = ctx->compute, .T = args->x.shape[0], .K = args->x.shape[1]};
 }
 
-size_t gn_cpu_linear_reference_workspace(const gn_ctx *ctx, const gn_linear_args *args) {
-    struct reference op = reference_of(ctx, args);
-    return lay_out(&op, NULL, ctx->threads);
-}
-
 gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args) {
     struct reference op = reference_of(ctx, args);
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
