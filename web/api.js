@@ -24,7 +24,8 @@ async function errorOf(response) {
     );
 }
 
-async function request(path, {apiKey, body, signal}) {
+async function request(path, {apiKey: typed, body, signal}) {
+    const apiKey = typed.trim();
     if (/[^\x21-\x7e]/.test(apiKey))
         throw new ApiError('The API key in the settings has characters that cannot be sent.', 401);
     const headers = {};

@@ -44,8 +44,10 @@ async function save(conversation) {
         titles = [{id, title, updated}, ...titles.filter(other => other.id !== id)];
         titles.sort((a, b) => b.updated - a.updated);
     } catch (error) {
-        const full = error.name === 'QuotaExceededError';
-        const reason = full ? "the browser's storage is full. Delete or export some" : error.message;
+        const reason =
+            error.name === 'QuotaExceededError'
+                ? "the browser's storage is full. Export or delete some"
+                : error.message;
         if (!warned) toast(`This conversation is not being kept: ${reason}.`);
         warned = true;
     }

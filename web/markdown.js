@@ -99,8 +99,8 @@ export function render(text) {
     }
 }
 
-/* How many characters at the start of a growing text are blocks that later text cannot change:
- * all but the last block, once that has enough text to show that it is not part of the one before. */
+/* How many characters at the start of a growing text are blocks that later text cannot change: all
+ * but the last block, once that is long enough to show that it is not part of the one before. */
 export function settledLength(text) {
     let blocks;
     try {

@@ -34,7 +34,8 @@ function updateReply(element, message, {running, isLast, busy}) {
     part(element, 'note').hidden = running || noteOf(version) === '';
     part(element, 'reason').textContent = version.error ?? '';
     part(element, 'error').hidden = running || !version.error;
-    button('retry').hidden = !isLast || busy;
+    const again = isLast && !busy;
+    button('retry').hidden = !again;
 
     part(element, 'actions').hidden = running;
     part(element, 'versions').hidden = message.versions.length < 2;
@@ -42,7 +43,7 @@ function updateReply(element, message, {running, isLast, busy}) {
     button('previous').disabled = message.shown === 0;
     button('next').disabled = message.shown === message.versions.length - 1;
     button('copy').hidden = version.content === '';
-    button('regenerate').hidden = !isLast || busy;
+    button('regenerate').hidden = !again || (version.error && version.content === '');
     part(element, 'stats').textContent = statsOf(version);
 
     if (running || rendered.get(element) === version) return;

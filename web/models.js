@@ -89,7 +89,7 @@ export function reportProblem(error) {
     }
     showBanner('The server cannot be reached. Trying again …');
     clearTimeout(retryTimer);
-    delay = Math.min((delay ?? 1000) * 1.5, 15000);
+    delay = Math.min((delay ?? 1000) * 1.5, 5000);
     retryTimer = setTimeout(refreshModels, delay);
 }
 

@@ -1,8 +1,8 @@
 /* stream.js - shows a reply while it grows, without rendering all of it over and over.
  *
- * At most once a frame, and never for more than a fifth of the time, the text since the last settled
- * block is rendered; blocks that can no longer change stay in the document untouched. So the work
- * grows with the text and not with its square, and a selection in what has settled survives. */
+ * At most once a frame, and never for more than a fifth of the time, the text since the last
+ * settled block is rendered; blocks that can no longer change stay in the document untouched. So
+ * the work grows with the text and not with its square, and a selection in settled text stays. */
 import {render, settledLength} from './markdown.js';
 
 export class StreamView {

@@ -86,7 +86,8 @@ export function startMock(port = 0) {
     });
     return new Promise(resolve => {
         server.listen(port, '127.0.0.1', () => {
-            resolve({url: `http://127.0.0.1:${server.address().port}/`, close: () => server.close()});
+            const url = `http://127.0.0.1:${server.address().port}/`;
+            resolve({url, close: () => server.close()});
         });
     });
 }

@@ -130,7 +130,8 @@ function slowDown(delay) {
 async function answerWith(page, text) {
     const event = choice => `data: ${JSON.stringify({model: 'base', choices: [choice]})}\n\n`;
     const pieces = text.match(/[^]{1,5}/g).map(content => event({index: 0, delta: {content}}));
-    const body = `${pieces.join('')}${event({index: 0, delta: {}, finish_reason: 'stop'})}data: [DONE]\n\n`;
+    const end = event({index: 0, delta: {}, finish_reason: 'stop'});
+    const body = `${pieces.join('')}${end}data: [DONE]\n\n`;
     await page.route('**/v1/chat/completions', route =>
         route.fulfill({contentType: 'text/event-stream', body}),
     );
@@ -200,6 +201,7 @@ test('stop keeps what is there', async () => {
     await isIdle(page);
     assert.equal(await replies(page).last().locator('.note').innerText(), 'Stopped.');
     assert.equal(await textOf(replies(page).first()), text);
+    assert.equal(await page.getByRole('button', {name: 'Regenerate'}).count(), 1);
     assert.deepEqual(problems, []);
 });
 
@@ -296,7 +298,7 @@ test('settings and the blend reach the server', async () => {
     await page.getByLabel('Top p').fill('0.9');
     await page.getByLabel('Seed').fill('7');
     await page.getByLabel('Temperature').fill('9'); /* out of range: not kept */
-    await page.getByLabel('API key').fill('secret');
+    await page.getByLabel('API key').fill(' secret ');
     await page.getByRole('slider', {name: 'pirate'}).fill('0.75');
     await page.getByRole('slider', {name: 'brief'}).fill('0.5');
     await page.keyboard.press('Escape');
@@ -343,7 +345,8 @@ test('the theme can be chosen and is kept', async () => {
 
 test('on a phone nothing scrolls sideways and the list is a drawer', async () => {
     const page = await openPage(PHONE);
-    await answerWith(page, `\`\`\`\n${'long '.repeat(60)}\n\`\`\`\n\n${'x'.repeat(400)}\n\n|a|b|\n|-|-|\n`);
+    const code = `\`\`\`\n${'long '.repeat(60)}\n\`\`\``;
+    await answerWith(page, `${code}\n\n${'x'.repeat(400)}\n\n|a|b|\n|-|-|\n`);
     await ask(page, 'y'.repeat(300));
     const width = () => page.evaluate(() => document.documentElement.scrollWidth);
     assert.equal(await width(), 390);
@@ -449,6 +452,7 @@ test('an error is shown with a retry that works', async () => {
     await page.route('**/v1/chat/completions', refuse);
     await ask(page, 'Hello?');
     assert.equal(await page.locator('.error span').innerText(), error.message);
+    assert.equal(await page.getByRole('button', {name: 'Regenerate'}).count(), 0);
     await page.unroute('**/v1/chat/completions', refuse);
     await page.getByRole('button', {name: 'Retry'}).click();
     await page.locator('.stats:not(:empty)').waitFor();
@@ -540,7 +544,8 @@ test('events are read wherever the stream is cut', async () => {
     const read = await page.evaluate(async () => {
         const {eventData} = await import(new URL('api.js', document.baseURI));
         const bytes = new TextEncoder().encode(
-            ': hello\r\ndata: {"a":\r\ndata: "🦙é"}\r\n\r\nevent: x\rdata:two\r\rdata: 3\n\ndata: lost',
+            ': hello\r\ndata: {"a":\r\ndata: "🦙é"}\r\n\r\n' +
+                'event: x\rdata:two\r\rdata: 3\n\ndata: lost',
         );
         const results = new Set();
         for (const size of [1, 2, 3, 5, 7, 1000]) {
