@@ -1,0 +1,26 @@
+/* module_pattern.h - the keys of PEFT's rank_pattern and alpha_pattern.
+ *
+ * A key is a regular expression K, and a module is meant when its name matches (.*\.)?(K)$ from
+ * its beginning: "q_proj" and "layers.0.self_attn.q_proj" name modules by their last parts. */
+#ifndef GN_MODULE_PATTERN_H
+#define GN_MODULE_PATTERN_H
+
+#include <regex.h>
+
+#include "kernels/base.h"
+
+typedef struct gn_module_pattern {
+    const char *key; /* borrowed */
+    bool plain;      /* letters, digits, "_", "-" and ".": matched without `regex` */
+    regex_t regex;
+} gn_module_pattern;
+
+/* `key` must outlive the pattern. Understood are the parts of Python's syntax that POSIX extended
+ * expressions share, \d, \w and (?:...); the rest ({m,n}, lookahead, back references ...) is
+ * GN_EUNSUPPORTED. `where` names the key's place in messages. */
+GN_CHECKED gn_status gn_module_pattern_open(gn_module_pattern *pattern, const char *key,
+                                            const char *where, gn_error *err);
+bool gn_module_pattern_match(const gn_module_pattern *pattern, const char *module);
+void gn_module_pattern_close(gn_module_pattern *pattern);
+
+#endif
