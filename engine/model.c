@@ -1,0 +1,337 @@
+/* model.c - a base model from a Hugging Face folder.
+ *
+ * Weights that can be used as they stand in the file stay in its mapping: 16-bit embeddings, and
+ * the codes and scales of a folder that is 4-bit already, so that such a model is ready at once.
+ * 16- and 32-bit projections are quantized tensor by tensor. Every tensor of the folder must have
+ * a place in the model, and every place its tensor. */
+#include "engine/model.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/bnb.h"
+#include "engine/model_internal.h"
+
+enum { MAX_NAME = 256 };
+
+typedef struct loader {
+    gn_model *m;
+    gn_model_options options;
+    int64_t done, total; /* bytes of the file */
+    size_t used;         /* tensors that found their place */
+    gn_error *err;
+} loader;
+
+void *gn_model_own(gn_model *m, size_t bytes) {
+    void **grown = realloc(m->owned, (m->n_owned + 1) * sizeof *grown);
+    if (!grown) return NULL;
+    m->owned = grown;
+    void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
+    if (memory) m->owned[m->n_owned++] = memory;
+    return memory;
+}
+
+gn_status gn_model_new(gn_model **out, const char *dir, const gn_config *config,
+                       const gn_model_options *options, gn_error *err) {
+    gn_model *m = calloc(1, sizeof *m);
+    if (!m) return gn_fail(err, GN_ENOMEM, "out of memory");
+    const gn_ctx_options ctx = {.device = options->device,
+                                .compute = options->compute == GN_COMPUTE_BF16 ? GN_BF16 : GN_F32,
+                                .auto_compute = options->compute == GN_COMPUTE_AUTO,
+                                .threads = options->threads};
+    m->config = *config;
+    m->dir = strdup(dir);
+    m->layers = calloc((size_t)config->layers, sizeof *m->layers);
+    gn_status status = m->dir && m->layers ? gn_ctx_open(&m->ctx, &ctx, err)
+                                           : gn_fail(err, GN_ENOMEM, "out of memory");
+    if (status)
+        gn_model_close(m);
+    else
+        *out = m;
+    return status;
+}
+
+void gn_model_close(gn_model *m) {
+    if (!m) return;
+    for (size_t i = 0; i < m->n_owned; i++) gn_ctx_free(m->ctx, m->owned[i]);
+    free(m->owned);
+    gn_ctx_close(m->ctx);
+    gn_tokenizer_close(m->tokenizer);
+    gn_chat_template_close(m->chat);
+    gn_tensor_file_close(m->file);
+    free(m->layers);
+    free(m->dir);
+    free(m);
+}
+
+static void count(gn_model *m, const gn_matrix *w) {
+    m->parameters += w->rows * w->cols;
+    m->weight_bytes += (int64_t)gn_matrix_bytes(w);
+}
+
+gn_status gn_model_finish(gn_model *m, gn_error *err) {
+    const gn_config *c = &m->config;
+    float *inv_freq = gn_model_own(m, (size_t)c->head_dim / 2 * sizeof *inv_freq);
+    if (!inv_freq) return gn_fail(err, GN_ENOMEM, "out of memory");
+    gn_config_inv_freq(c, inv_freq);
+    m->inv_freq = gn_tensor_1d(inv_freq, GN_F32, c->head_dim / 2);
+    count(m, &m->embed);
+    if (m->lm_head.data != m->embed.data) count(m, &m->lm_head);
+    for (int i = 0; i < c->layers; i++) {
+        for (int p = 0; p < GN_PROJ_COUNT; p++) count(m, &m->layers[i].proj[p]);
+    }
+    const int64_t norms = (2 * (int64_t)c->layers + 1) * c->hidden;
+    m->parameters += norms;
+    m->weight_bytes += norms * (int64_t)sizeof(float);
+    return GN_OK;
+}
+
+/* ---- from the folder ---- */
+
+static void advance(loader *l, const gn_file_tensor *t) {
+    l->used++;
+    l->done += (int64_t)t->bytes;
+    if (l->options.progress) l->options.progress(l->options.user, l->done, l->total);
+}
+
+/* The tensor's data for typed access: in the mapping, or an aligned copy. */
+static gn_status place(loader *l, const gn_file_tensor *t, const void **data) {
+    *data = t->data;
+    if ((uintptr_t)t->data % gn_dtype_size(t->dtype) != 0) {
+        void *copy = gn_model_own(l->m, t->bytes);
+        if (!copy) return gn_fail(l->err, GN_ENOMEM, "out of memory for %s", t->name);
+        memcpy(copy, t->data, t->bytes);
+        *data = copy;
+    }
+    advance(l, t);
+    return GN_OK;
+}
+
+static gn_status find_float(loader *l, const char *name, int64_t rows, int64_t cols,
+                            const gn_file_tensor **out) {
+    const gn_file_tensor *t = gn_tensor_file_find(l->m->file, name);
+    if (!t) return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s is missing", l->m->dir, name);
+    if (!gn_dtype_is_float(t->dtype))
+        return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s is %s; expected F32, F16 or BF16",
+                       t->path, name, gn_dtype_name(t->dtype));
+    const bool vector = cols == 1;
+    if (t->ndim != (vector ? 1 : 2) || t->shape[0] != rows || (!vector && t->shape[1] != cols))
+        return gn_fail(
+            l->err, GN_EMISMATCH,
+            "%s: tensor %s has shape (%lld, %lld), but config.json makes it (%lld, %lld)", t->path,
+            name, (long long)(t->ndim > 0 ? t->shape[0] : 1),
+            (long long)(t->ndim > 1 ? t->shape[1] : 1), (long long)rows, (long long)cols);
+    *out = t;
+    return GN_OK;
+}
+
+static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
+    const gn_file_tensor *t;
+    const int64_t n = l->m->config.hidden;
+    const gn_status status = find_float(l, name, n, 1, &t);
+    if (status) return status;
+    float *w = gn_model_own(l->m, (size_t)n * sizeof *w);
+    if (!w) return gn_fail(l->err, GN_ENOMEM, "out of memory for %s", name);
+    gn_widen(w, t->data, t->dtype, n);
+    *out = gn_tensor_1d(w, GN_F32, n);
+    advance(l, t);
+    return GN_OK;
+}
+
+static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
+    const gn_file_tensor *t;
+    const gn_status status = find_float(l, name, rows, cols, &t);
+    if (status) return status;
+    *w = (gn_matrix){.qtype = GN_Q_NONE, .dtype = t->dtype, .rows = rows, .cols = cols};
+    return place(l, t, &w->data);
+}
+
+static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
+    gn_bnb_weight b;
+    gn_error cause = {0};
+    gn_status status = gn_bnb_find(&b, l->m->file, name, rows, cols, &cause);
+    if (status) return gn_fail(l->err, status, "%s: %s", l->m->dir, cause.message);
+    if (!l->options.as_stored && l->options.quant != GN_Q_NONE && l->options.quant != b.qtype)
+        return gn_fail(l->err, GN_EINVAL,
+                       "%s: the weights are %s already and cannot become %s; start from the 16-bit "
+                       "model",
+                       l->m->dir, gn_qtype_name(b.qtype), gn_qtype_name(l->options.quant));
+    l->m->quant = b.qtype;
+    *w = (gn_matrix){.qtype = b.qtype, .dtype = b.dtype, .rows = rows, .cols = cols};
+    w->offset = b.offset;
+    l->used++; /* the quant state */
+    status = place(l, b.codes, &w->data);
+    if (!status) status = place(l, b.quant_map, (const void **)&w->code);
+    if (!status && !b.nested_absmax) return place(l, b.absmax, (const void **)&w->absmax);
+    if (!status) status = place(l, b.absmax, (const void **)&w->absmax_u8);
+    if (!status) status = place(l, b.nested_absmax, (const void **)&w->nested_absmax);
+    if (!status) status = place(l, b.nested_quant_map, (const void **)&w->nested_code);
+    return status;
+}
+
+static gn_status quantize(loader *l, const gn_file_tensor *t, gn_matrix *w) {
+    const gn_qtype type = l->options.quant == GN_Q_NONE ? GN_Q_NF4 : l->options.quant;
+    const bool nested = gn_qtype_is_4bit(type) && !l->options.no_double_quant;
+    const gn_quant_sizes size = gn_quant_sizes_of(type, nested, w->rows, w->cols);
+    gn_model *m = l->m;
+    gn_quant_out out = {.data = gn_model_own(m, size.data)};
+    float *scratch = nested ? malloc(size.absmax) : NULL;
+    out.absmax = nested ? scratch : gn_model_own(m, size.absmax);
+    out.absmax_u8 = nested ? gn_model_own(m, size.absmax_u8) : NULL;
+    out.nested_absmax = nested ? gn_model_own(m, size.nested_absmax) : NULL;
+    gn_error cause = {0};
+    gn_status status = GN_ENOMEM;
+    if (out.data && out.absmax && (!nested || (out.absmax_u8 && out.nested_absmax)))
+        status = gn_quantize(&out, type, t->data, t->dtype, w->rows, w->cols,
+                             gn_ctx_threads(m->ctx), &cause);
+    free(scratch);
+    if (status)
+        return gn_fail(l->err, status, "%s: tensor %s: %s", t->path, t->name,
+                       status == GN_ENOMEM ? "out of memory" : cause.message);
+    m->quant = w->qtype = type;
+    w->data = out.data;
+    w->code = gn_qtype_is_4bit(type) ? gn_code_values(type) : NULL;
+    w->absmax = nested ? NULL : out.absmax;
+    w->absmax_u8 = out.absmax_u8;
+    w->nested_absmax = out.nested_absmax;
+    w->nested_code = gn_dynamic_map();
+    w->offset = out.offset;
+    advance(l, t);
+    return GN_OK;
+}
+
+static gn_status load_projection(loader *l, int layer, gn_proj proj) {
+    char name[MAX_NAME];
+    const int64_t rows = gn_proj_rows(&l->m->config, proj),
+                  cols = gn_proj_cols(&l->m->config, proj);
+    gn_matrix *w = &l->m->layers[layer].proj[proj];
+    snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[proj]);
+    if (l->m->config.bnb_4bit) return load_bnb(l, name, rows, cols, w);
+    if (l->options.as_stored) return load_plain(l, name, rows, cols, w);
+    const gn_file_tensor *t;
+    const gn_status status = find_float(l, name, rows, cols, &t);
+    if (status) return status;
+    *w = (gn_matrix){.dtype = t->dtype, .rows = rows, .cols = cols};
+    return quantize(l, t, w);
+}
+
+static gn_status load_layer(loader *l, int i) {
+    char name[MAX_NAME];
+    gn_layer *layer = &l->m->layers[i];
+    snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", i);
+    gn_status status = load_norm(l, name, &layer->attn_norm);
+    snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", i);
+    if (!status) status = load_norm(l, name, &layer->mlp_norm);
+    for (int p = 0; !status && p < GN_PROJ_COUNT; p++) status = load_projection(l, i, (gn_proj)p);
+    return status;
+}
+
+static bool ends_with(const char *s, const char *end) {
+    const size_t n = strlen(s), k = strlen(end);
+    return n >= k && !strcmp(s + n - k, end);
+}
+
+/* A tensor that the model computes or copies itself. */
+static bool is_redundant(const gn_model *m, const char *name) {
+    return ends_with(name, ".rotary_emb.inv_freq") ||
+           (m->config.tied_embeddings && !strcmp(name, "lm_head.weight"));
+}
+
+static bool is_known(const gn_model *m, const char *name) {
+    int layer, length = 0;
+    if (!strcmp(name, "model.embed_tokens.weight") || !strcmp(name, "model.norm.weight") ||
+        !strcmp(name, "lm_head.weight"))
+        return true;
+    if (sscanf(name, "model.layers.%d.%n", &layer, &length) != 1 || !length || layer < 0 ||
+        layer >= m->config.layers)
+        return false;
+    const char *rest = name + length;
+    if (!strcmp(rest, "input_layernorm.weight") || !strcmp(rest, "post_attention_layernorm.weight"))
+        return true;
+    for (int p = 0; p < GN_PROJ_COUNT; p++) {
+        const size_t n = strlen(gn_proj_names[p]);
+        if (!strncmp(rest, gn_proj_names[p], n) && !strncmp(rest + n, ".weight", 7)) return true;
+    }
+    return false;
+}
+
+/* With every place filled, a count that differs means a tensor without a place. */
+static gn_status refuse_unknown(loader *l) {
+    size_t redundant = 0;
+    const size_t n = gn_tensor_file_count(l->m->file);
+    for (size_t i = 0; i < n; i++) {
+        const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
+        if (is_redundant(l->m, t->name))
+            redundant++;
+        else if (!is_known(l->m, t->name))
+            return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s has no place in this model", t->path,
+                           t->name);
+    }
+    if (l->used + redundant == n) return GN_OK;
+    return gn_fail(l->err, GN_EFORMAT, "%s: %zu tensors have no place in this model", l->m->dir,
+                   n - redundant - l->used);
+}
+
+static gn_status load_weights(loader *l) {
+    gn_model *m = l->m;
+    const gn_config *c = &m->config;
+    gn_status status = gn_safetensors_open_dir(&m->file, m->dir, l->err);
+    if (status) return status;
+    for (size_t i = 0; i < gn_tensor_file_count(m->file); i++)
+        l->total += (int64_t)gn_tensor_file_at(m->file, i)->bytes;
+    status = load_plain(l, "model.embed_tokens.weight", c->vocab, c->hidden, &m->embed);
+    for (int i = 0; !status && i < c->layers; i++) status = load_layer(l, i);
+    if (!status) status = load_norm(l, "model.norm.weight", &m->norm);
+    if (!status && c->tied_embeddings)
+        m->lm_head = m->embed;
+    else if (!status)
+        status = load_plain(l, "lm_head.weight", c->vocab, c->hidden, &m->lm_head);
+    return status ? status : refuse_unknown(l);
+}
+
+static gn_status load(loader *l) {
+    gn_model *m = l->m;
+    gn_status status = gn_tokenizer_open(&m->tokenizer, m->dir, m->config.vocab, l->err);
+    if (!status) status = gn_chat_template_open(&m->chat, l->options.chat_template, m->dir, l->err);
+    if (!status) status = load_weights(l);
+    return status ? status : gn_model_finish(m, l->err);
+}
+
+gn_status gn_model_open(gn_model **out, const char *dir, const gn_model_options *options,
+                        gn_error *err) {
+    const gn_model_options defaults = {0};
+    gn_config config;
+    loader l = {.options = options ? *options : defaults, .err = err};
+    gn_status status = gn_config_read(&config, dir, err);
+    if (!status) status = gn_model_new(&l.m, dir, &config, &l.options, err);
+    if (status) return status;
+    status = load(&l);
+    if (status)
+        gn_model_close(l.m);
+    else
+        *out = l.m;
+    return status;
+}
+
+/* ---- what the public header says of a model ---- */
+
+gn_model_info gn_model_describe(const gn_model *m) {
+    const gn_config *c = &m->config;
+    return (gn_model_info){
+        .dir = m->dir,
+        .device = gn_ctx_device(m->ctx),
+        .quant = m->quant,
+        .compute = gn_ctx_compute(m->ctx) == GN_BF16 ? GN_COMPUTE_BF16 : GN_COMPUTE_F32,
+        .parameters = m->parameters,
+        .weight_bytes = m->weight_bytes,
+        .layers = c->layers,
+        .hidden = c->hidden,
+        .intermediate = c->intermediate,
+        .heads = c->heads,
+        .kv_heads = c->kv_heads,
+        .head_dim = c->head_dim,
+        .vocab = c->vocab,
+        .context = c->max_positions,
+    };
+}
