@@ -211,6 +211,15 @@ static const gn_option *find_option(const gn_option *table, const char *name) {
     return NULL;
 }
 
+static gn_status require_option(const gn_option *table, const char *name, const gn_option **option,
+                                gn_error *err) {
+    *option = find_option(table, name);
+    if (*option) return GN_OK;
+    const char *nearest = nearest_option(table, name);
+    if (!nearest) return gn_fail(err, GN_EINVAL, "unknown option --%.64s", name);
+    return gn_fail(err, GN_EINVAL, "unknown option --%.64s (did you mean --%s?)", name, nearest);
+}
+
 /* One option: args[0] and, when it is its value, args[1]. *used is how many were taken. */
 static gn_status parse_one(const gn_option *table, void *fields, int n, char *const *args,
                            int *used, gn_error *err) {
@@ -220,13 +229,9 @@ static gn_status parse_one(const gn_option *table, void *fields, int n, char *co
     char name[MAX_NAME];
     const size_t length = strcspn(arg + 2, "=");
     snprintf(name, sizeof name, "%.*s", (int)(length < MAX_NAME ? length : MAX_NAME - 1), arg + 2);
-    const gn_option *o = length < MAX_NAME ? find_option(table, name) : NULL;
-    if (!o) {
-        const char *nearest = nearest_option(table, name);
-        return nearest ? gn_fail(err, GN_EINVAL, "unknown option --%s (did you mean --%s?)", name,
-                                 nearest)
-                       : gn_fail(err, GN_EINVAL, "unknown option --%s", name);
-    }
+    const gn_option *o;
+    const gn_status status = require_option(table, name, &o, err);
+    if (status) return status;
     *used = 1;
     if (arg[2 + length] == '=') return set_value(o, fields, arg + 3 + length, err);
     const bool next_is_value = n > 1 && strncmp(args[1], "--", 2) != 0;
@@ -258,6 +263,13 @@ gn_status gn_options_parse(const gn_option *table, void *fields, int n, char *co
         if (status) return status;
     }
     return GN_OK;
+}
+
+gn_status gn_options_set(const gn_option *table, void *fields, const char *name, const char *value,
+                         gn_error *err) {
+    const gn_option *o;
+    const gn_status status = require_option(table, name, &o, err);
+    return status ? status : set_value(o, fields, value, err);
 }
 
 void gn_options_free(const gn_option *table, void *fields) {

@@ -61,6 +61,9 @@ typedef struct gn_strings {
  * value out of range are GN_EINVAL. Whatever comes back, gn_options_free may follow. */
 GN_CHECKED gn_status gn_options_parse(const gn_option *table, void *fields, int n,
                                       char *const *args, bool *help, gn_error *err);
+/* Sets one field as `--name value` would, and leaves the others. */
+GN_CHECKED gn_status gn_options_set(const gn_option *table, void *fields, const char *name,
+                                    const char *value, gn_error *err);
 /* Frees the lists. */
 void gn_options_free(const gn_option *table, void *fields);
 

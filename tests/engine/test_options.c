@@ -155,6 +155,19 @@ Test(options, refusals) {
     cr_assert_eq(parse(&f, line, &help, NULL), GN_EINVAL);
 }
 
+Test(options, set_one) {
+    fields f;
+    bool help;
+    gn_error err = {0};
+    cr_assert_eq(parse(&f, "--port 7", &help, &err), GN_OK);
+    cr_assert_eq(gn_options_set(table, &f, "lora_alpha", "2", &err), GN_OK);
+    cr_assert_eq(f.number, 7);
+    cr_assert_eq(f.real, 2.0f);
+    cr_assert_eq(gn_options_set(table, &f, "lora-alpha", "x", &err), GN_EINVAL);
+    cr_assert_eq(gn_options_set(table, &f, "lora", "1", &err), GN_EINVAL);
+    cr_assert_eq(f.real, 2.0f);
+}
+
 Test(options, help) {
     fields f;
     bool help = false;
