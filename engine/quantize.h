@@ -1,0 +1,25 @@
+/* quantize.h - a 4-bit copy of a model folder, in bitsandbytes' serialized form. */
+#ifndef GN_QUANTIZE_H
+#define GN_QUANTIZE_H
+
+#include "kernels/blockquant.h"
+
+typedef struct gn_quantize_options {
+    const char *in, *out; /* `out` must not exist; it appears whole or not at all */
+    gn_qtype type;        /* NF4 or FP4 */
+    bool double_quant;
+    int threads; /* 0: all cores */
+    /* Bytes read so far, of all. May be NULL. */
+    void (*progress)(void *user, int64_t done, int64_t total);
+    void *user;
+} gn_quantize_options;
+
+typedef struct gn_quantize_result {
+    int64_t bytes_in, bytes_out; /* of tensors */
+} gn_quantize_result;
+
+/* Streams tensor by tensor: memory holds one at a time. Shards of about 5 GB. */
+GN_CHECKED gn_status gn_quantize_folder(const gn_quantize_options *options,
+                                        gn_quantize_result *result, gn_error *err);
+
+#endif
