@@ -1,6 +1,7 @@
 /* Properties of every quantized type: error bounds, fixed points, threads, odd sizes, refusals. The
  * values themselves are held to bitsandbytes in golden/test_blockquant.c. */
 #include "kernels/blockquant.h"
+#include "kernels/quant_tables.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -188,4 +189,113 @@ Test(blockquant, names_go_both_ways) {
     }
     gn_qtype type;
     cr_assert_eq(gn_qtype_parse(&type, "nf5"), GN_EINVAL);
+}
+
+static int code_at(const quantized *q, int i) {
+    const uint8_t *packed = q->out.data;
+    return i & 1 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+}
+
+/* A block whose absmax is 1, so that values are compared with the thresholds as they stand. */
+Test(blockquant, a_value_on_a_threshold_takes_the_lower_code) {
+    for (int t = 0; t < N_TYPES; t++) {
+        if (types[t] == GN_Q_INT8) continue;
+        const gn_code_rule *rule = gn_code_rule_of(types[t]);
+        float src[GN_BLOCK] = {1.0f};
+        int n = 1;
+        for (int k = 0; k < rule->n_thresholds; k++) {
+            src[n++] = rule->thresholds[k];
+            src[n++] = nextafterf(rule->thresholds[k], 2.0f);
+            if (!rule->sign_bit) continue;
+            src[n++] = -rule->thresholds[k];
+            src[n++] = nextafterf(-rule->thresholds[k], -2.0f);
+        }
+        quantized q = quantize(types[t], false, src, 1, GN_BLOCK, 1);
+        for (int k = 0, i = 1; k < rule->n_thresholds; k++) {
+            for (int sign = 0; sign <= (rule->sign_bit ? 8 : 0); sign += 8) {
+                cr_assert_eq(code_at(&q, i++), rule->codes[k] | sign);
+                cr_assert_eq(code_at(&q, i++), rule->codes[k + 1] | sign);
+            }
+        }
+        discard(&q);
+    }
+}
+
+Test(blockquant, zeros_of_either_sign) {
+    const float src[2 * GN_BLOCK] = {1.0f, 0.0f, -0.0f, -1e-6f};
+    for (int t = 0; t < N_TYPES; t++) {
+        quantized q = quantize(types[t], false, src, 2, GN_BLOCK, 1);
+        float back[2 * GN_BLOCK];
+        gn_dequantize(back, &q.m, 0, 2 * GN_BLOCK);
+        for (int i = 1; i < 2 * GN_BLOCK; i++) cr_assert_eq(back[i], 0.0f);
+        if (types[t] == GN_Q_FP4) {
+            cr_assert_eq(code_at(&q, 1), 0);
+            cr_assert_eq(code_at(&q, 2), 0);
+            cr_assert_eq(code_at(&q, 3), 8);
+            cr_assert(!signbit(back[2]) && signbit(back[3]));
+        }
+        if (types[t] != GN_Q_INT8) /* a block of zeros takes code 0 in bitsandbytes, even in NF4 */
+            for (int i = GN_BLOCK; i < 2 * GN_BLOCK; i++) cr_assert_eq(code_at(&q, i), 0);
+        discard(&q);
+    }
+}
+
+Test(blockquant, int8_rounds_ties_to_even_at_any_magnitude) {
+    const float values[] = {127, 0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 63.5f, 0.75f, -127, 0};
+    const int codes[] = {127, 0, 2, 2, 0, -2, 64, 1, -127, 0};
+    const int exponents[] = {0, 120, -60, -130};
+    for (int e = 0; e < 4; e++) {
+        float src[10];
+        for (int i = 0; i < 10; i++) src[i] = ldexpf(values[i], exponents[e]);
+        quantized q = quantize(GN_Q_INT8, false, src, 1, 10, 1);
+        for (int i = 0; i < 10; i++) cr_assert_eq(((int8_t *)q.out.data)[i], codes[i]);
+        discard(&q);
+    }
+}
+
+Test(blockquant, equal_scales_leave_only_their_mean) {
+    float src[3 * GN_BLOCK], back[3 * GN_BLOCK];
+    for (int i = 0; i < 3 * GN_BLOCK; i++) src[i] = i & 1 ? -0.25f : 0.25f;
+    quantized q = quantize(GN_Q_NF4, true, src, 3, GN_BLOCK, 1);
+    cr_assert_eq(q.out.offset, 0.25f);
+    cr_assert_eq(q.out.nested_absmax[0], 0.0f);
+    gn_dequantize(back, &q.m, 0, 3 * GN_BLOCK);
+    cr_assert_arr_eq(back, src, sizeof src);
+    discard(&q);
+}
+
+Test(blockquant, empty_matrices_and_wrong_types) {
+    gn_error err = {0};
+    gn_quant_out out = {.offset = 7};
+    cr_assert_eq(gn_quantize(&out, GN_Q_NF4, NULL, GN_BF16, 0, 64, 1, &err), GN_OK);
+    cr_assert_eq(gn_quantize(&out, GN_Q_INT8, NULL, GN_BF16, 5, 0, 1, &err), GN_OK);
+    cr_assert_eq(out.offset, 0.0f);
+    cr_assert_eq(gn_quantize(&out, GN_Q_NONE, NULL, GN_BF16, 1, 1, 1, &err), GN_EINVAL);
+    cr_assert_eq(gn_quantize(&out, GN_Q_NF4, NULL, GN_I8, 1, 1, 1, &err), GN_EINVAL);
+    cr_assert_eq(gn_quantize(&out, GN_Q_NF4, NULL, GN_BF16, -1, 1, 1, &err), GN_EINVAL);
+}
+
+/* Sources may start at any byte, and the ends of a ragged matrix are not overrun. */
+Test(blockquant, unaligned_sources_and_guarded_outputs) {
+    enum { N = 13 * 77 }; /* odd, and not whole blocks */
+    for (int t = 0; t < N_TYPES; t++) {
+        float *src = random_values(N, 10);
+        const gn_quant_sizes s = gn_quant_sizes_of(types[t], false, 13, 77);
+        quantized expected = quantize(types[t], false, src, 13, 77, 1);
+        char *shifted = malloc(N * sizeof *src + 1);
+        memcpy(shifted + 1, src, N * sizeof *src);
+        uint8_t *data = malloc(s.data + 1), *absmax = malloc(s.absmax + 1);
+        data[s.data] = absmax[s.absmax] = 0xa5;
+        gn_quant_out out = {data, (float *)absmax, NULL, NULL, 0};
+        cr_assert_eq(gn_quantize(&out, types[t], shifted + 1, GN_F32, 13, 77, 2, NULL), GN_OK);
+        cr_assert_arr_eq(data, expected.out.data, s.data);
+        cr_assert_arr_eq(absmax, expected.out.absmax, s.absmax);
+        cr_assert_eq(data[s.data], 0xa5);
+        cr_assert_eq(absmax[s.absmax], 0xa5);
+        free(shifted);
+        free(data);
+        free(absmax);
+        free(src);
+        discard(&expected);
+    }
 }
