@@ -127,7 +127,7 @@ static gn_status find_float(loader *l, const char *name, int64_t rows, int64_t c
 }
 
 static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
-    const gn_file_tensor *t;
+    const gn_file_tensor *t = NULL;
     const int64_t n = l->m->config.hidden;
     const gn_status status = find_float(l, name, n, 1, &t);
     if (status) return status;
@@ -140,7 +140,7 @@ static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
 }
 
 static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
-    const gn_file_tensor *t;
+    const gn_file_tensor *t = NULL;
     const gn_status status = find_float(l, name, rows, cols, &t);
     if (status) return status;
     *w = (gn_matrix){.qtype = GN_Q_NONE, .dtype = t->dtype, .rows = rows, .cols = cols};
@@ -209,7 +209,7 @@ static gn_status load_projection(loader *l, int layer, gn_proj proj) {
     snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[proj]);
     if (l->m->config.bnb_4bit) return load_bnb(l, name, rows, cols, w);
     if (l->options.as_stored) return load_plain(l, name, rows, cols, w);
-    const gn_file_tensor *t;
+    const gn_file_tensor *t = NULL;
     const gn_status status = find_float(l, name, rows, cols, &t);
     if (status) return status;
     *w = (gn_matrix){.dtype = t->dtype, .rows = rows, .cols = cols};
