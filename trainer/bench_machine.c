@@ -1,0 +1,121 @@
+/* bench_machine.c - what this machine can do at best: memory reads and multiply-adds.
+ *
+ * A benchmark compares with these and not with numbers from a data sheet, because virtual
+ * machines share both memory and clock with strangers. */
+#include <math.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "trainer/bench.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { ROUNDS = 7, ACCUMULATORS = 12, ITERATIONS = 2000000 };
+static const size_t ARRAY_BYTES = (size_t)1 << 30;
+
+/* ---- memory ---- */
+
+typedef uint64_t words __attribute__((vector_size(16)));
+
+static uint64_t read_all(const void *data, size_t bytes) {
+    const words *p = data, *end = p + bytes / sizeof *p / 8 * 8;
+    words sum[8] = {{0}};
+    for (; p < end; p += 8)
+        for (int i = 0; i < 8; i++) sum[i] ^= p[i];
+    for (int i = 1; i < 8; i++) sum[0] ^= sum[i];
+    return sum[0][0] ^ sum[0][1];
+}
+
+static double read_once(const char *array, int threads, volatile uint64_t *sink) {
+    const size_t share = ARRAY_BYTES / (size_t)threads / 128 * 128;
+    const double begin = gn_seconds();
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < threads; i++) {
+        const uint64_t sum = read_all(array + (size_t)i * share, share);
+#pragma omp atomic
+        *sink ^= sum;
+    }
+    return (double)(share * (size_t)threads) / (gn_seconds() - begin);
+}
+
+static gn_status measure_reads(double *bytes_s, int threads, gn_error *err) {
+    char *array =
+        mmap(NULL, ARRAY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (array == MAP_FAILED)
+        return gn_fail(err, GN_ENOMEM, "no memory for the 1 GiB array that measures the bandwidth");
+    madvise(array, ARRAY_BYTES, MADV_HUGEPAGE);
+    memset(array, 1, ARRAY_BYTES); /* pages exist once they are written */
+    volatile uint64_t sink = 0;
+    *bytes_s = 0;
+    for (int i = 0; i < ROUNDS; i++) *bytes_s = fmax(*bytes_s, read_once(array, threads, &sink));
+    munmap(array, ARRAY_BYTES);
+    return GN_OK;
+}
+
+/* ---- multiply-adds ---- */
+
+#if defined(__x86_64__)
+/* Twelve independent sums, enough to cover the latency of two units; returns operations. */
+#define CHAINS(name, isa, vector, zero, step, flop)                                                \
+    __attribute__((target(isa))) static double name(volatile float *sink) {                        \
+        vector sum[ACCUMULATORS];                                                                  \
+        for (int i = 0; i < ACCUMULATORS; i++) sum[i] = zero;                                      \
+        for (int n = 0; n < ITERATIONS; n++) {                                                     \
+            _Pragma("GCC unroll 12") for (int i = 0; i < ACCUMULATORS; i++) {                      \
+                sum[i] = step;                                                                     \
+                __asm__("" : "+v"(sum[i]));                                                        \
+            }                                                                                      \
+        }                                                                                          \
+        float total = 0;                                                                           \
+        for (int i = 0; i < ACCUMULATORS; i++) total += ((const float *)&sum[i])[0];               \
+        *sink = total;                                                                             \
+        return (double)ITERATIONS * ACCUMULATORS * (flop);                                         \
+    }
+
+CHAINS(chains_avx2, "avx2,fma", __m256, _mm256_setzero_ps(),
+       _mm256_fmadd_ps(sum[i], sum[i], sum[i]), 16)
+CHAINS(chains_avx512, "avx512f", __m512, _mm512_setzero_ps(),
+       _mm512_fmadd_ps(sum[i], sum[i], sum[i]), 32)
+CHAINS(chains_bf16, "avx512f,avx512bf16", __m512, _mm512_setzero_ps(),
+       _mm512_dpbf16_ps(sum[i], (__m512bh)sum[i], (__m512bh)sum[i]), 64)
+#endif
+
+typedef double (*chains)(volatile float *sink);
+
+static chains widest_chains(const gn_ctx *ctx) {
+#if defined(__x86_64__)
+    switch (gn_ctx_isa(ctx)) {
+    case GN_ISA_AVX512BF16: return gn_ctx_compute(ctx) == GN_BF16 ? chains_bf16 : chains_avx512;
+    case GN_ISA_AVX512: return chains_avx512;
+    case GN_ISA_AVX2: return chains_avx2;
+    case GN_ISA_REFERENCE: break;
+    }
+#else
+    (void)ctx;
+#endif
+    return NULL;
+}
+
+static double measure_flop(const gn_ctx *ctx) {
+    const chains run = widest_chains(ctx);
+    const int threads = gn_ctx_threads(ctx);
+    double best = 0;
+    for (int round = 0; run && round < ROUNDS; round++) {
+        double flop = 0;
+        const double begin = gn_seconds();
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : flop)
+        for (int i = 0; i < threads; i++) {
+            volatile float sink;
+            flop += run(&sink);
+        }
+        best = fmax(best, flop / (gn_seconds() - begin));
+    }
+    return best;
+}
+
+gn_status gn_machine_measure(gn_machine *machine, const gn_ctx *ctx, gn_error *err) {
+    machine->flop_s = measure_flop(ctx);
+    return measure_reads(&machine->read_bytes_s, gn_ctx_threads(ctx), err);
+}

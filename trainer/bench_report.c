@@ -1,0 +1,54 @@
+/* bench_report.c - medians, floors, memory, and the fields every report line has. */
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "trainer/bench.h"
+
+double gn_bench_floor(const gn_bench *b, double bytes, double flop) {
+    const double reading = bytes / b->machine.read_bytes_s;
+    return b->machine.flop_s > 0 ? fmax(reading, flop / b->machine.flop_s) : reading;
+}
+
+cJSON *gn_bench_line(const gn_bench *b) {
+    const gn_model_info info = gn_model_describe(b->model);
+    cJSON *line = cJSON_CreateObject();
+    cJSON_AddStringToObject(line, "bench", b->kind);
+    cJSON_AddStringToObject(line, "model", b->name);
+    cJSON_AddStringToObject(line, "quant_type", gn_qtype_name(info.quant));
+    cJSON_AddStringToObject(line, "device", info.device);
+    cJSON_AddNumberToObject(line, "bandwidth_gb_s", b->machine.read_bytes_s * 1e-9);
+    if (b->machine.flop_s > 0) cJSON_AddNumberToObject(line, "gflop_s", b->machine.flop_s * 1e-9);
+    return line;
+}
+
+static int ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+double gn_median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, ascending);
+    return n % 2 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
+}
+
+void gn_peak_reset(void) {
+    const int fd = open("/proc/self/clear_refs", O_WRONLY);
+    if (fd < 0) return;
+    const ssize_t written = write(fd, "5", 1); /* proc(5): resets VmHWM */
+    (void)written;
+    close(fd);
+}
+
+double gn_peak_bytes(void) {
+    char line[256];
+    double kib = 0;
+    FILE *status = fopen("/proc/self/status", "r");
+    while (status && fgets(line, sizeof line, status))
+        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
+    if (status) fclose(status);
+    return kib * 1024;
+}

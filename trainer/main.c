@@ -1,0 +1,19 @@
+/* main.c - guanaco-trainer: makes and measures models. */
+#include "trainer/trainer.h"
+
+static int eval_command(int n, char *const *args) {
+    static const gn_command commands[] = {
+        {"ppl", gn_eval_ppl_command, "perplexity on a text"},
+        {"logits", gn_eval_logits_command, "logits for given tokens, written or compared"},
+        {0}};
+    return gn_command_run(commands, "guanaco-trainer eval", n, args);
+}
+
+int main(int argc, char **argv) {
+    static const gn_command commands[] = {
+        {"quantize", gn_quantize_command, "write a 4-bit copy of a model folder"},
+        {"eval", eval_command, "perplexity or logits of a model"},
+        {"bench", gn_bench_command, "speed of decoding, prefill or single operations"},
+        {0}};
+    return gn_command_run(commands, "guanaco-trainer", argc - 1, argv + 1);
+}
