@@ -48,8 +48,10 @@ static bool copy_escape(const char **in, char **out) {
 /* Writes a key to `out` as a POSIX extended expression; returns its end, or NULL. */
 static char *translate(const char *key, char *out) {
     bool repeatable = false; /* does an atom stand before? */
+    int depth = 0;
     while (*key) {
         const char c = *key;
+        if (c == ')' && depth-- == 0) return NULL; /* glibc would take it for itself */
         if (strchr("*+?", c)) {
             if (!repeatable) return NULL; /* also lazy and possessive: a second sign */
             repeatable = false;
@@ -62,6 +64,7 @@ static char *translate(const char *key, char *out) {
             repeatable = true;
         } else if (c == '(') {
             if (key[1] == '?' && key[2] != ':') return NULL;
+            depth++;
             *out++ = *key++;
             if (*key == '?') key += 2;
             repeatable = false;
@@ -75,7 +78,7 @@ static char *translate(const char *key, char *out) {
             return NULL;
         }
     }
-    return out;
+    return depth == 0 ? out : NULL;
 }
 
 gn_status gn_module_pattern_open(gn_module_pattern *pattern, const char *key, const char *where,
