@@ -13,18 +13,22 @@ typedef struct gn_sampler gn_sampler;
 GN_CHECKED gn_status gn_sampler_open(gn_sampler **out, const gn_sampling *options, int vocab,
                                      gn_error *err);
 void gn_sampler_close(gn_sampler *s);
-/* Counts a prompt token (in_reply false) or a sampled one for the penalties. */
+/* Counts a prompt token (in_reply false) or a sampled one for the penalties. An id outside the
+ * vocabulary is not counted. */
 void gn_sampler_accept(gn_sampler *s, int32_t id, bool in_reply);
 
 /* Draws the token of step `step` (tokens sampled so far) from logits (vocab). The draw depends
- * only on options, counts, logits, seed and step. Order as in llama.cpp and vLLM: bias, penalties,
- * then temperature, top_k, typical_p, top_p, min_p. `banned` ids are not drawn. Ties are broken
- * toward the lower id. logits are not changed. */
+ * only on options, counts, logits, seed and step. Order as in llama.cpp and vLLM: bias, then
+ * repetition penalty (Keskar et al. 2019: positive logits are divided by it, others multiplied),
+ * presence and frequency penalty, temperature, top_k, typical_p, top_p, min_p; each keeps the
+ * shortest part that reaches its mass, of what the one before left. `banned` ids are not drawn.
+ * Ties are broken toward the lower id. logits are not changed; NaN counts as -infinity. When
+ * nothing is left to draw, the lowest id that is not banned (0 when all are). */
 int32_t gn_sampler_draw(gn_sampler *s, const float *logits, int64_t step, const int32_t *banned,
                         int n_banned);
 
 /* log softmax of the raw logits: of `id`, and of the n_top most likely (descending, ties toward
- * the lower id). */
+ * the lower id; past the end of the vocabulary id -1). NaN counts as -infinity. */
 float gn_logprob(const float *logits, int vocab, int32_t id);
 void gn_top_logprobs(const float *logits, int vocab, int n_top, gn_token_prob *top);
 
