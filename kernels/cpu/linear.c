@@ -14,6 +14,7 @@
 
 enum {
     PANEL_ROWS = 16,
+    PREFETCH_TILES = 4,
     RANK_STEP = GN_TILE_LANES, /* u is padded with zeros to whole vectors */
     SERIAL_PRODUCTS = 1 << 17, /* multiplications that take less time than waking a thread */
 };
@@ -45,8 +46,8 @@ struct call {
     const gn_linear_args *args;
     const gn_linear_kernel *kernel, *lora_kernel; /* the latter's operands are float32 */
     gn_dtype compute;
-    int64_t T, K, padded; /* K in whole blocks */
-    bool lora;
+    int64_t T, K, padded; /* K in whole blocks and groups */
+    bool lora, prepared;  /* any LoRA terms; step 1 is done */
     struct weight weight[GN_MAX_PARTS];
     float *x;                        /* (T, padded) as products see it, float32 in order */
     char *plain, *nibbles;           /* (T, padded) operands; NULL where no part needs them */
@@ -55,6 +56,17 @@ struct call {
     char *scratch;
     size_t scratch_bytes; /* a thread */
 };
+
+/* K in whole blocks, and in whole groups of nibbles. */
+static int64_t padded_columns(int64_t K) {
+    return gn_cpu_round_up(K, 2 * GN_BLOCK);
+}
+
+/* Bytes from one row of operands to the next: an odd number of cache lines, because rows at
+ * multiples of 4 KiB would drive each other out of the first cache. */
+static size_t operand_stride(int64_t padded, int operand_bytes) {
+    return ((size_t)padded * (size_t)operand_bytes) | 64;
+}
 
 /* ---- weights ---- */
 
@@ -97,6 +109,17 @@ static bool wants_nibbles(const struct weight *w) {
     return w->source == GN_SOURCE_NIBBLES && !w->ragged;
 }
 
+/* Of codes or values. */
+static int64_t row_bytes(const struct weight *w) {
+    switch (w->source) {
+    case GN_SOURCE_NIBBLES: return (w->cols + 1) / 2;
+    case GN_SOURCE_INT8: return w->cols;
+    case GN_SOURCE_OPERANDS:
+    case GN_SOURCE_STORED: break;
+    }
+    return w->cols * (int64_t)gn_dtype_size(w->dtype);
+}
+
 static const void *row_data(const struct weight *w, int64_t row) {
     switch (w->source) {
     case GN_SOURCE_NIBBLES: return w->data + row * (w->cols / 2);
@@ -107,16 +130,19 @@ static const void *row_data(const struct weight *w, int64_t row) {
     return w->data + (size_t)(row * w->ld) * gn_dtype_size(w->dtype);
 }
 
-/* The scales that row `row` is decoded with; computed into `scratch` unless they lie ready. */
-static const float *row_scales(const struct weight *w, int64_t row, float *scratch) {
-    if (w->source == GN_SOURCE_INT8) {
-        *scratch = w->m->absmax[row] / 127.0f;
-        return scratch;
-    }
-    if (w->source != GN_SOURCE_NIBBLES) return NULL;
+void gn_linear_scales_plain(float *restrict dst, const gn_matrix *m, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = gn_matrix_scale(m, first + i);
+}
+
+/* The scales that n rows are decoded with: one for INT8, one a block for nibbles. */
+static const float *load_scales(const gn_linear_kernel *kernel, const struct weight *w,
+                                int64_t first, int n, float *scratch) {
+    if (w->source == GN_SOURCE_INT8)
+        for (int i = 0; i < n; i++) scratch[i] = w->m->absmax[first + i] / 127.0f;
+    if (w->source != GN_SOURCE_NIBBLES || w->ragged) return scratch;
     const int64_t blocks = w->cols / GN_BLOCK;
-    if (!w->m->absmax_u8) return w->m->absmax + row * blocks;
-    for (int64_t b = 0; b < blocks; b++) scratch[b] = gn_matrix_scale(w->m, row * blocks + b);
+    if (!w->m->absmax_u8) return w->m->absmax + first * blocks;
+    kernel->scales(scratch, w->m, first * blocks, n * blocks);
     return scratch;
 }
 
@@ -142,37 +168,41 @@ struct rows {
 static void load_rows(struct rows *out, const struct call *op, const gn_linear_kernel *kernel,
                       const struct weight *w, int64_t first, int n, int64_t tokens,
                       const struct scratch *scratch) {
-    const int64_t blocks = op->padded / GN_BLOCK;
-    const size_t operands = (size_t)(op->padded * kernel->operand_bytes);
+    const int64_t blocks = (w->cols + GN_BLOCK - 1) / GN_BLOCK;
+    const int64_t row_scales = w->source == GN_SOURCE_NIBBLES ? blocks : 1;
+    const float *scales = load_scales(kernel, w, first, n, scratch->scales);
+    const size_t stride = operand_stride(op->padded, kernel->operand_bytes);
     out->tile = (gn_linear_tile){.source = w->source,
                                  .dtype = w->dtype,
                                  .compute = w->compute,
                                  .blocks = blocks,
                                  .code = w->m ? w->m->code : NULL,
-                                 .prefetch = GN_TILE_ROWS * (w->cols / 2)};
+                                 .ahead = PREFETCH_TILES * GN_TILE_ROWS * row_bytes(w)};
     const bool in_place = w->source == GN_SOURCE_OPERANDS || tokens <= kernel->direct_tokens;
     for (int i = 0; i < n; i++) {
-        char *dst = scratch->panel + (size_t)i * operands;
+        char *dst = scratch->panel + (size_t)i * stride;
         out->w[i] = dst;
-        out->scale[i] = NULL;
+        out->scale[i] = scales + i * row_scales;
         if (w->ragged) {
             decode_ragged(kernel, w, first + i, dst, scratch->row);
             continue;
         }
         out->w[i] = row_data(w, first + i);
-        out->scale[i] = row_scales(w, first + i, scratch->scales + i * blocks);
         if (in_place) continue;
         out->tile.w[0] = out->w[i];
         out->tile.scale[0] = out->scale[i];
         kernel->decode(dst, &out->tile);
         out->w[i] = dst;
     }
-    if (w->ragged || !in_place) out->tile.source = GN_SOURCE_OPERANDS;
+    if (!w->ragged && in_place) return;
+    out->tile.ahead = 0;
+    if (wants_nibbles(w)) out->tile.blocks = gn_cpu_round_up(blocks, kernel->ways / 2);
+    out->tile.source = GN_SOURCE_OPERANDS;
 }
 
 /* The sums of rows [r, r+4) of `rows`, of which n exist, with `tokens` rows of operands. */
 static void multiply(float *sums, const gn_linear_kernel *kernel, struct rows *rows, int r, int n,
-                     const char *x, int64_t x_stride, int tokens) {
+                     const char *x, size_t x_stride, int tokens) {
     gn_linear_tile *tile = &rows->tile;
     for (int i = 0; i < GN_TILE_ROWS; i++) {
         const int row = r + i < n ? r + i : n - 1; /* the last one again: its sums are dropped */
@@ -180,7 +210,7 @@ static void multiply(float *sums, const gn_linear_kernel *kernel, struct rows *r
         tile->scale[i] = rows->scale[row];
     }
     tile->x = x;
-    tile->x_stride = x_stride;
+    tile->x_stride = (int64_t)x_stride;
     tile->tokens = tokens;
     tile->sums = sums;
     kernel->multiply(tile);
@@ -191,6 +221,10 @@ static int min_int(int64_t a, int64_t b) {
 }
 
 /* ---- step 1: operands ---- */
+
+static float *x_row(const struct call *op, int64_t t) {
+    return op->x + t * (int64_t)(operand_stride(op->padded, sizeof(float)) / sizeof(float));
+}
 
 void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_dtype compute) {
     const float *x = gn_cpu_row(&args->x, t);
@@ -203,10 +237,10 @@ void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_d
 }
 
 static void prepare_rows(const struct call *op, int thread, int n_threads) {
-    const size_t stride = (size_t)(op->padded * op->kernel->operand_bytes);
+    const size_t stride = operand_stride(op->padded, op->kernel->operand_bytes);
     const int64_t last = gn_cpu_share(op->T, thread + 1, n_threads);
     for (int64_t t = gn_cpu_share(op->T, thread, n_threads); t < last; t++) {
-        float *x = op->x + t * op->padded;
+        float *x = x_row(op, t);
         gn_linear_input_row(x, op->args, t, op->compute);
         memset(x + op->K, 0, (size_t)(op->padded - op->K) * sizeof *x);
         if (op->plain && op->plain != (char *)op->x)
@@ -234,8 +268,8 @@ static void project_rows(const struct call *op, const gn_lora *term, float *u, i
         const int tokens = min_int(term->rows - t, most);
         float sums[GN_TILE_TOKENS * GN_TILE_ROWS * GN_TILE_LANES];
         float values[GN_TILE_TOKENS][GN_TILE_ROWS];
-        multiply(sums, kernel, &rows, 0, n, (const char *)(op->x + (term->row0 + t) * op->padded),
-                 op->padded * (int64_t)sizeof(float), tokens);
+        multiply(sums, kernel, &rows, 0, n, (const char *)x_row(op, term->row0 + t),
+                 operand_stride(op->padded, sizeof(float)), tokens);
         kernel->finish(values[0], sums, tokens);
         for (int i = 0; i < tokens; i++)
             for (int j = 0; j < n; j++)
@@ -318,7 +352,7 @@ static void multiply_panel(const struct call *op, int part, int64_t n0, int n, c
     const gn_linear_kernel *kernel = op->kernel;
     const struct weight *w = &op->weight[part];
     const char *x = wants_nibbles(w) ? op->nibbles : op->plain;
-    const int64_t stride = op->padded * kernel->operand_bytes;
+    const size_t stride = operand_stride(op->padded, kernel->operand_bytes);
     struct rows rows;
     load_rows(&rows, op, kernel, w, n0, n, op->T, scratch);
     for (int64_t t = 0; t < op->T; t += kernel->tile_tokens) {
@@ -327,23 +361,13 @@ static void multiply_panel(const struct call *op, int part, int64_t n0, int n, c
             float sums[GN_TILE_TOKENS * GN_TILE_ROWS * GN_TILE_LANES];
             float values[GN_TILE_TOKENS][GN_TILE_ROWS];
             const int left = min_int(n - r, GN_TILE_ROWS);
-            multiply(sums, kernel, &rows, r, n, x + t * stride, stride, tokens);
+            multiply(sums, kernel, &rows, r, n, x + (size_t)t * stride, stride, tokens);
             if (op->args->part[part].n_lora) add_lora(op, part, sums, t, tokens, n0 + r, left);
             kernel->finish(values[0], sums, tokens);
             for (int i = 0; i < tokens; i++)
                 write_values(gn_cpu_row(y, t + i) + n0 + r, values[i], left, sink);
         }
     }
-}
-
-static int64_t row_bytes(const struct weight *w) {
-    switch (w->source) {
-    case GN_SOURCE_NIBBLES: return w->cols / 2 + w->cols / GN_BLOCK + 1;
-    case GN_SOURCE_INT8: return w->cols;
-    case GN_SOURCE_OPERANDS:
-    case GN_SOURCE_STORED: break;
-    }
-    return w->cols * (int64_t)gn_dtype_size(w->dtype);
 }
 
 static int64_t panels_of(const struct weight *w) {
@@ -385,7 +409,8 @@ static void multiply_share(const struct call *op, int thread, int n_threads,
 
 static size_t lay_out_scratch(struct scratch *scratch, char *memory, int64_t padded) {
     size_t total = 0;
-    const size_t panel = gn_linear_piece(&total, PANEL_ROWS * (size_t)padded * sizeof(float));
+    const size_t panel =
+        gn_linear_piece(&total, PANEL_ROWS * operand_stride(padded, sizeof(float)));
     const size_t scales =
         gn_linear_piece(&total, PANEL_ROWS * (size_t)(padded / GN_BLOCK) * sizeof(float));
     const size_t row = gn_linear_piece(&total, (size_t)padded * sizeof(float));
@@ -399,8 +424,10 @@ static void run(void *arg, int thread, int n_threads) {
     const struct call *op = arg;
     struct scratch scratch;
     lay_out_scratch(&scratch, op->scratch + (size_t)thread * op->scratch_bytes, op->padded);
-    prepare_rows(op, thread, n_threads);
-    gn_cpu_barrier();
+    if (!op->prepared) {
+        prepare_rows(op, thread, n_threads);
+        gn_cpu_barrier();
+    }
     if (op->lora) {
         project(op, thread, n_threads, &scratch);
         gn_cpu_barrier();
@@ -430,19 +457,20 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
         else
             plain = true;
     }
-    const size_t values = (size_t)op->T * (size_t)op->padded;
-    const size_t operand_bytes = (size_t)op->kernel->operand_bytes;
+    const int operand_bytes = op->kernel->operand_bytes;
+    const size_t operands = (size_t)op->T * operand_stride(op->padded, operand_bytes);
     size_t total = 0;
-    const size_t x = gn_linear_piece(&total, values * sizeof(float));
+    const size_t x =
+        gn_linear_piece(&total, (size_t)op->T * operand_stride(op->padded, sizeof(float)));
     if (memory) op->x = (float *)(memory + x);
     if (plain && operand_bytes == sizeof(float)) {
         op->plain = (char *)op->x;
     } else if (plain) {
-        const size_t at = gn_linear_piece(&total, values * operand_bytes);
+        const size_t at = gn_linear_piece(&total, operands);
         if (memory) op->plain = memory + at;
     }
     if (nibbles) {
-        const size_t at = gn_linear_piece(&total, values * operand_bytes);
+        const size_t at = gn_linear_piece(&total, operands);
         if (memory) op->nibbles = memory + at;
     }
     for (int i = 0; i < op->args->n_parts; i++) {
@@ -488,11 +516,11 @@ static const gn_linear_kernel *kernel_of(gn_isa isa, gn_dtype compute) {
 size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                int64_t max_rank, int max_terms) {
     (void)max_n;
-    const int64_t padded = gn_cpu_round_up(max_k, GN_BLOCK);
+    const int64_t padded = padded_columns(max_k);
     const int64_t u = rows * max_terms * gn_cpu_round_up(max_rank, RANK_STEP);
     size_t total = 0;
     for (int i = 0; i < 3; i++)
-        gn_linear_piece(&total, (size_t)rows * (size_t)padded * sizeof(float));
+        gn_linear_piece(&total, (size_t)rows * operand_stride(padded, sizeof(float)));
     for (int i = 0; i < GN_MAX_PARTS; i++) {
         gn_linear_piece(&total, (size_t)u * sizeof(float));
         gn_linear_piece(&total, (size_t)rows * sizeof(struct span));
@@ -511,7 +539,7 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
                       .compute = ctx->compute,
                       .T = args->x.shape[0],
                       .K = args->x.shape[1],
-                      .padded = gn_cpu_round_up(args->x.shape[1], GN_BLOCK)};
+                      .padded = padded_columns(args->x.shape[1])};
     int64_t products = 0;
     for (int i = 0; i < args->n_parts; i++) {
         op.weight[i] = weight_of_matrix(kernel, args->part[i].w, ctx->compute);
@@ -523,6 +551,11 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
     for (int i = 0; i < args->n_parts; i++)
         if (args->part[i].n_lora)
             find_spans(op.span[i], chunks_of(&op), kernel->tile_tokens, &args->part[i]);
+    /* A barrier costs more than a few rows do. */
+    if (op.T * op.K < GN_CPU_SERIAL) {
+        prepare_rows(&op, 0, 1);
+        op.prepared = true;
+    }
     gn_cpu_parallel(products < SERIAL_PRODUCTS ? 1 : ctx->threads, run, &op);
     return GN_OK;
 }

@@ -13,10 +13,10 @@
  * token alone gives the same bits as in a batch.
  *
  * Operands are float32, or bfloat16 where the machine multiplies those. In a row of operands,
- * K is padded with zeros to whole blocks. Blocks of 4-bit weights, and the x they meet, hold
- * their 32 even elements first and then the odd ones: a packed byte has the even element in
- * its high nibble, so that the bytes' high halves are one half block and the low halves the
- * other, without shuffling. */
+ * K is padded with zeros to whole blocks. Where 4-bit weights are concerned, operands stand in
+ * the order in which codes fall out of a vector of packed bytes: a kernel reads `ways` codes
+ * from each of 32 lanes by shifting, so that 32 * ways elements are a group, which holds first
+ * its elements 0, ways, 2 ways, ..., then 1, ways + 1, and so on. */
 #ifndef GN_CPU_LINEAR_H
 #define GN_CPU_LINEAR_H
 
@@ -38,24 +38,28 @@ typedef struct gn_linear_tile {
     int tokens;
     int64_t blocks; /* of 64 columns */
     const void *w[GN_TILE_ROWS];
-    const float *scale[GN_TILE_ROWS];
-    const float *code; /* of nibbles */
-    const char *x;     /* operands */
-    int64_t x_stride;  /* bytes */
-    int64_t prefetch;  /* bytes ahead of w that are wanted soon */
-    float *sums;       /* [tokens][GN_TILE_ROWS][lanes] */
+    const float *scale[GN_TILE_ROWS]; /* nibbles: one a block; INT8: one */
+    const float *code;                /* of nibbles */
+    const char *x;                    /* operands */
+    int64_t x_stride;                 /* bytes */
+    int64_t ahead;                    /* bytes from w[0] to what is wanted soon */
+    float *sums;                      /* [tokens][GN_TILE_ROWS][lanes] */
 } gn_linear_tile;
 
 typedef struct gn_linear_kernel {
     int operand_bytes;
     int lanes;         /* floats of a vector of sums */
+    int ways;          /* see above: 2 or 4 */
     int tile_tokens;   /* with operands */
     int direct_tokens; /* with any other source; for more tokens make operands first */
     void (*multiply)(const gn_linear_tile *tile);
-    /* w[0]'s blocks as operands. */
+    /* Row w[0] as operands; nibbles in whole groups. */
     void (*decode)(void *dst, const gn_linear_tile *tile);
-    /* n floats, already rounded to the compute dtype, as operands padded to whole blocks. */
+    /* n floats, already rounded to the compute dtype, as operands: in order and padded to a whole
+     * block, or as nibbles fall and padded to a whole group. */
     void (*encode)(void *dst, const float *x, int64_t n, bool nibbles);
+    /* Scales of n blocks from `first` on, a multiple of 16, double-quantized. */
+    void (*scales)(float *dst, const gn_matrix *m, int64_t first, int64_t n);
     /* sums += B u for `tokens` rows u (rank, padded with zeros to whole vectors) and 4 rows of B.
      */
     void (*add_low_rank)(float *sums, int tokens, const void *const b[GN_TILE_ROWS], gn_dtype dtype,
@@ -66,7 +70,9 @@ typedef struct gn_linear_kernel {
 
 extern const gn_linear_kernel gn_linear_avx2, gn_linear_avx512, gn_linear_avx512bf16;
 
-/* The two AVX-512 kernels have the same sums. */
+/* Members that kernels share. */
+void gn_linear_scales_plain(float *dst, const gn_matrix *m, int64_t first, int64_t n);
+void gn_linear_scales_avx512(float *dst, const gn_matrix *m, int64_t first, int64_t n);
 void gn_linear_add_low_rank_avx512(float *sums, int tokens, const void *const b[GN_TILE_ROWS],
                                    gn_dtype dtype, const float *u, int64_t u_stride, int64_t rank);
 void gn_linear_finish_avx512(float *values, const float *sums, int tokens);

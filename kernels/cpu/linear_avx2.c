@@ -10,6 +10,7 @@ typedef __m256 operand;
 typedef __m256 sum;
 typedef float elem;
 #define VECTORS     8
+#define WAYS        2
 #define TILE_TOKENS 2
 
 #define INLINE static inline __attribute__((always_inline))
@@ -69,7 +70,7 @@ INLINE __m256 look_up(__m256 low, __m256 high, __m256i codes) {
                             _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
 }
 
-INLINE void load_nibbles(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
+INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
     const __m256 scale = _mm256_set1_ps(tile->scale[r][b]);
     const __m256 first = _mm256_mul_ps(_mm256_loadu_ps(tile->code), scale);
     const __m256 second = _mm256_mul_ps(_mm256_loadu_ps(tile->code + 8), scale);
@@ -81,15 +82,10 @@ INLINE void load_nibbles(operand w[VECTORS], const gn_linear_tile *tile, int r, 
         w[i] = look_up(low, high, _mm256_srli_epi32(bytes, 4));
         w[i + 4] = look_up(low, high, bytes);
     }
-    _mm_prefetch(p + tile->prefetch, _MM_HINT_T0);
 }
 
 INLINE void load_block(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b,
                        gn_linear_source source) {
-    if (source == GN_SOURCE_NIBBLES) {
-        load_nibbles(w, tile, r, b);
-        return;
-    }
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) {
         const int64_t at = b * GN_BLOCK + v * (GN_BLOCK / VECTORS);
@@ -146,11 +142,13 @@ static void finish(float *values, const float *sums, int tokens) {
 const gn_linear_kernel gn_linear_avx2 = {
     .operand_bytes = sizeof(elem),
     .lanes = sizeof(sum) / sizeof(float),
+    .ways = WAYS,
     .tile_tokens = TILE_TOKENS,
     .direct_tokens = DIRECT_TOKENS,
     .multiply = multiply,
     .decode = decode,
     .encode = encode,
+    .scales = gn_linear_scales_plain,
     .add_low_rank = add_low_rank,
     .finish = finish,
 };

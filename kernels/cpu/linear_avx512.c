@@ -11,6 +11,7 @@ typedef __m512 operand;
 typedef __m512 sum;
 typedef float elem;
 #define VECTORS     4
+#define WAYS        2
 #define TILE_TOKENS 6
 
 #define INLINE static inline __attribute__((always_inline))
@@ -64,7 +65,7 @@ INLINE __m512 widen(const void *p, gn_dtype dtype, int64_t at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-INLINE void load_nibbles(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
+INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
     const __m512 values =
         _mm512_mul_ps(_mm512_loadu_ps(tile->code), _mm512_set1_ps(tile->scale[r][b]));
     const __m512 table = round_to(round_to(values, tile->dtype), tile->compute);
@@ -74,15 +75,10 @@ INLINE void load_nibbles(operand w[VECTORS], const gn_linear_tile *tile, int r, 
         w[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
         w[i + 2] = _mm512_permutexvar_ps(bytes, table);
     }
-    _mm_prefetch(p + tile->prefetch, _MM_HINT_T0);
 }
 
 INLINE void load_block(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b,
                        gn_linear_source source) {
-    if (source == GN_SOURCE_NIBBLES) {
-        load_nibbles(w, tile, r, b);
-        return;
-    }
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
         const int64_t at = b * GN_BLOCK + v * (GN_BLOCK / VECTORS);
@@ -106,6 +102,19 @@ INLINE __m512 widen_some(const void *p, gn_dtype dtype, int64_t at, int64_t left
     if (dtype == GN_F32) return _mm512_maskz_loadu_ps(mask, (const float *)p + at);
     const __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* 16 blocks from a multiple of 16 on have the same nested scale. Each step is rounded, as in
+ * gn_matrix_scale. */
+void gn_linear_scales_avx512(float *dst, const gn_matrix *m, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
+        const __m512i codes =
+            _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, m->absmax_u8 + first + i));
+        const __m512 nested = _mm512_set1_ps(m->nested_absmax[(first + i) / GN_NESTED_BLOCK]);
+        const __m512 v = _mm512_mul_ps(_mm512_i32gather_ps(codes, m->nested_code, 4), nested);
+        _mm512_mask_storeu_ps(dst + i, mask, _mm512_add_ps(v, _mm512_set1_ps(m->offset)));
+    }
 }
 
 void gn_linear_add_low_rank_avx512(float *sums, int tokens, const void *const b[GN_TILE_ROWS],
@@ -140,11 +149,13 @@ void gn_linear_finish_avx512(float *values, const float *sums, int tokens) {
 const gn_linear_kernel gn_linear_avx512 = {
     .operand_bytes = sizeof(elem),
     .lanes = sizeof(sum) / sizeof(float),
+    .ways = WAYS,
     .tile_tokens = TILE_TOKENS,
     .direct_tokens = DIRECT_TOKENS,
     .multiply = multiply,
     .decode = decode,
     .encode = encode,
+    .scales = gn_linear_scales_avx512,
     .add_low_rank = gn_linear_add_low_rank_avx512,
     .finish = gn_linear_finish_avx512,
 };

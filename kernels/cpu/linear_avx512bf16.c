@@ -1,8 +1,9 @@
 /* linear_avx512bf16.c - products of bfloat16 with vdpbf16ps: 64 a instruction.
  *
- * A block of 4-bit weights costs a table of its 16 values (code * scale, rounded: one multiply,
- * one conversion) and then, for 64 weights, one widening load, one shift and two permutations
- * that look words up in it. */
+ * 4-bit weights go two blocks, 64 bytes, at a time. Their values (code * scale, rounded: one
+ * multiplication a block, one conversion) are a table of 32 words. The bytes are 32 words of
+ * four codes, of which the lower 16 belong to the first block. Masked, shifted, and with bit 4
+ * set in the upper lanes, they are indices into the table: 4 permutations for 128 weights. */
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <stdint.h>
@@ -11,6 +12,7 @@ typedef __m512bh operand;
 typedef __m512 sum;
 typedef uint16_t elem;
 #define VECTORS     2
+#define WAYS        4
 #define TILE_TOKENS 6
 
 #define INLINE static inline __attribute__((always_inline))
@@ -44,58 +46,57 @@ INLINE elem elem_of(float x) {
     return (elem)(v.u >> 16);
 }
 
-/* 16 floats rounded to the weight's dtype and then to bfloat16; from float32 or bfloat16 that
- * is one rounding. */
-INLINE __m256i to_bf16(__m512 v, gn_dtype dtype) {
-    if (dtype == GN_F16)
-        v = _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return (__m256i)_mm512_cvtneps_pbh(v);
+INLINE __m512 round_f16(__m512 v) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-INLINE operand join(__m256i low, __m256i high) {
-    return (operand)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+/* What the codes of a block stand for. */
+INLINE __m512 block_values(const gn_linear_tile *tile, float scale) {
+    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(tile->code), _mm512_set1_ps(scale));
+    return tile->dtype == GN_F16 ? round_f16(v) : v;
 }
 
-INLINE void load_nibbles(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
-    const __m512 values =
-        _mm512_mul_ps(_mm512_loadu_ps(tile->code), _mm512_set1_ps(tile->scale[r][b]));
-    const __m256i half = to_bf16(values, tile->dtype);
-    /* Twice, so that bit 4 of an index does not matter. */
-    const __m512i table = (__m512i)join(half, half);
+INLINE void load_group(operand w[4], const gn_linear_tile *tile, int r, int64_t b) {
+    const bool whole = b + 1 < tile->blocks; /* or a last block, and zeros */
+    const __m512 first = block_values(tile, tile->scale[r][b]);
+    const __m512 second = block_values(tile, whole ? tile->scale[r][b + 1] : 0.0f);
+    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     const char *p = (const char *)tile->w[r] + b * (GN_BLOCK / 2);
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)p));
-    w[0] = (operand)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
-    w[1] = (operand)_mm512_permutexvar_epi16(bytes, table);
-    _mm_prefetch(p + tile->prefetch, _MM_HINT_T0);
+    const __m512i words =
+        whole ? _mm512_loadu_si512(p) : _mm512_zextsi256_si512(_mm256_loadu_si256((const void *)p));
+    /* In either byte of a word: the code, and bit 4 for the second block. A permutation looks
+     * at the low 5 bits of a word. */
+    const __m512i codes = _mm512_set1_epi8(15);
+    const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+    const int and_or = 0xea; /* (a & b) | c */
+    const __m512i even =
+        _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, 4), codes, upper, and_or);
+    const __m512i odd = _mm512_ternarylogic_epi64(words, codes, upper, and_or);
+    w[0] = (operand)_mm512_permutexvar_epi16(even, table);
+    w[1] = (operand)_mm512_permutexvar_epi16(odd, table);
+    w[2] = (operand)_mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
+    w[3] = (operand)_mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
 }
 
-INLINE __m512 load_int8(const gn_linear_tile *tile, int r, int64_t at) {
-    const __m128i codes = _mm_loadu_si128((const void *)((const int8_t *)tile->w[r] + at));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)),
-                         _mm512_set1_ps(*tile->scale[r]));
-}
-
-INLINE __m256i load_stored(const gn_linear_tile *tile, int r, int64_t at) {
-    if (tile->dtype == GN_F32)
-        return to_bf16(_mm512_loadu_ps((const float *)tile->w[r] + at), GN_F32);
-    const __m256i half = _mm256_loadu_si256((const void *)((const uint16_t *)tile->w[r] + at));
-    return tile->dtype == GN_BF16 ? half : to_bf16(_mm512_cvtph_ps(half), GN_F32);
+/* 16 values from `at`, rounded to the weight's dtype, or to bfloat16 as they will be next. */
+INLINE __m512 load_values(const gn_linear_tile *tile, int r, int64_t at, gn_linear_source source) {
+    if (source == GN_SOURCE_INT8) {
+        const __m128i codes = _mm_loadu_si128((const void *)((const int8_t *)tile->w[r] + at));
+        const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)),
+                                       _mm512_set1_ps(*tile->scale[r]));
+        return tile->dtype == GN_F16 ? round_f16(v) : v;
+    }
+    if (tile->dtype == GN_F32) return _mm512_loadu_ps((const float *)tile->w[r] + at);
+    const uint16_t *half = (const uint16_t *)tile->w[r] + at; /* stored bfloat16 is an operand */
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)half));
 }
 
 INLINE void load_block(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b,
                        gn_linear_source source) {
-    if (source == GN_SOURCE_NIBBLES) {
-        load_nibbles(w, tile, r, b);
-        return;
-    }
-#pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++) {
         const int64_t at = b * GN_BLOCK + v * (GN_BLOCK / VECTORS);
-        if (source == GN_SOURCE_INT8)
-            w[v] = join(to_bf16(load_int8(tile, r, at), tile->dtype),
-                        to_bf16(load_int8(tile, r, at + 16), tile->dtype));
-        else
-            w[v] = join(load_stored(tile, r, at), load_stored(tile, r, at + 16));
+        w[v] = _mm512_cvtne2ps_pbh(load_values(tile, r, at + 16, source),
+                                   load_values(tile, r, at, source));
     }
 }
 
@@ -104,11 +105,13 @@ INLINE void load_block(operand w[VECTORS], const gn_linear_tile *tile, int r, in
 const gn_linear_kernel gn_linear_avx512bf16 = {
     .operand_bytes = sizeof(elem),
     .lanes = sizeof(sum) / sizeof(float),
+    .ways = WAYS,
     .tile_tokens = TILE_TOKENS,
     .direct_tokens = DIRECT_TOKENS,
     .multiply = multiply,
     .decode = decode,
     .encode = encode,
+    .scales = gn_linear_scales_avx512,
     .add_low_rank = gn_linear_add_low_rank_avx512,
     .finish = gn_linear_finish_avx512,
 };

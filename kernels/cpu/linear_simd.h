@@ -4,20 +4,35 @@
  *
  *   operand, sum        vectors of operands and of partial sums; elem, one operand
  *   VECTORS             operand vectors that make a block of 64
+ *   WAYS                codes that a lane of packed bytes gives: 32 * WAYS are a group
  *   TILE_TOKENS         tokens whose sums fit in registers, beside 4 rows of operands: 6 or 2
  *   zero_sum(), store_sum(float *, sum)
  *   load_operand(const elem *), store_operand(elem *, operand)
  *   dot(sum, operand, operand)
  *   elem_of(float)      for a value already rounded to the compute dtype
- *   load_block(operand[VECTORS], tile, row, block, source)   weights of any source as operands */
+ *   load_group(operand[], tile, row, block)            nibbles as operands, from `block` on
+ *   load_block(operand[], tile, row, block, source)    one block of any other source */
 #include "linear.h"
 
 #include <string.h>
 
-enum { DIRECT_TOKENS = TILE_TOKENS == 6 ? 4 : 2 };
+enum {
+    DIRECT_TOKENS = TILE_TOKENS == 6 ? 4 : 2,
+    GROUP = 32 * WAYS,
+    GROUP_BLOCKS = GROUP / GN_BLOCK,
+};
 
 INLINE const elem *x_of(const gn_linear_tile *tile, int token, int64_t block) {
     return (const elem *)(tile->x + token * tile->x_stride) + block * GN_BLOCK;
+}
+
+/* Asks for the lines of piece `i` of row r, `bytes` long, of a tile to come. Those tiles lie one
+ * after another in memory and are asked for in that order, which the hardware's own prefetching
+ * follows, as it does not the four short streams of a tile: up to 40 % faster. */
+INLINE void prefetch(const gn_linear_tile *tile, int64_t i, int r, int bytes) {
+    const uintptr_t at =
+        (uintptr_t)tile->w[0] + (uintptr_t)(tile->ahead + (i * GN_TILE_ROWS + r) * bytes);
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)at + line, 0, 2);
 }
 
 /* Each vector of x meets 4 rows, each vector of w all tokens: loads are a third of the work. */
@@ -29,8 +44,10 @@ INLINE void add_operands(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_ti
             const int at = v * (GN_BLOCK / VECTORS);
             operand w[GN_TILE_ROWS];
 #pragma GCC unroll 4
-            for (int r = 0; r < GN_TILE_ROWS; r++)
+            for (int r = 0; r < GN_TILE_ROWS; r++) {
                 w[r] = load_operand((const elem *)tile->w[r] + b * GN_BLOCK + at);
+                if (tokens <= 2) prefetch(tile, b * VECTORS + v, r, (int)sizeof(operand));
+            }
 #pragma GCC unroll 6
             for (int t = 0; t < tokens; t++) {
                 const operand x = load_operand(x_of(tile, t, b) + at);
@@ -41,18 +58,35 @@ INLINE void add_operands(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_ti
     }
 }
 
-/* A block of weights is unpacked into registers and used for all tokens at once. */
+INLINE void load_unpacked(operand w[GROUP_BLOCKS * VECTORS], const gn_linear_tile *tile, int row,
+                          int64_t block, gn_linear_source source) {
+    if (source == GN_SOURCE_NIBBLES)
+        load_group(w, tile, row, block);
+    else
+        load_block(w, tile, row, block, source);
+}
+
+/* Bytes of a row that one step of add_unpacked reads. */
+INLINE int step_bytes(const gn_linear_tile *tile, gn_linear_source source) {
+    if (source == GN_SOURCE_NIBBLES) return GROUP / 2;
+    if (source == GN_SOURCE_INT8) return GN_BLOCK;
+    return GN_BLOCK * (tile->dtype == GN_F32 ? 4 : 2);
+}
+
+/* A stretch of weights is unpacked into registers and used for all tokens at once. */
 INLINE void add_unpacked(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_tile *tile,
                          int tokens, gn_linear_source source) {
-    for (int64_t b = 0; b < tile->blocks; b++) {
+    const int step = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
+    for (int64_t b = 0; b < tile->blocks; b += step) {
 #pragma GCC unroll 4
         for (int r = 0; r < GN_TILE_ROWS; r++) {
-            operand w[VECTORS];
-            load_block(w, tile, r, b, source);
+            operand w[GROUP_BLOCKS * VECTORS];
+            load_unpacked(w, tile, r, b, source);
+            prefetch(tile, b / step, r, step_bytes(tile, source));
 #pragma GCC unroll 6
             for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; v++)
+                for (int v = 0; v < step * VECTORS; v++)
                     sums[t][r] = dot(sums[t][r], w[v],
                                      load_operand(x_of(tile, t, b) + v * (GN_BLOCK / VECTORS)));
             }
@@ -119,10 +153,11 @@ static void multiply(const gn_linear_tile *tile) {
 }
 
 INLINE void decode_row(elem *dst, const gn_linear_tile *tile, gn_linear_source source) {
-    for (int64_t b = 0; b < tile->blocks; b++) {
-        operand w[VECTORS];
-        load_block(w, tile, 0, b, source);
-        for (int v = 0; v < VECTORS; v++)
+    const int step = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
+    for (int64_t b = 0; b < tile->blocks; b += step) {
+        operand w[GROUP_BLOCKS * VECTORS];
+        load_unpacked(w, tile, 0, b, source);
+        for (int v = 0; v < step * VECTORS; v++)
             store_operand(dst + b * GN_BLOCK + v * (GN_BLOCK / VECTORS), w[v]);
     }
 }
@@ -136,24 +171,28 @@ static void decode(void *dst, const gn_linear_tile *tile) {
     }
 }
 
-INLINE void encode_block(elem *dst, const float *x, bool nibbles) {
-    enum { HALF = GN_BLOCK / 2 };
-    if (nibbles) {
-        for (int i = 0; i < HALF; i++) {
-            dst[i] = elem_of(x[2 * i]);
-            dst[i + HALF] = elem_of(x[2 * i + 1]);
-        }
-    } else {
-        for (int i = 0; i < GN_BLOCK; i++) dst[i] = elem_of(x[i]);
-    }
+INLINE void encode_group(elem *restrict dst, const float *x) {
+    for (int way = 0; way < WAYS; way++)
+        for (int i = 0; i < 32; i++) dst[way * 32 + i] = elem_of(x[WAYS * i + way]);
+}
+
+INLINE void encode_block(elem *restrict dst, const float *x) {
+    for (int i = 0; i < GN_BLOCK; i++) dst[i] = elem_of(x[i]);
 }
 
 static void encode(void *dst, const float *x, int64_t n, bool nibbles) {
+    const int64_t step = nibbles ? GROUP : GN_BLOCK, whole = n / step * step;
     elem *out = dst;
-    int64_t i = 0;
-    for (; i + GN_BLOCK <= n; i += GN_BLOCK) encode_block(out + i, x + i, nibbles);
-    if (i == n) return;
-    float last[GN_BLOCK] = {0};
-    memcpy(last, x + i, (size_t)(n - i) * sizeof *x);
-    encode_block(out + i, last, nibbles);
+    for (int64_t i = 0; i < whole; i += step)
+        if (nibbles)
+            encode_group(out + i, x + i);
+        else
+            encode_block(out + i, x + i);
+    if (whole == n) return;
+    float last[GROUP] = {0};
+    memcpy(last, x + whole, (size_t)(n - whole) * sizeof *x);
+    if (nibbles)
+        encode_group(out + whole, last);
+    else
+        encode_block(out + whole, last);
 }
