@@ -115,10 +115,11 @@ void gn_post_chat_completions(gn_exchange *x) {
     if (!g->prompts)
         gn_http_fail(j.error, 503, "out_of_memory", "", "The server is out of memory.");
     gn_messages_read(&j, &g->messages, &g->n_messages, &g->joined);
+    gn_params_read(&g->params, x->server, &j, true);
     read_limits(&g->params, &j);
     read_logprobs(&g->params, &j);
-    if (gn_params_read(&g->params, x->server, &j, true))
-        gn_generation_start(g);
-    else
+    if (j.error->status)
         gn_generation_refuse(g);
+    else
+        gn_generation_start(g);
 }

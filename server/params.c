@@ -11,28 +11,28 @@ enum { MAX_STOPS = 16, MAX_STOP_IDS = 256, MAX_N = 16, MAX_FIELDS = 64 };
 
 static const double max_exact_int = 9007199254740992.0; /* 2^53, as far as JSON numbers count */
 
-const char *const gn_params_fields[] = {"model",
-                                        "adapters",
-                                        "stream",
-                                        "stream_options",
-                                        "max_tokens",
-                                        "min_tokens",
-                                        "temperature",
-                                        "top_p",
-                                        "top_k",
-                                        "min_p",
-                                        "typical_p",
-                                        "repetition_penalty",
-                                        "logit_bias",
-                                        "presence_penalty",
-                                        "frequency_penalty",
-                                        "seed",
-                                        "stop",
-                                        "stop_token_ids",
-                                        "ignore_eos",
-                                        "n",
-                                        "logprobs"};
-const int gn_params_n_fields = sizeof gn_params_fields / sizeof *gn_params_fields;
+static const char *const shared_fields[] = {"model",
+                                            "adapters",
+                                            "stream",
+                                            "stream_options",
+                                            "max_tokens",
+                                            "min_tokens",
+                                            "temperature",
+                                            "top_p",
+                                            "top_k",
+                                            "min_p",
+                                            "typical_p",
+                                            "repetition_penalty",
+                                            "logit_bias",
+                                            "presence_penalty",
+                                            "frequency_penalty",
+                                            "seed",
+                                            "stop",
+                                            "stop_token_ids",
+                                            "ignore_eos",
+                                            "n",
+                                            "logprobs"};
+enum { N_SHARED = sizeof shared_fields / sizeof *shared_fields };
 
 /* OpenAI's fields that would change nothing here. */
 static const char *const harmless[] = {"user",
@@ -47,7 +47,7 @@ static const char *const harmless[] = {"user",
 void gn_params_check_names(const gn_json *j, const char *const *own, int n_own) {
     const char *known[MAX_FIELDS];
     int n = 0;
-    for (int i = 0; i < gn_params_n_fields; i++) known[n++] = gn_params_fields[i];
+    for (int i = 0; i < N_SHARED; i++) known[n++] = shared_fields[i];
     for (int i = 0; i < n_own && n < MAX_FIELDS; i++) known[n++] = own[i];
     gn_json_known(j, known, n, harmless, sizeof harmless / sizeof *harmless);
 }
@@ -262,11 +262,10 @@ static void read_stream(gn_params *p, const gn_json *j) {
     gn_json_bool(&inner, "include_usage", &p->include_usage);
 }
 
-bool gn_params_read(gn_params *p, gn_server *s, const gn_json *j, bool chat) {
+void gn_params_read(gn_params *p, const gn_server *s, const gn_json *j, bool chat) {
     const int vocab = gn_model_describe(s->model).vocab;
     int64_t min_tokens = 0;
     p->n = 1;
-    p->request.logprobs = -1;
     read_model(p, s, j);
     read_adapters(p, s, j);
     read_stream(p, j);
@@ -277,7 +276,6 @@ bool gn_params_read(gn_params *p, gn_server *s, const gn_json *j, bool chat) {
     gn_json_int(j, "n", 1, MAX_N, &p->n);
     read_stops(p, s, j, chat);
     read_stop_ids(p, j, vocab);
-    return j->error->status == 0;
 }
 
 void gn_params_close(gn_params *p) {

@@ -6,8 +6,8 @@
 #include "server/json.h"
 
 typedef struct gn_params {
-    /* Filled but for the prompt, the callback and the choice's seed. Its strings belong to the
-     * JSON tree; the adapters are referenced here, until gn_params_close. */
+    /* Filled but for the prompt, the callback and what families read themselves. Its strings belong
+     * to the JSON tree; the adapters are referenced here, until gn_params_close. */
     gn_request request;
     const char *model; /* as the response names it: the base's or the adapter's name */
     int64_t n;
@@ -17,16 +17,13 @@ typedef struct gn_params {
     int32_t *stop_ids;
 } gn_params;
 
-/* The fields read here; a family adds its own. */
-extern const char *const gn_params_fields[];
-extern const int gn_params_n_fields;
-
-/* False with the error filled. Close it either way. `chat` adds the template's stop strings. */
-bool gn_params_read(gn_params *p, gn_server *server, const gn_json *j, bool chat);
+/* Fills p or the reader's error; close it either way. `chat` adds the template's stop strings. The
+ * family reads max_tokens and logprobs, which it defines its own way. */
+void gn_params_read(gn_params *p, const gn_server *server, const gn_json *j, bool chat);
 void gn_params_close(gn_params *p);
 
-/* Refuses the fields a family does not know: own names, gn_params_fields, and OpenAI's fields that
- * change nothing here. */
+/* Refuses the fields a family does not know: its own names, those read here, and OpenAI's fields
+ * that change nothing here. */
 void gn_params_check_names(const gn_json *j, const char *const *own, int n_own);
 
 #endif
