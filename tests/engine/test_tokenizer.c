@@ -157,7 +157,7 @@ Test(tokenizer, refusals_name_the_file) {
 }
 
 Test(tokenizer, every_cut_file_is_refused_or_smaller) {
-    size_t n;
+    size_t n = 0;
     char *data = read_all(TINY "/tokenizer.model", &n);
     cr_assert(data);
     for (size_t cut = 0; cut < n; cut += 37) {
