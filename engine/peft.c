@@ -11,7 +11,8 @@
 #include "engine/json_file.h"
 #include "engine/module_pattern.h"
 
-enum { MAX_RANK = 65536, MAX_OPTIONS = 1000, MAX_PATTERNS = 4096 };
+/* Patterns are tried on every module of the base, so their work is bounded. */
+enum { MAX_RANK = 65536, MAX_OPTIONS = 1000, MAX_PATTERNS = 4096, MAX_EXPRESSIONS = 32 };
 
 typedef struct {
     gn_module_pattern pattern;
@@ -93,6 +94,7 @@ static gn_status read_exceptions(gn_peft *peft, const cJSON *option, exceptions 
     list->items = calloc((size_t)n, sizeof *list->items);
     if (!list->items) return gn_fail(err, GN_ENOMEM, "%s: out of memory", peft->path);
     const cJSON *value;
+    int expressions = 0;
     cJSON_ArrayForEach(value, option) {
         if (!valid(value))
             return gn_fail(err, GN_EFORMAT, "%s: \"%s\": the value of \"%s\" is out of range",
@@ -103,7 +105,11 @@ static gn_status read_exceptions(gn_peft *peft, const cJSON *option, exceptions 
         if (status) return status;
         e->value = value->valuedouble;
         list->count++;
+        expressions += e->pattern.program != NULL;
     }
+    if (expressions > MAX_EXPRESSIONS)
+        return gn_fail(err, GN_ETOOBIG, "%s: \"%s\": over %d regular expressions", peft->path,
+                       option->string, MAX_EXPRESSIONS);
     return GN_OK;
 }
 

@@ -116,6 +116,34 @@ Test(peft, patterns_not_understood) {
     }
 }
 
+/* Patterns that keep backtracking matchers, and glibc's regcomp, busy for minutes. */
+Test(peft, patterns_cannot_stall, .timeout = 10) {
+    static char keys[3][257];
+    for (int i = 0; i < 28; i++) strcat(keys[0], "(.*|.+)*");
+    for (int i = 0; i < 84; i++) strcat(keys[1], "(");
+    strcat(keys[1], "a");
+    for (int i = 0; i < 84; i++) strcat(keys[1], ")*");
+    for (int i = 0; i < 42; i++) strcat(keys[2], "(\\w*)");
+    strcat(keys[2], "-");
+    for (int i = 0; i < 3; i++) {
+        gn_module_pattern pattern;
+        gn_error err = {0};
+        cr_assert_eq(gn_module_pattern_open(&pattern, keys[i], "file", &err), GN_OK, "%s",
+                     err.message);
+        for (int k = 0; k < 1000; k++)
+            cr_assert_eq(gn_module_pattern_match(&pattern, "model.layers.0.self_attn.q_proj"),
+                         i == 0);
+        gn_module_pattern_close(&pattern);
+    }
+    char options[1024] = "\"rank_pattern\": {\"[a]00\": 1";
+    for (int i = 1; i < 33; i++) sprintf(options + strlen(options), ", \"[a]%02d\": 1", i);
+    strcat(options, "}");
+    gn_peft *peft = NULL;
+    gn_error err;
+    cr_assert_eq(open_with(&peft, options, &err), GN_ETOOBIG, "%s", err.message);
+    cr_assert(strstr(err.message, "rank_pattern"), "%s", err.message);
+}
+
 /* ---- ranks and scales ---- */
 
 #define Q0 "model.layers.0.self_attn.q_proj"
