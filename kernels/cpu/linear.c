@@ -16,7 +16,6 @@ enum {
     PANEL_ROWS = 16,
     PREFETCH_TILES = 4,
     RANK_STEP = GN_TILE_LANES, /* u is padded with zeros to whole vectors */
-    SERIAL_PRODUCTS = 1 << 17, /* multiplications that take less time than waking a thread */
 };
 
 /* A weight, or a term's A, as a source of tiles. */
@@ -529,6 +528,14 @@ size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, i
     return total;
 }
 
+int gn_linear_threads(const gn_ctx *ctx, const gn_linear_args *args) {
+    const int64_t least = 1 << 17; /* multiplications, which take as long as waking a thread */
+    int64_t products = 0;
+    for (int i = 0; i < args->n_parts; i++)
+        products += gn_tensor_numel(&args->x) * args->part[i].w->rows;
+    return products < least ? 1 : ctx->threads;
+}
+
 gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
     const gn_linear_kernel *kernel = kernel_of(ctx->isa, ctx->compute);
     if (!kernel) return gn_cpu_linear_reference(ctx, args);
@@ -540,11 +547,9 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
                       .T = args->x.shape[0],
                       .K = args->x.shape[1],
                       .padded = padded_columns(args->x.shape[1])};
-    int64_t products = 0;
     for (int i = 0; i < args->n_parts; i++) {
         op.weight[i] = weight_of_matrix(kernel, args->part[i].w, ctx->compute);
         op.lora |= args->part[i].n_lora > 0;
-        products += op.T * op.K * op.weight[i].rows;
     }
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
     lay_out(&op, ctx->workspace, ctx->threads);
@@ -556,6 +561,6 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
         prepare_rows(&op, 0, 1);
         op.prepared = true;
     }
-    gn_cpu_parallel(products < SERIAL_PRODUCTS ? 1 : ctx->threads, run, &op);
+    gn_cpu_parallel(gn_linear_threads(ctx, args), run, &op);
     return GN_OK;
 }

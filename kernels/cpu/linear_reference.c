@@ -5,8 +5,6 @@
 #include "exp.h"
 #include "linear.h"
 
-#include <math.h>
-
 struct reference {
     const gn_linear_args *args;
     gn_dtype compute;
@@ -141,6 +139,6 @@ gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args) {
     struct reference op = reference_of(ctx, args);
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
     lay_out(&op, ctx->workspace, ctx->threads);
-    gn_cpu_parallel(ctx->threads, run, &op);
+    gn_cpu_parallel(gn_linear_threads(ctx, args), run, &op);
     return GN_OK;
 }

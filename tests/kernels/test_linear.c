@@ -265,7 +265,7 @@ Test(linear, every_type_and_shape_matches_a_naive_product) {
     const gn_isa best = best_isa();
     for (gn_isa isa = GN_ISA_REFERENCE; isa <= best; isa++)
         for (int c = 0; c < COUNT(computes); c++) {
-            gn_ctx *ctx = open_ctx(isa, computes[c], 2);
+            gn_ctx *ctx = open_ctx(isa, computes[c], 1);
             for (int type = 0; type < COUNT(types); type++)
                 for (int i = 0; i < COUNT(Ks) * COUNT(Ns) * COUNT(Ts); i++) {
                     const shape s = {.T = Ts[i % COUNT(Ts)],

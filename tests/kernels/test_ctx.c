@@ -1,0 +1,107 @@
+/* Contexts: what may be asked for, what one gets, working memory. */
+#include "kernels/ctx.h"
+
+#include <criterion/criterion.h>
+#include <string.h>
+
+static gn_ctx *open_ok(gn_ctx_options options) {
+    gn_ctx *ctx = NULL;
+    gn_error err = {0};
+    cr_assert_eq(gn_ctx_open(&ctx, &options, &err), GN_OK, "%s", err.message);
+    cr_assert_not_null(ctx);
+    return ctx;
+}
+
+Test(ctx, devices_open_or_say_why_not) {
+    const struct {
+        const char *device;
+        gn_status status;
+        const char *says;
+    } cases[] = {
+        {NULL, GN_OK, NULL},
+        {"auto", GN_OK, NULL},
+        {"cpu", GN_OK, NULL},
+        {"cuda", GN_EDEVICE, "no CUDA support"},
+        {"cuda:1", GN_EDEVICE, "no CUDA support"},
+        {"cudax", GN_EINVAL, "cudax"},
+        {"", GN_EINVAL, "unknown device"},
+        {"CPU", GN_EINVAL, "CPU"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gn_ctx *ctx = (gn_ctx *)&cases;
+        gn_error err = {0};
+        const gn_ctx_options options = {.device = cases[i].device};
+        const gn_status status = gn_ctx_open(&ctx, &options, &err);
+        cr_assert_eq(status, cases[i].status, "%s", cases[i].device);
+        cr_assert_eq(ctx != NULL, status == GN_OK);
+        if (cases[i].says) {
+            cr_assert_eq(err.status, status);
+            cr_assert(strstr(err.message, cases[i].says), "%s", err.message);
+        }
+        gn_ctx_close(ctx);
+    }
+}
+
+Test(ctx, bad_options_are_refused) {
+    const gn_ctx_options cases[] = {
+        {.compute = GN_F16}, {.compute = GN_I8}, {.threads = -1}, {.threads = 1000000}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gn_ctx *ctx = NULL;
+        gn_error err = {0};
+        cr_assert_eq(gn_ctx_open(&ctx, &cases[i], &err), GN_EINVAL);
+        cr_assert_null(ctx);
+        cr_assert(err.message[0]);
+        cr_assert_eq(gn_ctx_open(&ctx, &cases[i], NULL), GN_EINVAL);
+    }
+    gn_ctx *ctx;
+    const gn_ctx_options options = {0};
+    cr_assert_eq(gn_ctx_open(NULL, &options, NULL), GN_EINVAL);
+    cr_assert_eq(gn_ctx_open(&ctx, NULL, NULL), GN_EINVAL);
+}
+
+Test(ctx, says_what_it_is) {
+    gn_ctx *ctx = open_ok((gn_ctx_options){.threads = 3, .compute = GN_BF16});
+    cr_assert_eq(gn_ctx_threads(ctx), 3);
+    cr_assert_eq(gn_ctx_compute(ctx), GN_BF16);
+    cr_assert(strstr(gn_ctx_device(ctx), "cpu (") && strstr(gn_ctx_device(ctx), "3 threads"));
+    gn_ctx_close(ctx);
+
+    ctx = open_ok((gn_ctx_options){0});
+    cr_assert_geq(gn_ctx_threads(ctx), 1);
+    cr_assert_eq(gn_ctx_compute(ctx), GN_F32);
+    gn_ctx_close(ctx);
+    gn_ctx_close(NULL);
+}
+
+Test(ctx, the_instruction_set_can_be_limited_and_decides_the_compute_dtype) {
+    gn_ctx *best = open_ok((gn_ctx_options){.auto_compute = true});
+    const gn_isa isa = gn_ctx_isa(best);
+    cr_assert_eq(gn_ctx_compute(best), isa == GN_ISA_AVX512BF16 ? GN_BF16 : GN_F32);
+    gn_ctx_close(best);
+    for (gn_isa limit = GN_ISA_REFERENCE; limit <= GN_ISA_AVX512BF16; limit++) {
+        gn_ctx *ctx = open_ok((gn_ctx_options){
+            .auto_compute = true, .compute = GN_I8, .limit_isa = true, .max_isa = limit});
+        cr_assert_eq(gn_ctx_isa(ctx), limit < isa ? limit : isa);
+        cr_assert_eq(gn_ctx_compute(ctx), gn_ctx_isa(ctx) == GN_ISA_AVX512BF16 ? GN_BF16 : GN_F32);
+        gn_ctx_close(ctx);
+    }
+}
+
+Test(ctx, memory_is_aligned_and_working_memory_grows) {
+    gn_ctx *ctx = open_ok((gn_ctx_options){0});
+    const size_t sizes[] = {0, 1, 63, 64, 1000, 5 << 20};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        char *p = gn_ctx_alloc(ctx, sizes[i]);
+        cr_assert_not_null(p);
+        cr_assert_eq((uintptr_t)p % 64, 0);
+        memset(p, 1, sizes[i]);
+        gn_ctx_free(ctx, p);
+        cr_assert_eq(gn_ctx_reserve(ctx, sizes[i]), GN_OK);
+        cr_assert_eq(gn_ctx_reserve(ctx, sizes[i] / 2), GN_OK);
+    }
+    gn_ctx_free(ctx, NULL);
+    cr_assert_eq(gn_ctx_reserve(ctx, (size_t)1 << 62), GN_ENOMEM);
+    cr_assert_null(gn_ctx_alloc(ctx, (size_t)1 << 62));
+    cr_assert_eq(gn_ctx_reserve(ctx, 100), GN_OK);
+    gn_ctx_close(ctx);
+}
