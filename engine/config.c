@@ -95,12 +95,10 @@ static gn_status refuse_true(reader *r, const cJSON *root, const char *key) {
 static gn_status expect_string(reader *r, const cJSON *object, const char *key, const char *a,
                                const char *b) {
     const cJSON *item = get(object, key);
-    if (!item || (cJSON_IsString(item) &&
-                  (!strcmp(item->valuestring, a) || (b && !strcmp(item->valuestring, b)))))
-        return GN_OK;
+    const char *value = cJSON_GetStringValue(item);
+    if (!item || (value && (!strcmp(value, a) || (b && !strcmp(value, b))))) return GN_OK;
     return gn_fail(r->err, GN_EUNSUPPORTED, "%s: %s is %.64s; supported: %s%s%s", r->path, key,
-                   cJSON_IsString(item) ? item->valuestring : "not a string", a, b ? ", " : "",
-                   b ? b : "");
+                   value ? value : "not a string", a, b ? ", " : "", b ? b : "");
 }
 
 /* ---- parts of the file ---- */
