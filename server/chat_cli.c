@@ -109,6 +109,7 @@ typedef struct chat {
     int n_turns;
     uint64_t replies; /* given so far: makes seeds differ */
     uint64_t start;   /* the seed of this run */
+    int percent;      /* of loading, as last shown */
     gn_error *err;
 } chat;
 
@@ -360,14 +361,14 @@ static gn_status converse(chat *c) {
 
 /* ---- start and end ---- */
 
+/* Ctrl-C ends the program while it loads: there is nothing to clean up that the system does not. */
 static void show_loading(void *user, int64_t done, int64_t total) {
-    gn_terminal *t = user;
-    if (gn_terminal_interrupted(t)) _exit(130);
-    if (!isatty(STDERR_FILENO)) return;
-    if (done < total)
-        fprintf(stderr, "\r\033[Kloading: %.0f%%", 100.0 * (double)done / (double)total);
-    else
-        fputs("\r\033[K", stderr);
+    chat *c = user;
+    const int percent = total > 0 ? (int)(100 * (done / 4096) / (total / 4096 + 1)) : 100;
+    if (gn_terminal_interrupted(&c->terminal)) _exit(130);
+    if (percent == c->percent || !isatty(STDERR_FILENO)) return;
+    c->percent = percent;
+    fprintf(stderr, "\r\033[Kloading: %d %%", percent);
     fflush(stderr);
 }
 
@@ -401,9 +402,10 @@ static gn_status open_all(chat *c) {
                                     .threads = o->threads,
                                     .chat_template = o->chat_template,
                                     .progress = show_loading,
-                                    .user = &c->terminal};
+                                    .user = c};
     const gn_engine_options engine = {.max_seqs = 1, .context = o->context};
     gn_status status = gn_model_open(&c->model, o->model, &model, c->err);
+    if (c->percent) fputs("\r\033[K", stderr);
     for (int i = 0; !status && i < o->adapters.n; i++)
         status = add_adapter(c, o->adapters.items[i]);
     if (!status) status = gn_engine_open(&c->engine, c->model, &engine, c->err);
