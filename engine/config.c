@@ -104,8 +104,8 @@ static gn_status expect_string(reader *r, const cJSON *object, const char *key, 
 /* ---- parts of the file ---- */
 
 static gn_status read_architecture(reader *r, const cJSON *root, gn_config *c) {
-    const cJSON *type = get(root, "model_type");
-    const char *name = cJSON_IsString(type) ? type->valuestring : "";
+    const char *name = cJSON_GetStringValue(get(root, "model_type"));
+    if (!name) name = "";
     if (strcmp(name, "llama") && strcmp(name, "mistral"))
         return gn_fail(r->err, GN_EUNSUPPORTED,
                        "%s: model_type is \"%.32s\"; supported: llama, mistral", r->path, name);
