@@ -186,14 +186,6 @@ static void mark_unflushed(gn_connection *c) {
     c->server->unflushed = c;
 }
 
-void gn_connection_send(gn_connection *c, const void *data, size_t size) {
-    /* The engine does not wait for a client that reads slower than its tokens come. */
-    if (c->writing && c->out.size > (size_t)c->server->options.max_unsent) c->doomed = true;
-    gn_buffer_append(&c->out, data, size);
-    if (c->out.failed) c->doomed = true;
-    mark_unflushed(c);
-}
-
 static void on_shutdown(uv_shutdown_t *request, int status) {
     (void)request;
     (void)status;
@@ -217,13 +209,13 @@ static void on_written(uv_write_t *request, int status) {
     if (c->phase == CLOSED) return;
     gn_server *s = c->server;
     c->writing = false;
+    if (status == 0) s->counters.bytes_sent += (int64_t)c->sending.size;
     gn_buffer_clear(&c->sending, KEEP_BUFFER);
     if (status < 0) {
         close_connection(c);
         return;
     }
     mark_unflushed(c);
-    feed(c, "", 0); /* answers may have been held up */
     gn_connections_flush(s);
 }
 
@@ -234,7 +226,7 @@ static void start_write(gn_connection *c) {
     const uv_buf_t piece = uv_buf_init(full.data, (unsigned)full.size);
     c->write.data = c;
     if (uv_write(&c->write, (uv_stream_t *)&c->tcp, &piece, 1, on_written)) {
-        close_connection(c);
+        c->doomed = true;
         return;
     }
     c->writing = true;
@@ -243,26 +235,40 @@ static void start_write(gn_connection *c) {
     set_timer(c);
 }
 
-static void flush(gn_connection *c) {
-    if (c->doomed) {
-        close_connection(c);
+/* Sends what the socket takes now and leaves the rest to libuv. */
+static void push(gn_connection *c) {
+    if (c->writing || c->doomed || c->out.size == 0) return;
+    const uv_buf_t piece = uv_buf_init(c->out.data, (unsigned)c->out.size);
+    const int n = uv_try_write((uv_stream_t *)&c->tcp, &piece, 1);
+    if (n < 0 && n != UV_EAGAIN) {
+        c->doomed = true;
         return;
     }
-    if (c->writing) return;
-    if (c->out.size) {
-        const uv_buf_t piece = uv_buf_init(c->out.data, (unsigned)c->out.size);
-        const int n = uv_try_write((uv_stream_t *)&c->tcp, &piece, 1);
-        if (n < 0 && n != UV_EAGAIN) {
-            close_connection(c);
-            return;
-        }
-        if (n > 0) gn_buffer_consume(&c->out, (size_t)n);
-        if (n > 0) c->server->counters.bytes_sent += n;
+    if (n > 0) {
+        gn_buffer_consume(&c->out, (size_t)n);
+        c->server->counters.bytes_sent += n;
     }
-    if (c->out.size)
-        start_write(c);
-    else
+    if (c->out.size) start_write(c);
+}
+
+void gn_connection_send(gn_connection *c, const void *data, size_t size) {
+    const size_t most = (size_t)c->server->options.max_unsent;
+    if (c->out.size > most) push(c);
+    /* The engine does not wait for a client that reads slower than its tokens come. */
+    if (c->out.size > most) c->doomed = true;
+    if (!c->doomed) gn_buffer_append(&c->out, data, size);
+    if (c->out.failed) c->doomed = true;
+    mark_unflushed(c);
+}
+
+static void flush(gn_connection *c) {
+    push(c);
+    if (c->doomed) {
+        close_connection(c);
+    } else if (!has_unsent(c)) {
         all_sent(c);
+        feed(c, "", 0); /* requests that waited for the client to take the answers */
+    }
 }
 
 void gn_connections_flush(gn_server *s) {

@@ -231,31 +231,33 @@ static gn_finish fake_step(fake_sequence *s) {
     return e.finish;
 }
 
-/* The sequence whose turn it is; the one before goes to the end, or ends. */
-static fake_sequence *fake_next(gn_engine *e, bool ended) {
+/* Puts the sequence that had its turn at the end, or ends it. */
+static void fake_put_back(gn_engine *e, fake_sequence *s, bool ended) {
     pthread_mutex_lock(&e->lock);
-    fake_sequence *before = e->current, **end = &e->first;
+    fake_sequence **end = &e->first;
     while (*end) end = &(*end)->next;
-    if (before && !ended) *end = before;
-    while (!e->first && !e->stopping) {
-        e->current = NULL;
-        pthread_cond_wait(&e->wake, &e->lock);
-    }
+    if (!ended) *end = s;
+    e->current = NULL;
+    pthread_mutex_unlock(&e->lock);
+    if (ended) fake_end(s);
+}
+
+static fake_sequence *fake_next(gn_engine *e) {
+    pthread_mutex_lock(&e->lock);
+    while (!e->first && !e->stopping) pthread_cond_wait(&e->wake, &e->lock);
     fake_sequence *s = e->current = e->first;
     if (s) e->first = s->next;
     if (s) s->next = NULL;
     if (s && e->stopping) s->canceled = true;
     pthread_mutex_unlock(&e->lock);
-    if (before && ended) fake_end(before);
     return s;
 }
 
 static void *fake_run(void *argument) {
     gn_engine *e = argument;
-    bool ended = false;
-    for (fake_sequence *s = fake_next(e, false); s; s = fake_next(e, ended)) {
+    for (fake_sequence *s = fake_next(e); s; s = fake_next(e)) {
         if (fake_delay_us) usleep((useconds_t)fake_delay_us);
-        ended = fake_step(s) != GN_FINISH_NONE;
+        fake_put_back(e, s, fake_step(s) != GN_FINISH_NONE);
     }
     return NULL;
 }

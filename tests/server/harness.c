@@ -117,16 +117,23 @@ static inline char *ask(const harness *h, const char *request) {
 }
 
 /* `headers` are extra lines, each ended by CRLF. */
+static inline void say_post(int fd, const char *path, const char *headers, const char *body) {
+    char head[512];
+    snprintf(head, sizeof head,
+             "POST %s HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %zu\r\n\r\n", path, headers,
+             strlen(body));
+    say(fd, head);
+    say(fd, body);
+}
+
 static inline char *post_with(const harness *h, const char *path, const char *headers,
                               const char *body) {
-    const size_t size = strlen(body) + strlen(headers) + 512;
-    char *request = malloc(size);
-    snprintf(request, size,
-             "POST %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%sContent-Length: "
-             "%zu\r\n\r\n%s",
-             path, headers, strlen(body), body);
-    char *answer = ask(h, request);
-    free(request);
+    const int fd = dial(h);
+    char all[256];
+    snprintf(all, sizeof all, "Connection: close\r\n%s", headers);
+    say_post(fd, path, all, body);
+    char *answer = hear(fd, NULL);
+    close(fd);
     return answer;
 }
 
