@@ -35,7 +35,8 @@ struct gn_ctx {
     gn_dtype compute;
     gn_isa isa;
     int threads;
-    void *workspace; /* from backend->alloc */
+    struct gn_cpu_pool *pool; /* the CPU's threads */
+    void *workspace;          /* from backend->alloc */
     size_t workspace_bytes;
     char device[64];
 };

@@ -3,6 +3,8 @@
  * The choice is made once, here; ops look at the context and never at the machine. */
 #include "backend.h"
 
+#include "cpu/parallel.h"
+
 #include <limits.h>
 #include <sched.h>
 #include <stdio.h>
@@ -92,6 +94,12 @@ gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err
     ctx->compute = options->compute;
     if (options->auto_compute) ctx->compute = ctx->isa == GN_ISA_AVX512BF16 ? GN_BF16 : GN_F32;
     ctx->threads = options->threads ? options->threads : threads_of_machine();
+    ctx->pool = gn_cpu_pool_open(ctx->threads);
+    if (!ctx->pool) {
+        gn_fail(err, GN_ENOMEM, "cannot start %d threads", ctx->threads);
+        free(ctx);
+        return GN_ENOMEM;
+    }
     snprintf(ctx->device, sizeof ctx->device, "cpu (%s, %d thread%s)", isa_name(ctx->isa),
              ctx->threads, ctx->threads == 1 ? "" : "s");
     *out = ctx;
@@ -100,6 +108,7 @@ gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err
 
 void gn_ctx_close(gn_ctx *ctx) {
     if (!ctx) return;
+    gn_cpu_pool_close(ctx->pool);
     gn_ctx_free(ctx, ctx->workspace);
     free(ctx);
 }
@@ -118,6 +127,10 @@ int gn_ctx_threads(const gn_ctx *ctx) {
 
 gn_isa gn_ctx_isa(const gn_ctx *ctx) {
     return ctx->isa;
+}
+
+void gn_ctx_for(gn_ctx *ctx, int64_t n, gn_ctx_fn *fn, void *arg) {
+    gn_cpu_for(ctx->pool, n, fn, arg);
 }
 
 gn_status gn_ctx_reserve(gn_ctx *ctx, size_t bytes) {

@@ -34,6 +34,11 @@ gn_dtype gn_ctx_compute(const gn_ctx *ctx);
 int gn_ctx_threads(const gn_ctx *ctx);
 gn_isa gn_ctx_isa(const gn_ctx *ctx);
 
+/* Calls fn(arg, i) for every i in [0, n) on the context's threads, in any order, and returns
+ * when all are done. For work beside the ops: threads of one's own would get in theirs' way. */
+typedef void gn_ctx_fn(void *arg, int64_t i);
+void gn_ctx_for(gn_ctx *ctx, int64_t n, gn_ctx_fn *fn, void *arg);
+
 /* Makes sure that ops find `bytes` of working memory. */
 GN_CHECKED gn_status gn_ctx_reserve(gn_ctx *ctx, size_t bytes);
 

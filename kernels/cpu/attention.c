@@ -66,10 +66,9 @@ static int64_t items_of(const struct attention *op, int32_t seq) {
     return divide_up(rows, op->rows_per_item) * kv_heads * divide_up(group, op->heads_per_item);
 }
 
-static void run_items(void *arg, int thread, int n_threads) {
-    (void)n_threads;
+static void run_items(void *arg, const gn_cpu_team *team) {
     struct attention *op = arg;
-    float *scores = op->scores + thread * GN_ATTENTION_QUERIES * op->score_stride;
+    float *scores = op->scores + team->thread * GN_ATTENTION_QUERIES * op->score_stride;
     int64_t mine = atomic_fetch_add(&op->next, 1), first = 0;
     for (int32_t seq = 0; seq < op->seqs->n; seq++) {
         run_sequence(op, seq, first, &mine, scores);
@@ -105,6 +104,6 @@ gn_status gn_cpu_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const 
         .scores = ctx->workspace,
         .score_stride = gn_cpu_round_up(context, GN_ATTENTION_LANES),
     };
-    gn_cpu_parallel(work < GN_CPU_SERIAL ? 1 : ctx->threads, run_items, &op);
+    gn_cpu_parallel(ctx->pool, work < GN_CPU_SERIAL, run_items, &op);
     return GN_OK;
 }

@@ -2,11 +2,11 @@
 #include "cpu.h"
 
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 static void *cpu_alloc(gn_ctx *ctx, size_t bytes) {
     (void)ctx;
+    if (bytes > PTRDIFF_MAX) return NULL;
     const size_t huge_page = (size_t)2 << 20;
     const size_t align = bytes >= 2 * huge_page ? huge_page : 64;
     void *memory = NULL;

@@ -7,6 +7,7 @@
 #define GN_CPU_H
 
 #include "kernels/backend.h"
+#include "kernels/cpu/parallel.h"
 
 #define X(name, parameters) gn_status gn_cpu_##name parameters;
 GN_BACKEND_OPS(X)
@@ -15,19 +16,8 @@ size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, i
                                int64_t max_rank, int max_terms);
 size_t gn_cpu_attention_workspace(const gn_ctx *ctx, int64_t context);
 
-/* Calls fn(arg, i, n) once for each i in [0, n) at the same time; n is `threads`, or fewer when
- * the system has no more. gn_cpu_barrier, inside fn, waits until all have come to it. */
-typedef void gn_cpu_fn(void *arg, int thread, int n_threads);
-void gn_cpu_parallel(int threads, gn_cpu_fn *fn, void *arg);
-void gn_cpu_barrier(void);
-
 /* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
 enum { GN_CPU_SERIAL = 16384 };
-
-/* Thread i's share of [0, n): [gn_cpu_share(n, i, of), gn_cpu_share(n, i+1, of)). */
-static inline int64_t gn_cpu_share(int64_t n, int i, int of) {
-    return n / of * i + (n % of < i ? n % of : i);
-}
 
 static inline int64_t gn_cpu_round_up(int64_t n, int64_t step) {
     return (n + step - 1) / step * step;

@@ -10,11 +10,13 @@
 
 #include "exp.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 enum {
     PANEL_ROWS = 16,
     PREFETCH_TILES = 4,
+    SHARES = 4,                /* of step 3 for each thread, in case one is held up */
     RANK_STEP = GN_TILE_LANES, /* u is padded with zeros to whole vectors */
 };
 
@@ -53,7 +55,8 @@ struct call {
     float *u[GN_MAX_PARTS];          /* by term: (rows, rank in whole vectors) */
     struct span *span[GN_MAX_PARTS]; /* by chunk of kernel->tile_tokens tokens */
     char *scratch;
-    size_t scratch_bytes; /* a thread */
+    size_t scratch_bytes;  /* a thread */
+    atomic_int next_share; /* of step 3; whichever thread is free takes it */
 };
 
 /* K in whole blocks, and in whole groups of nibbles. */
@@ -235,10 +238,10 @@ void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_d
     for (int64_t k = 0; k < K; k++) dst[k] = gn_linear_round(x[k], compute);
 }
 
-static void prepare_rows(const struct call *op, int thread, int n_threads) {
+static void prepare_rows(const struct call *op, const gn_cpu_team *team) {
     const size_t stride = operand_stride(op->padded, op->kernel->operand_bytes);
-    const int64_t last = gn_cpu_share(op->T, thread + 1, n_threads);
-    for (int64_t t = gn_cpu_share(op->T, thread, n_threads); t < last; t++) {
+    const int64_t last = gn_cpu_share(op->T, team->thread + 1, team->n_threads);
+    for (int64_t t = gn_cpu_share(op->T, team->thread, team->n_threads); t < last; t++) {
         float *x = x_row(op, t);
         gn_linear_input_row(x, op->args, t, op->compute);
         memset(x + op->K, 0, (size_t)(op->padded - op->K) * sizeof *x);
@@ -283,16 +286,15 @@ static void clear_padding(const gn_lora *term, float *u) {
 }
 
 /* The ranks of all terms, four by four, dealt out to the threads in turn. */
-static void project(const struct call *op, int thread, int n_threads,
-                    const struct scratch *scratch) {
+static void project(const struct call *op, const gn_cpu_team *team, const struct scratch *scratch) {
     int turn = 0;
     for (int part = 0; part < op->args->n_parts; part++) {
         float *u = op->u[part];
         for (int i = 0; i < op->args->part[part].n_lora; i++) {
             const gn_lora *term = &op->args->part[part].lora[i];
             const int64_t rank = term->a.shape[0];
-            for (int64_t r = 0; r < rank; r += GN_TILE_ROWS, turn = (turn + 1) % n_threads) {
-                if (turn != thread) continue;
+            for (int64_t r = 0; r < rank; r += GN_TILE_ROWS, turn = (turn + 1) % team->n_threads) {
+                if (turn != team->thread) continue;
                 if (r == 0) clear_padding(term, u);
                 project_rows(op, term, u, r, min_int(rank - r, GN_TILE_ROWS), scratch);
             }
@@ -379,8 +381,8 @@ static int64_t panel_at(const struct weight *w, int64_t at) {
     return at <= 0 ? 0 : panel < panels_of(w) ? panel : panels_of(w);
 }
 
-/* This thread's stretch of all the call's weight bytes, which it reads from end to end. */
-static void multiply_share(const struct call *op, int thread, int n_threads,
+/* Share `share` of `of` of all the call's weight bytes, read from end to end. */
+static void multiply_share(const struct call *op, int share, int of,
                            const struct scratch *scratch) {
     const gn_linear_args *args = op->args;
     const bool swiglu = args->epilogue == GN_SWIGLU;
@@ -388,8 +390,8 @@ static void multiply_share(const struct call *op, int thread, int n_threads,
     int64_t total = 0;
     for (int i = 0; i < n_parts; i++)
         total += panels_of(&op->weight[i]) * PANEL_ROWS * row_bytes(&op->weight[i]);
-    int64_t from = gn_cpu_share(total, thread, n_threads);
-    int64_t to = gn_cpu_share(total, thread + 1, n_threads);
+    int64_t from = gn_cpu_share(total, share, of);
+    int64_t to = gn_cpu_share(total, share + 1, of);
     for (int i = 0; i < n_parts; i++) {
         const struct weight *w = &op->weight[i];
         const gn_tensor *y = &args->part[i].y;
@@ -419,19 +421,21 @@ static size_t lay_out_scratch(struct scratch *scratch, char *memory, int64_t pad
     return total;
 }
 
-static void run(void *arg, int thread, int n_threads) {
-    const struct call *op = arg;
+static void run(void *arg, const gn_cpu_team *team) {
+    struct call *op = arg;
     struct scratch scratch;
-    lay_out_scratch(&scratch, op->scratch + (size_t)thread * op->scratch_bytes, op->padded);
+    lay_out_scratch(&scratch, op->scratch + (size_t)team->thread * op->scratch_bytes, op->padded);
     if (!op->prepared) {
-        prepare_rows(op, thread, n_threads);
-        gn_cpu_barrier();
+        prepare_rows(op, team);
+        gn_cpu_barrier(team);
     }
     if (op->lora) {
-        project(op, thread, n_threads, &scratch);
-        gn_cpu_barrier();
+        project(op, team, &scratch);
+        gn_cpu_barrier(team);
     }
-    multiply_share(op, thread, n_threads, &scratch);
+    const int shares = team->n_threads == 1 ? 1 : SHARES * team->n_threads;
+    for (int share; (share = atomic_fetch_add(&op->next_share, 1)) < shares;)
+        multiply_share(op, share, shares, &scratch);
 }
 
 /* ---- the call ---- */
@@ -528,12 +532,12 @@ size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, i
     return total;
 }
 
-int gn_linear_threads(const gn_ctx *ctx, const gn_linear_args *args) {
-    const int64_t least = 1 << 17; /* multiplications, which take as long as waking a thread */
+bool gn_linear_is_small(const gn_linear_args *args) {
+    const int64_t enough = 1 << 17; /* multiplications: a few microseconds */
     int64_t products = 0;
     for (int i = 0; i < args->n_parts; i++)
         products += gn_tensor_numel(&args->x) * args->part[i].w->rows;
-    return products < least ? 1 : ctx->threads;
+    return products < enough;
 }
 
 gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
@@ -558,9 +562,9 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
             find_spans(op.span[i], chunks_of(&op), kernel->tile_tokens, &args->part[i]);
     /* A barrier costs more than a few rows do. */
     if (op.T * op.K < GN_CPU_SERIAL) {
-        prepare_rows(&op, 0, 1);
+        prepare_rows(&op, &(gn_cpu_team){.n_threads = 1});
         op.prepared = true;
     }
-    gn_cpu_parallel(gn_linear_threads(ctx, args), run, &op);
+    gn_cpu_parallel(ctx->pool, gn_linear_is_small(args), run, &op);
     return GN_OK;
 }

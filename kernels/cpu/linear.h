@@ -84,8 +84,8 @@ static inline size_t gn_linear_piece(size_t *total, size_t bytes) {
     return at;
 }
 
-/* How many threads a call is worth. */
-int gn_linear_threads(const gn_ctx *ctx, const gn_linear_args *args);
+/* Takes less time than waking a thread. */
+bool gn_linear_is_small(const gn_linear_args *args);
 
 gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args);
 

@@ -55,13 +55,13 @@ static double dot_row(const gn_tensor *a, int64_t row, const float *b) {
     return sum;
 }
 
-static void project_lora(const struct reference *op, int part, int thread, int n_threads) {
+static void project_lora(const struct reference *op, int part, const gn_cpu_team *team) {
     float *u = op->u[part];
     for (int i = 0; i < op->args->part[part].n_lora; i++) {
         const gn_lora *term = &op->args->part[part].lora[i];
         const int64_t r = term->a.shape[0];
-        const int64_t last = gn_cpu_share(term->rows, thread + 1, n_threads);
-        for (int64_t t = gn_cpu_share(term->rows, thread, n_threads); t < last; t++)
+        const int64_t last = gn_cpu_share(term->rows, team->thread + 1, team->n_threads);
+        for (int64_t t = gn_cpu_share(term->rows, team->thread, team->n_threads); t < last; t++)
             for (int64_t j = 0; j < r; j++)
                 u[t * r + j] = (float)dot_row(&term->a, j, op->x + (term->row0 + t) * op->K);
         u += term->rows * r;
@@ -87,10 +87,11 @@ static void load_weight(const struct reference *op, int part, int64_t n, float *
     for (int64_t k = 0; k < op->K; k++) w[k] = gn_linear_round(w[k], op->compute);
 }
 
-static void multiply(const struct reference *op, int part, float *w, int thread, int n_threads) {
+static void multiply(const struct reference *op, int part, float *w, const gn_cpu_team *team) {
     const gn_tensor *y = &op->args->part[part].y;
-    const int64_t N = op->args->part[part].w->rows, last = gn_cpu_share(N, thread + 1, n_threads);
-    for (int64_t n = gn_cpu_share(N, thread, n_threads); n < last; n++) {
+    const int64_t N = op->args->part[part].w->rows,
+                  last = gn_cpu_share(N, team->thread + 1, team->n_threads);
+    for (int64_t n = gn_cpu_share(N, team->thread, team->n_threads); n < last; n++) {
         load_weight(op, part, n, w);
         for (int64_t t = 0; t < op->T; t++) {
             float *out = gn_cpu_row(y, t) + n;
@@ -101,11 +102,12 @@ static void multiply(const struct reference *op, int part, float *w, int thread,
 }
 
 /* Part 0 leaves the gate in y, part 1 multiplies it by up: the same thread does both. */
-static void multiply_swiglu(const struct reference *op, float *w, int thread, int n_threads) {
+static void multiply_swiglu(const struct reference *op, float *w, const gn_cpu_team *team) {
     const gn_tensor *y = &op->args->part[0].y;
-    multiply(op, 0, w, thread, n_threads);
-    const int64_t N = op->args->part[1].w->rows, last = gn_cpu_share(N, thread + 1, n_threads);
-    for (int64_t n = gn_cpu_share(N, thread, n_threads); n < last; n++) {
+    multiply(op, 0, w, team);
+    const int64_t N = op->args->part[1].w->rows,
+                  last = gn_cpu_share(N, team->thread + 1, team->n_threads);
+    for (int64_t n = gn_cpu_share(N, team->thread, team->n_threads); n < last; n++) {
         load_weight(op, 1, n, w);
         for (int64_t t = 0; t < op->T; t++) {
             float *out = gn_cpu_row(y, t) + n;
@@ -114,20 +116,20 @@ static void multiply_swiglu(const struct reference *op, float *w, int thread, in
     }
 }
 
-static void run(void *arg, int thread, int n_threads) {
+static void run(void *arg, const gn_cpu_team *team) {
     const struct reference *op = arg;
-    const int64_t last = gn_cpu_share(op->T, thread + 1, n_threads);
-    for (int64_t t = gn_cpu_share(op->T, thread, n_threads); t < last; t++)
+    const int64_t last = gn_cpu_share(op->T, team->thread + 1, team->n_threads);
+    for (int64_t t = gn_cpu_share(op->T, team->thread, team->n_threads); t < last; t++)
         gn_linear_input_row(op->x + t * op->K, op->args, t, op->compute);
-    gn_cpu_barrier();
-    for (int i = 0; i < op->args->n_parts; i++) project_lora(op, i, thread, n_threads);
-    gn_cpu_barrier();
-    float *w = op->w + thread * op->K;
+    gn_cpu_barrier(team);
+    for (int i = 0; i < op->args->n_parts; i++) project_lora(op, i, team);
+    gn_cpu_barrier(team);
+    float *w = op->w + team->thread * op->K;
     if (op->args->epilogue == GN_SWIGLU) {
-        multiply_swiglu(op, w, thread, n_threads);
+        multiply_swiglu(op, w, team);
         return;
     }
-    for (int i = 0; i < op->args->n_parts; i++) multiply(op, i, w, thread, n_threads);
+    for (int i = 0; i < op->args->n_parts; i++) multiply(op, i, w, team);
 }
 
 static struct reference reference_of(const gn_ctx *ctx, const gn_linear_args *args) {
@@ -139,6 +141,6 @@ gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args) {
     struct reference op = reference_of(ctx, args);
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
     lay_out(&op, ctx->workspace, ctx->threads);
-    gn_cpu_parallel(gn_linear_threads(ctx, args), run, &op);
+    gn_cpu_parallel(ctx->pool, gn_linear_is_small(args), run, &op);
     return GN_OK;
 }

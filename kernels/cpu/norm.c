@@ -25,11 +25,11 @@ struct rmsnorm {
     float eps;
 };
 
-static void rmsnorm_rows(void *arg, int thread, int n_threads) {
+static void rmsnorm_rows(void *arg, const gn_cpu_team *team) {
     const struct rmsnorm *op = arg;
     const int64_t T = op->x->shape[0];
-    const int64_t last = gn_cpu_share(T, thread + 1, n_threads);
-    for (int64_t t = gn_cpu_share(T, thread, n_threads); t < last; t++)
+    const int64_t last = gn_cpu_share(T, team->thread + 1, team->n_threads);
+    for (int64_t t = gn_cpu_share(T, team->thread, team->n_threads); t < last; t++)
         gn_cpu_rmsnorm_row(gn_cpu_row(op->y, t), gn_cpu_row(op->x, t), op->w, op->eps,
                            op->x->shape[1]);
 }
@@ -37,6 +37,6 @@ static void rmsnorm_rows(void *arg, int thread, int n_threads) {
 gn_status gn_cpu_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_tensor *w,
                          float eps) {
     struct rmsnorm op = {y, x, w->data, eps};
-    gn_cpu_parallel(gn_tensor_numel(x) < GN_CPU_SERIAL ? 1 : ctx->threads, rmsnorm_rows, &op);
+    gn_cpu_parallel(ctx->pool, gn_tensor_numel(x) < GN_CPU_SERIAL, rmsnorm_rows, &op);
     return GN_OK;
 }

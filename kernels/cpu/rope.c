@@ -59,12 +59,12 @@ static void rope_row(const struct rope *op, int64_t t, int32_t seq) {
     }
 }
 
-static void rope_rows(void *arg, int thread, int n_threads) {
+static void rope_rows(void *arg, const gn_cpu_team *team) {
     const struct rope *op = arg;
     const int64_t T = op->q->shape[0];
-    const int64_t last = gn_cpu_share(T, thread + 1, n_threads);
+    const int64_t last = gn_cpu_share(T, team->thread + 1, team->n_threads);
     int32_t seq = 0;
-    for (int64_t t = gn_cpu_share(T, thread, n_threads); t < last; t++) {
+    for (int64_t t = gn_cpu_share(T, team->thread, team->n_threads); t < last; t++) {
         seq = gn_cpu_seq_of_row(op->seqs, seq, t);
         rope_row(op, t, seq);
     }
@@ -74,6 +74,6 @@ gn_status gn_cpu_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const
                             const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
                             gn_kv *kv) {
     struct rope op = {q, k, v, cos, sin, seqs, kv};
-    gn_cpu_parallel(gn_tensor_numel(q) < GN_CPU_SERIAL ? 1 : ctx->threads, rope_rows, &op);
+    gn_cpu_parallel(ctx->pool, gn_tensor_numel(q) < GN_CPU_SERIAL, rope_rows, &op);
     return GN_OK;
 }

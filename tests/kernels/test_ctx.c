@@ -2,7 +2,9 @@
 #include "kernels/ctx.h"
 
 #include <criterion/criterion.h>
+#include <stdatomic.h>
 #include <string.h>
+#include <unistd.h>
 
 static gn_ctx *open_ok(gn_ctx_options options) {
     gn_ctx *ctx = NULL;
@@ -87,6 +89,26 @@ Test(ctx, the_instruction_set_can_be_limited_and_decides_the_compute_dtype) {
     }
 }
 
+static void count_item(void *arg, int64_t i) {
+    atomic_fetch_add(&((atomic_int *)arg)[i], 1);
+}
+
+/* Many short jobs and a few pauses, so that threads are met awake and asleep. */
+Test(ctx, every_item_is_done_once) {
+    enum { MOST = 50 };
+    for (int threads = 1; threads <= 4; threads++) {
+        gn_ctx *ctx = open_ok((gn_ctx_options){.threads = threads});
+        for (int round = 0; round < 2000; round++) {
+            const int n = round % MOST;
+            atomic_int done[MOST] = {0};
+            if (round % 500 == 0) usleep(2000);
+            gn_ctx_for(ctx, n, count_item, done);
+            for (int i = 0; i < MOST; i++) cr_assert_eq(done[i], i < n);
+        }
+        gn_ctx_close(ctx);
+    }
+}
+
 Test(ctx, memory_is_aligned_and_working_memory_grows) {
     gn_ctx *ctx = open_ok((gn_ctx_options){0});
     const size_t sizes[] = {0, 1, 63, 64, 1000, 5 << 20};
@@ -100,8 +122,8 @@ Test(ctx, memory_is_aligned_and_working_memory_grows) {
         cr_assert_eq(gn_ctx_reserve(ctx, sizes[i] / 2), GN_OK);
     }
     gn_ctx_free(ctx, NULL);
-    cr_assert_eq(gn_ctx_reserve(ctx, (size_t)1 << 62), GN_ENOMEM);
-    cr_assert_null(gn_ctx_alloc(ctx, (size_t)1 << 62));
+    cr_assert_eq(gn_ctx_reserve(ctx, (size_t)1 << 63), GN_ENOMEM);
+    cr_assert_null(gn_ctx_alloc(ctx, (size_t)1 << 63));
     cr_assert_eq(gn_ctx_reserve(ctx, 100), GN_OK);
     gn_ctx_close(ctx);
 }
