@@ -1,8 +1,10 @@
 /* ops.h - the operations every backend provides.
  *
  * The context decides where an op runs. Shapes are checked once, in ops.c, so that every
- * backend refuses exactly the same calls (GN_EINVAL). Tensors are views: an op never allocates,
- * frees or synchronises. A batch is flat: T rows, one a token, of any mix of sequences.
+ * backend refuses exactly the same calls (GN_EINVAL); ids and gn_seqs are read on the host and
+ * checked too. An op that finds too little working memory reserved says GN_ENOMEM. Tensors are
+ * views: an op never allocates, frees or synchronises. A batch is flat: T rows, one a token, of
+ * any mix of sequences.
  *
  * On the CPU a row's result depends neither on the other rows nor on the number of threads.
  * Activations are float32 there; ctx's compute dtype says what products multiply. */
