@@ -259,8 +259,7 @@ void gn_server_close(gn_server *s) {
     for (size_t i = 0; i < sizeof handles / sizeof *handles; i++) {
         if (handles[i]->type != UV_UNKNOWN_HANDLE) close_if_open(handles[i]);
     }
-    uv_run(&s->loop, UV_RUN_DEFAULT);
-    uv_loop_close(&s->loop);
+    while (uv_loop_close(&s->loop) == UV_EBUSY) uv_run(&s->loop, UV_RUN_DEFAULT);
     free(s->model_name);
     free(s);
 }
