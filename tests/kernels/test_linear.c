@@ -3,6 +3,8 @@
  * that a row's bits depend on nothing but the row. */
 #include "cases.h"
 
+#include "kernels/backend.h"
+
 static const struct type {
     gn_qtype qtype;
     bool double_quant;
@@ -117,6 +119,7 @@ static void solve(gn_ctx *ctx, const problem *p, int t0, int rows, float *y[GN_M
     const int64_t max_n = s->N[0] + s->N[1] + s->N[2];
     const size_t workspace = gn_linear_workspace(ctx, rows, s->K, max_n, 64, MAX_TERMS);
     cr_assert_eq(gn_ctx_reserve(ctx, workspace), GN_OK);
+    memset(ctx->workspace, 0xff, ctx->workspace_bytes); /* NaN: nothing may rely on what is there */
     cr_assert_eq(gn_linear(ctx, &args), GN_OK);
     for (int i = 0; i < s->n_parts; i++) {
         const int N = s->N[i], ld = N + PAD;
@@ -363,6 +366,31 @@ Test(linear, a_row_depends_neither_on_the_batch_nor_on_threads) {
                 problem p = make_problem(s, (uint64_t)(2000 + i));
                 check_independence(isa, computes[c], &p);
                 free_problem(&p);
+            }
+}
+
+/* The most that gn_linear_workspace is told of, in a fresh context: many wide terms on all rows. */
+Test(linear, the_workspace_asked_for_is_enough) {
+    shape s = {.T = 40,
+               .K = 64,
+               .N = {5, 6, 7},
+               .n_parts = 3,
+               .norm = true,
+               .n_terms = MAX_TERMS,
+               .lora_dtype = GN_BF16};
+    for (gn_isa isa = GN_ISA_REFERENCE; isa <= best_isa(); isa++)
+        for (int c = 0; c < COUNT(computes); c++)
+            for (int type = 0; type < COUNT(types); type++) {
+                gn_ctx *ctx = open_ctx(isa, computes[c], 1);
+                s.type = types[type];
+                problem p = make_problem(s, 77);
+                for (int i = 0; i < 3 * MAX_TERMS; i++) {
+                    p.lora[i / MAX_TERMS][i % MAX_TERMS].row0 = 0;
+                    p.lora[i / MAX_TERMS][i % MAX_TERMS].rows = s.T;
+                }
+                check_problem(ctx, &p);
+                free_problem(&p);
+                gn_ctx_close(ctx);
             }
 }
 
