@@ -1,6 +1,8 @@
 /* test_http.c - HTTP over real sockets: framing, keep-alive, refusals, access. */
 #include "tests/server/harness.c"
 
+#include "server/assets.h"
+
 typedef struct exchange {
     const char *request;
     int status;

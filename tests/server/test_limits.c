@@ -256,8 +256,7 @@ Test(limits, shutdown_lets_requests_finish) {
     char *answer = hear(busy, NULL);
     cr_assert(strstr(answer, "data: [DONE]"), "%s", answer);
     free(answer);
-    pthread_join(h.thread, NULL);
-    gn_server_close(h.server);
+    stop_server(&h);
     close(idle);
     close(busy);
 }
