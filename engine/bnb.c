@@ -13,17 +13,25 @@ static const struct {
     const char *name;
 } torch_dtypes[] = {{GN_F32, "float32"}, {GN_F16, "float16"}, {GN_BF16, "bfloat16"}};
 
-static gn_status part(const gn_file_tensor **out, const gn_tensor_file *file, const char *name,
-                      const char *suffix, gn_dtype dtype, int64_t numel, gn_error *err) {
+/* Where a weight's tensors are looked for. */
+typedef struct search {
+    const gn_tensor_file *file;
+    const char *where, *name;
+    gn_error *err;
+} search;
+
+static gn_status part(const search *s, const char *suffix, gn_dtype dtype, int64_t numel,
+                      const gn_file_tensor **out) {
     char full[MAX_NAME];
-    snprintf(full, sizeof full, "%s%s", name, suffix);
-    *out = gn_tensor_file_find(file, full);
-    if (!*out) return gn_fail(err, GN_EFORMAT, "tensor %s is missing", full);
+    snprintf(full, sizeof full, "%s%s", s->name, suffix);
+    const gn_file_tensor *t = gn_tensor_file_find(s->file, full);
+    if (!t) return gn_fail(s->err, GN_EFORMAT, "%s: tensor %s is missing", s->where, full);
+    *out = t;
     const int64_t bytes = numel * (int64_t)gn_dtype_size(dtype);
-    if ((*out)->dtype == dtype && (int64_t)(*out)->bytes == bytes) return GN_OK;
-    return gn_fail(err, GN_EFORMAT, "%s: tensor %s is %s of %zu bytes; expected %s of %lld",
-                   (*out)->path, full, gn_dtype_name((*out)->dtype), (*out)->bytes,
-                   gn_dtype_name(dtype), (long long)bytes);
+    if (t->dtype == dtype && (int64_t)t->bytes == bytes) return GN_OK;
+    return gn_fail(s->err, t->dtype == dtype ? GN_EMISMATCH : GN_EFORMAT,
+                   "%s: tensor %s is %s of %zu bytes; expected %s of %lld", t->path, full,
+                   gn_dtype_name(t->dtype), t->bytes, gn_dtype_name(dtype), (long long)bytes);
 }
 
 static gn_status check_finite(const gn_file_tensor *t, gn_error *err) {
@@ -37,14 +45,13 @@ static gn_status check_finite(const gn_file_tensor *t, gn_error *err) {
     return GN_OK;
 }
 
-static const gn_file_tensor *find_state(gn_qtype *qtype, const gn_tensor_file *file,
-                                        const char *name) {
+static const gn_file_tensor *find_state(gn_qtype *qtype, const search *s) {
     static const gn_qtype types[] = {GN_Q_NF4, GN_Q_FP4};
     for (int i = 0; i < 2; i++) {
         char full[MAX_NAME];
-        snprintf(full, sizeof full, "%s" GN_BNB_STATE "%s", name, gn_qtype_name(types[i]));
+        snprintf(full, sizeof full, "%s" GN_BNB_STATE "%s", s->name, gn_qtype_name(types[i]));
         *qtype = types[i];
-        const gn_file_tensor *t = gn_tensor_file_find(file, full);
+        const gn_file_tensor *t = gn_tensor_file_find(s->file, full);
         if (t) return t;
     }
     return NULL;
@@ -60,22 +67,22 @@ static bool string_is(const cJSON *root, const char *key, const char *expected) 
     return cJSON_IsString(item) && !strcmp(item->valuestring, expected);
 }
 
-static gn_status parse_state(gn_bnb_weight *w, const gn_file_tensor *state, const cJSON *root,
-                             int64_t rows, int64_t cols, bool *nested, gn_error *err) {
+static gn_status parse_state(gn_bnb_weight *w, const cJSON *root, int64_t rows, int64_t cols,
+                             bool *nested, gn_error *err) {
+    const char *path = w->state->path, *name = w->state->name;
     const cJSON *shape = cJSON_GetObjectItemCaseSensitive(root, "shape");
     const cJSON *offset = cJSON_GetObjectItemCaseSensitive(root, "nested_offset");
     const cJSON *n = cJSON_GetArrayItem(shape, 0), *k = cJSON_GetArrayItem(shape, 1);
     if (!string_is(root, "quant_type", gn_qtype_name(w->qtype)))
-        return gn_fail(err, GN_EFORMAT, "%s: %s: quant_type is not %s", state->path, state->name,
+        return gn_fail(err, GN_EFORMAT, "%s: %s: quant_type is not %s", path, name,
                        gn_qtype_name(w->qtype));
     if (!number_is(root, "blocksize", GN_BLOCK))
-        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: blocksize is not %d", state->path,
-                       state->name, GN_BLOCK);
+        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: blocksize is not %d", path, name, GN_BLOCK);
     if (cJSON_GetArraySize(shape) != 2 || !cJSON_IsNumber(n) || !cJSON_IsNumber(k) ||
         n->valuedouble != (double)rows || k->valuedouble != (double)cols)
         return gn_fail(err, GN_EMISMATCH,
-                       "%s: %s: the shape is not (%lld, %lld) as config.json says", state->path,
-                       state->name, (long long)rows, (long long)cols);
+                       "%s: %s: the shape is not (%lld, %lld), as config.json makes it", path, name,
+                       (long long)rows, (long long)cols);
     bool known = false;
     for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++) {
         if (!string_is(root, "dtype", torch_dtypes[i].name)) continue;
@@ -83,43 +90,49 @@ static gn_status parse_state(gn_bnb_weight *w, const gn_file_tensor *state, cons
         known = true;
     }
     if (!known)
-        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: dtype is not a supported float type",
-                       state->path, state->name);
+        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: dtype is not float32, float16 or bfloat16",
+                       path, name);
     *nested = offset != NULL;
     if (!*nested) return GN_OK;
-    if (!number_is(root, "nested_blocksize", GN_NESTED_BLOCK) || !cJSON_IsNumber(offset) ||
-        !isfinite(offset->valuedouble))
-        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: nested_blocksize is not %d, or no offset",
-                       state->path, state->name, GN_NESTED_BLOCK);
-    w->offset = (float)offset->valuedouble;
-    return GN_OK;
+    if (!number_is(root, "nested_blocksize", GN_NESTED_BLOCK))
+        return gn_fail(err, GN_EUNSUPPORTED, "%s: %s: nested_blocksize is not %d", path, name,
+                       GN_NESTED_BLOCK);
+    w->offset = cJSON_IsNumber(offset) ? (float)offset->valuedouble : NAN;
+    if (isfinite(w->offset)) return GN_OK;
+    return gn_fail(err, GN_EFORMAT, "%s: %s: nested_offset is not a finite number", path, name);
 }
 
-gn_status gn_bnb_find(gn_bnb_weight *w, const gn_tensor_file *file, const char *name, int64_t rows,
-                      int64_t cols, gn_error *err) {
+static gn_status read_state(gn_bnb_weight *w, const search *s, int64_t rows, int64_t cols,
+                            bool *nested) {
+    w->state = find_state(&w->qtype, s);
+    if (!w->state)
+        return gn_fail(s->err, GN_EFORMAT, "%s: tensor %s" GN_BNB_STATE "nf4 (or fp4) is missing",
+                       s->where, s->name);
+    cJSON *root = cJSON_ParseWithLength(w->state->data, w->state->bytes);
+    const gn_status status = cJSON_IsObject(root)
+                                 ? parse_state(w, root, rows, cols, nested, s->err)
+                                 : gn_fail(s->err, GN_EFORMAT, "%s: tensor %s is not a JSON object",
+                                           w->state->path, w->state->name);
+    cJSON_Delete(root);
+    return status;
+}
+
+gn_status gn_bnb_find(gn_bnb_weight *w, const gn_tensor_file *file, const char *where,
+                      const char *name, int64_t rows, int64_t cols, gn_error *err) {
+    const search s = {file, where, name, err};
     const int64_t n = rows * cols, blocks = (n + GN_BLOCK - 1) / GN_BLOCK;
     bool nested = false;
     *w = (gn_bnb_weight){0};
-    const gn_file_tensor *state = find_state(&w->qtype, file, name);
-    if (!state)
-        return gn_fail(err, GN_EFORMAT, "tensor %s" GN_BNB_STATE "nf4 (or fp4) is missing", name);
-    cJSON *root = cJSON_ParseWithLength(state->data, state->bytes);
-    gn_status status =
-        cJSON_IsObject(root)
-            ? parse_state(w, state, root, rows, cols, &nested, err)
-            : gn_fail(err, GN_EFORMAT, "%s: %s is not a JSON object", state->path, state->name);
-    cJSON_Delete(root);
-    if (!status) status = part(&w->codes, file, name, "", GN_U8, (n + 1) / 2, err);
-    if (!status) status = part(&w->quant_map, file, name, GN_BNB_QUANT_MAP, GN_F32, 16, err);
+    gn_status status = part(&s, "", GN_U8, (n + 1) / 2, &w->codes);
+    if (!status) status = read_state(w, &s, rows, cols, &nested);
+    if (!status) status = part(&s, GN_BNB_QUANT_MAP, GN_F32, 16, &w->quant_map);
     if (!status) status = check_finite(w->quant_map, err);
-    if (!status)
-        status = part(&w->absmax, file, name, GN_BNB_ABSMAX, nested ? GN_U8 : GN_F32, blocks, err);
+    if (!status) status = part(&s, GN_BNB_ABSMAX, nested ? GN_U8 : GN_F32, blocks, &w->absmax);
     if (status) return status;
     if (!nested) return check_finite(w->absmax, err);
-    status = part(&w->nested_absmax, file, name, GN_BNB_NESTED_ABSMAX, GN_F32,
-                  (blocks + GN_NESTED_BLOCK - 1) / GN_NESTED_BLOCK, err);
-    if (!status)
-        status = part(&w->nested_quant_map, file, name, GN_BNB_NESTED_QUANT_MAP, GN_F32, 256, err);
+    status = part(&s, GN_BNB_NESTED_ABSMAX, GN_F32,
+                  (blocks + GN_NESTED_BLOCK - 1) / GN_NESTED_BLOCK, &w->nested_absmax);
+    if (!status) status = part(&s, GN_BNB_NESTED_QUANT_MAP, GN_F32, 256, &w->nested_quant_map);
     if (!status) status = check_finite(w->nested_absmax, err);
     if (!status) status = check_finite(w->nested_quant_map, err);
     return status;

@@ -5,18 +5,19 @@
 #include "engine/tensor_file.h"
 #include "kernels/blockquant.h"
 
-/* The tensors of X.weight, checked against the expected shape: types, lengths, block sizes and
+/* The tensors of a weight, checked against the expected shape: types, lengths, block sizes and
  * the JSON of the quant state. All pointers are into the file. */
 typedef struct gn_bnb_weight {
     gn_qtype qtype;
     gn_dtype dtype; /* the type the weight was made from */
-    const gn_file_tensor *codes, *quant_map, *absmax;
+    const gn_file_tensor *codes, *state, *quant_map, *absmax;
     const gn_file_tensor *nested_absmax, *nested_quant_map; /* NULL without double quantization */
     float offset;
 } gn_bnb_weight;
 
-GN_CHECKED gn_status gn_bnb_find(gn_bnb_weight *out, const gn_tensor_file *file, const char *name,
-                                 int64_t rows, int64_t cols, gn_error *err);
+/* `where` names the file or folder in the message about a missing tensor. */
+GN_CHECKED gn_status gn_bnb_find(gn_bnb_weight *out, const gn_tensor_file *file, const char *where,
+                                 const char *name, int64_t rows, int64_t cols, gn_error *err);
 
 /* What stands behind X in the names of the tensors; the state's is followed by the type's name. */
 #define GN_BNB_QUANT_MAP        ".quant_map"

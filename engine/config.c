@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "engine/json_file.h"
 
@@ -59,9 +60,14 @@ typedef struct reader {
     gn_error *err;
 } reader;
 
+/* NULL when missing or null. Of a repeated key the last counts, as in Python. */
 static const cJSON *get(const cJSON *object, const char *key) {
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, key);
-    return cJSON_IsNull(item) ? NULL : item;
+    const cJSON *item, *found = NULL;
+    if (!cJSON_IsObject(object)) return NULL;
+    cJSON_ArrayForEach(item, object) {
+        if (!strcmp(item->string, key)) found = item;
+    }
+    return cJSON_IsNull(found) ? NULL : found;
 }
 
 static gn_status read_int(reader *r, const cJSON *object, const char *key, int fallback, int *out) {
@@ -79,16 +85,33 @@ static gn_status read_int(reader *r, const cJSON *object, const char *key, int f
     return GN_OK;
 }
 
-static gn_status read_number(reader *r, const cJSON *object, const char *key, double fallback,
-                             double *out) {
+/* A fallback of NAN makes the key a required one. */
+static gn_status read_number(reader *r, const cJSON *object, const char *key, double low,
+                             double high, double fallback, double *out) {
     const cJSON *item = get(object, key);
     *out = !item ? fallback : cJSON_IsNumber(item) ? item->valuedouble : NAN;
-    if (*out > 0 && isfinite(*out)) return GN_OK;
-    return gn_fail(r->err, GN_EFORMAT, "%s: %s must be a positive number", r->path, key);
+    if (*out >= low && *out <= high) return GN_OK;
+    return gn_fail(r->err, GN_EFORMAT, "%s: %s must be a number from %g to %g", r->path, key, low,
+                   high);
+}
+
+static gn_status read_object(reader *r, const cJSON *object, const char *key, const cJSON **out) {
+    *out = get(object, key);
+    if (!*out || cJSON_IsObject(*out)) return GN_OK;
+    return gn_fail(r->err, GN_EFORMAT, "%s: %s is not an object", r->path, key);
+}
+
+static gn_status read_bool(reader *r, const cJSON *object, const char *key, bool *out) {
+    const cJSON *item = get(object, key);
+    *out = cJSON_IsTrue(item);
+    if (!item || cJSON_IsBool(item)) return GN_OK;
+    return gn_fail(r->err, GN_EFORMAT, "%s: %s must be true or false", r->path, key);
 }
 
 static gn_status refuse_true(reader *r, const cJSON *root, const char *key) {
-    if (!cJSON_IsTrue(get(root, key))) return GN_OK;
+    bool value;
+    const gn_status status = read_bool(r, root, key, &value);
+    if (status || !value) return status;
     return gn_fail(r->err, GN_EUNSUPPORTED, "%s: %s is true, which is not supported", r->path, key);
 }
 
@@ -144,31 +167,35 @@ static gn_status read_sizes(reader *r, const cJSON *root, gn_config *c) {
 }
 
 static gn_status read_rope(reader *r, const cJSON *root, gn_config *c) {
-    const cJSON *scaling = get(root, "rope_scaling"), *parameters = get(root, "rope_parameters");
+    const cJSON *scaling, *parameters;
+    gn_status status = read_object(r, root, "rope_scaling", &scaling);
+    if (!status) status = read_object(r, root, "rope_parameters", &parameters);
+    if (status) return status;
     if (!scaling) scaling = parameters; /* as transformers 5 writes it, theta included */
-    gn_status status = read_number(r, get(parameters, "rope_theta") ? parameters : root,
-                                   "rope_theta", 10000, &c->rope_theta);
+    status = read_number(r, get(parameters, "rope_theta") ? parameters : root, "rope_theta", 1,
+                         1e15, 10000, &c->rope_theta);
     if (status || !scaling) return status;
     const cJSON *type = get(scaling, "rope_type");
     if (!type) type = get(scaling, "type");
-    const char *name = cJSON_IsString(type) ? type->valuestring : "default";
-    if (!strcmp(name, "default")) return GN_OK;
+    const char *name = cJSON_IsString(type) ? type->valuestring : "";
+    if (!strcmp(name, "default") || (!type && !get(scaling, "factor"))) return GN_OK;
     if (strcmp(name, "linear") && strcmp(name, "llama3"))
         return gn_fail(r->err, GN_EUNSUPPORTED,
                        "%s: rope scaling \"%.32s\" is not supported; supported: linear, llama3",
                        r->path, name);
     c->rope_type = strcmp(name, "linear") ? GN_ROPE_LLAMA3 : GN_ROPE_LINEAR;
-    status = read_number(r, scaling, "factor", NAN, &c->rope_factor);
+    status = read_number(r, scaling, "factor", 1, 1e6, NAN, &c->rope_factor);
     if (status || c->rope_type == GN_ROPE_LINEAR) return status;
-    status = read_number(r, scaling, "low_freq_factor", NAN, &c->rope_low_freq_factor);
+    status = read_number(r, scaling, "low_freq_factor", 1e-3, 1e6, NAN, &c->rope_low_freq_factor);
     if (!status)
-        status = read_number(r, scaling, "high_freq_factor", NAN, &c->rope_high_freq_factor);
-    if (!status)
-        status = read_number(r, scaling, "original_max_position_embeddings", NAN,
-                             &c->rope_original_positions);
-    if (!status && c->rope_high_freq_factor == c->rope_low_freq_factor)
         status =
-            gn_fail(r->err, GN_EFORMAT, "%s: high_freq_factor equals low_freq_factor", r->path);
+            read_number(r, scaling, "high_freq_factor", 1e-3, 1e6, NAN, &c->rope_high_freq_factor);
+    if (!status)
+        status = read_number(r, scaling, "original_max_position_embeddings", 1, 1 << 30, NAN,
+                             &c->rope_original_positions);
+    if (!status && c->rope_high_freq_factor <= c->rope_low_freq_factor)
+        status = gn_fail(r->err, GN_EFORMAT, "%s: high_freq_factor is not above low_freq_factor",
+                         r->path);
     return status;
 }
 
@@ -202,17 +229,26 @@ static gn_status read_tokens(reader *r, const cJSON *root, gn_config *c) {
 }
 
 static gn_status read_quantization(reader *r, const cJSON *root, gn_config *c) {
-    const cJSON *q = get(root, "quantization_config");
-    if (!q) return GN_OK;
-    gn_status status = expect_string(r, q, "quant_method", "bitsandbytes", NULL);
+    const cJSON *q;
+    gn_status status = read_object(r, root, "quantization_config", &q);
+    if (status || !q) return status;
+    status = expect_string(r, q, "quant_method", "bitsandbytes", NULL);
     if (!status) status = expect_string(r, q, "bnb_4bit_quant_type", "nf4", "fp4");
     if (!status) status = expect_string(r, q, "bnb_4bit_quant_storage", "uint8", NULL);
-    if (status) return status;
-    if (!cJSON_IsTrue(get(q, "load_in_4bit")))
-        return gn_fail(r->err, GN_EUNSUPPORTED,
-                       "%s: quantization_config without load_in_4bit is not supported", r->path);
-    c->bnb_4bit = true;
-    return GN_OK;
+    if (!status) status = read_bool(r, q, "load_in_4bit", &c->bnb_4bit);
+    if (status || c->bnb_4bit) return status;
+    return gn_fail(r->err, GN_EUNSUPPORTED,
+                   "%s: quantization_config without load_in_4bit is not supported", r->path);
+}
+
+static gn_status read_file(cJSON **root, const char *dir, const char *path, gn_error *err) {
+    struct stat st;
+    if (stat(dir, &st) == 0 && !S_ISDIR(st.st_mode))
+        return gn_fail(err, GN_ENOENT, "%s: not a folder; --model wants a Hugging Face folder",
+                       dir);
+    const gn_status status = gn_json_read(root, path, err);
+    if (status != GN_ENOENT) return status;
+    return gn_fail(err, GN_ENOENT, "%s: no such file; --model wants a Hugging Face folder", path);
 }
 
 gn_status gn_config_read(gn_config *c, const char *dir, gn_error *err) {
@@ -222,16 +258,16 @@ gn_status gn_config_read(gn_config *c, const char *dir, gn_error *err) {
     cJSON *root;
     *c = (gn_config){0};
     snprintf(path, sizeof path, "%s/config.json", dir);
-    gn_status status = gn_json_read(&root, path, err);
+    gn_status status = read_file(&root, dir, path, err);
     if (status) return status;
     status = read_architecture(&r, root, c);
     if (!status) status = read_sizes(&r, root, c);
     if (!status) status = read_rope(&r, root, c);
     if (!status) status = read_tokens(&r, root, c);
     if (!status) status = read_quantization(&r, root, c);
-    if (!status) status = read_number(&r, root, "rms_norm_eps", 1e-6, &eps);
+    if (!status) status = read_number(&r, root, "rms_norm_eps", 1e-20, 1, 1e-6, &eps);
+    if (!status) status = read_bool(&r, root, "tie_word_embeddings", &c->tied_embeddings);
     c->rms_eps = (float)eps;
-    c->tied_embeddings = cJSON_IsTrue(get(root, "tie_word_embeddings"));
     cJSON_Delete(root);
     return status;
 }

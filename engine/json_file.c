@@ -8,8 +8,7 @@
 
 enum { MAX_BYTES = 16 << 20 };
 
-/* *text is malloc'ed and terminated. */
-static gn_status read_text(FILE *file, const char *path, char **text, size_t *len, gn_error *err) {
+static gn_status read_all(FILE *file, const char *path, char **text, size_t *len, gn_error *err) {
     size_t capacity = 4096;
     *text = NULL;
     *len = 0;
@@ -20,13 +19,26 @@ static gn_status read_text(FILE *file, const char *path, char **text, size_t *le
         errno = 0;
         *len += fread(*text + *len, 1, capacity - *len, file);
         if (ferror(file)) return gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
-        if (*len < capacity) break;
-        if (capacity > MAX_BYTES)
+        if (*len > MAX_BYTES)
             return gn_fail(err, GN_ETOOBIG, "%s: over %d MiB", path, MAX_BYTES >> 20);
+        if (*len < capacity) break;
         capacity *= 2;
     }
     (*text)[*len] = 0;
     return GN_OK;
+}
+
+gn_status gn_text_read(char **text, size_t *len, const char *path, gn_error *err) {
+    FILE *file = fopen(path, "rbe");
+    if (!file)
+        return gn_fail(err, errno == ENOENT ? GN_ENOENT : GN_EIO, "%s: %s", path, strerror(errno));
+    const gn_status status = read_all(file, path, text, len, err);
+    fclose(file);
+    if (status) {
+        free(*text);
+        *text = NULL;
+    }
+    return status;
 }
 
 static int line_of(const char *text, const char *at) {
@@ -50,14 +62,11 @@ static gn_status parse(cJSON **out, const char *text, size_t len, const char *pa
 
 gn_status gn_json_read(cJSON **out, const char *path, gn_error *err) {
     *out = NULL;
-    FILE *file = fopen(path, "rbe");
-    if (!file)
-        return gn_fail(err, errno == ENOENT ? GN_ENOENT : GN_EIO, "%s: %s", path, strerror(errno));
     char *text;
     size_t len;
-    gn_status status = read_text(file, path, &text, &len, err);
-    fclose(file);
-    if (status == GN_OK) status = parse(out, text, len, path, err);
+    gn_status status = gn_text_read(&text, &len, path, err);
+    if (status) return status;
+    status = parse(out, text, len, path, err);
     free(text);
     return status;
 }

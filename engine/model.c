@@ -19,7 +19,7 @@ typedef struct loader {
     gn_model *m;
     gn_model_options options;
     int64_t done, total; /* bytes of the file */
-    size_t used;         /* tensors that found their place */
+    bool *used;          /* which tensors of the file found their place */
     gn_error *err;
 } loader;
 
@@ -89,8 +89,34 @@ gn_status gn_model_finish(gn_model *m, gn_error *err) {
 
 /* ---- from the folder ---- */
 
+static void shape_text(char *text, size_t size, int ndim, const int64_t *shape) {
+    int n = snprintf(text, size, "(");
+    for (int i = 0; i < ndim; i++)
+        n += snprintf(text + n, size - (size_t)n, "%s%lld", i ? ", " : "", (long long)shape[i]);
+    snprintf(text + n, size - (size_t)n, ")");
+}
+
+gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_tensor_file *file,
+                               const char *where, const char *name, int ndim, int64_t rows,
+                               int64_t cols, gn_error *err) {
+    const int64_t expected[] = {rows, cols};
+    const gn_file_tensor *t = gn_tensor_file_find(file, name);
+    if (!t) return gn_fail(err, GN_EFORMAT, "%s: tensor %s is missing", where, name);
+    if (!gn_dtype_is_float(t->dtype))
+        return gn_fail(err, GN_EFORMAT, "%s: tensor %s is %s; expected F32, F16 or BF16", t->path,
+                       name, gn_dtype_name(t->dtype));
+    *out = t;
+    if (t->ndim == ndim && !memcmp(t->shape, expected, (size_t)ndim * sizeof *expected))
+        return GN_OK;
+    char found[128], wanted[128];
+    shape_text(found, sizeof found, t->ndim, t->shape);
+    shape_text(wanted, sizeof wanted, ndim, expected);
+    return gn_fail(err, GN_EMISMATCH, "%s: tensor %s has shape %s, but config.json makes it %s",
+                   t->path, name, found, wanted);
+}
+
 static void advance(loader *l, const gn_file_tensor *t) {
-    l->used++;
+    l->used[t - gn_tensor_file_at(l->m->file, 0)] = true;
     l->done += (int64_t)t->bytes;
     if (l->options.progress) l->options.progress(l->options.user, l->done, l->total);
 }
@@ -108,28 +134,10 @@ static gn_status place(loader *l, const gn_file_tensor *t, const void **data) {
     return GN_OK;
 }
 
-static gn_status find_float(loader *l, const char *name, int64_t rows, int64_t cols,
-                            const gn_file_tensor **out) {
-    const gn_file_tensor *t = gn_tensor_file_find(l->m->file, name);
-    if (!t) return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s is missing", l->m->dir, name);
-    if (!gn_dtype_is_float(t->dtype))
-        return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s is %s; expected F32, F16 or BF16",
-                       t->path, name, gn_dtype_name(t->dtype));
-    const bool vector = cols == 1;
-    if (t->ndim != (vector ? 1 : 2) || t->shape[0] != rows || (!vector && t->shape[1] != cols))
-        return gn_fail(
-            l->err, GN_EMISMATCH,
-            "%s: tensor %s has shape (%lld, %lld), but config.json makes it (%lld, %lld)", t->path,
-            name, (long long)(t->ndim > 0 ? t->shape[0] : 1),
-            (long long)(t->ndim > 1 ? t->shape[1] : 1), (long long)rows, (long long)cols);
-    *out = t;
-    return GN_OK;
-}
-
 static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
     const gn_file_tensor *t = NULL;
     const int64_t n = l->m->config.hidden;
-    const gn_status status = find_float(l, name, n, 1, &t);
+    const gn_status status = gn_model_find_weight(&t, l->m->file, l->m->dir, name, 1, n, 0, l->err);
     if (status) return status;
     float *w = gn_model_own(l->m, (size_t)n * sizeof *w);
     if (!w) return gn_fail(l->err, GN_ENOMEM, "out of memory for %s", name);
@@ -141,7 +149,8 @@ static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
 
 static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
     const gn_file_tensor *t = NULL;
-    const gn_status status = find_float(l, name, rows, cols, &t);
+    const gn_status status =
+        gn_model_find_weight(&t, l->m->file, l->m->dir, name, 2, rows, cols, l->err);
     if (status) return status;
     *w = (gn_matrix){.qtype = GN_Q_NONE, .dtype = t->dtype, .rows = rows, .cols = cols};
     return place(l, t, &w->data);
@@ -149,9 +158,8 @@ static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t c
 
 static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
     gn_bnb_weight b;
-    gn_error cause = {0};
-    gn_status status = gn_bnb_find(&b, l->m->file, name, rows, cols, &cause);
-    if (status) return gn_fail(l->err, status, "%s: %s", l->m->dir, cause.message);
+    gn_status status = gn_bnb_find(&b, l->m->file, l->m->dir, name, rows, cols, l->err);
+    if (status) return status;
     if (!l->options.as_stored && l->options.quant != GN_Q_NONE && l->options.quant != b.qtype)
         return gn_fail(l->err, GN_EINVAL,
                        "%s: the weights are %s already and cannot become %s; start from the 16-bit "
@@ -160,7 +168,7 @@ static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t col
     l->m->quant = b.qtype;
     *w = (gn_matrix){.qtype = b.qtype, .dtype = b.dtype, .rows = rows, .cols = cols};
     w->offset = b.offset;
-    l->used++; /* the quant state */
+    advance(l, b.state);
     status = place(l, b.codes, &w->data);
     if (!status) status = place(l, b.quant_map, (const void **)&w->code);
     if (!status && !b.nested_absmax) return place(l, b.absmax, (const void **)&w->absmax);
@@ -197,6 +205,7 @@ static gn_status quantize(loader *l, const gn_file_tensor *t, gn_matrix *w) {
     w->nested_absmax = out.nested_absmax;
     w->nested_code = gn_dynamic_map();
     w->offset = out.offset;
+    gn_file_tensor_release(t);
     advance(l, t);
     return GN_OK;
 }
@@ -210,7 +219,8 @@ static gn_status load_projection(loader *l, int layer, gn_proj proj) {
     if (l->m->config.bnb_4bit) return load_bnb(l, name, rows, cols, w);
     if (l->options.as_stored) return load_plain(l, name, rows, cols, w);
     const gn_file_tensor *t = NULL;
-    const gn_status status = find_float(l, name, rows, cols, &t);
+    const gn_status status =
+        gn_model_find_weight(&t, l->m->file, l->m->dir, name, 2, rows, cols, l->err);
     if (status) return status;
     *w = (gn_matrix){.dtype = t->dtype, .rows = rows, .cols = cols};
     return quantize(l, t, w);
@@ -238,56 +248,42 @@ static bool is_redundant(const gn_model *m, const char *name) {
            (m->config.tied_embeddings && !strcmp(name, "lm_head.weight"));
 }
 
-static bool is_known(const gn_model *m, const char *name) {
-    int layer, length = 0;
-    if (!strcmp(name, "model.embed_tokens.weight") || !strcmp(name, "model.norm.weight") ||
-        !strcmp(name, "lm_head.weight"))
-        return true;
-    if (sscanf(name, "model.layers.%d.%n", &layer, &length) != 1 || !length || layer < 0 ||
-        layer >= m->config.layers)
-        return false;
-    const char *rest = name + length;
-    if (!strcmp(rest, "input_layernorm.weight") || !strcmp(rest, "post_attention_layernorm.weight"))
-        return true;
-    for (int p = 0; p < GN_PROJ_COUNT; p++) {
-        const size_t n = strlen(gn_proj_names[p]);
-        if (!strncmp(rest, gn_proj_names[p], n) && !strncmp(rest + n, ".weight", 7)) return true;
-    }
-    return false;
-}
-
-/* With every place filled, a count that differs means a tensor without a place. */
-static gn_status refuse_unknown(loader *l) {
-    size_t redundant = 0;
-    const size_t n = gn_tensor_file_count(l->m->file);
-    for (size_t i = 0; i < n; i++) {
+static gn_status refuse_unused(loader *l) {
+    for (size_t i = 0; i < gn_tensor_file_count(l->m->file); i++) {
         const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
-        if (is_redundant(l->m, t->name))
-            redundant++;
-        else if (!is_known(l->m, t->name))
+        if (!l->used[i] && !is_redundant(l->m, t->name))
             return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s has no place in this model", t->path,
                            t->name);
     }
-    if (l->used + redundant == n) return GN_OK;
-    return gn_fail(l->err, GN_EFORMAT, "%s: %zu tensors have no place in this model", l->m->dir,
-                   n - redundant - l->used);
+    return GN_OK;
 }
 
-static gn_status load_weights(loader *l) {
+static gn_status fill_places(loader *l) {
     gn_model *m = l->m;
     const gn_config *c = &m->config;
-    gn_status status = gn_safetensors_open_dir(&m->file, m->dir, l->err);
-    if (status) return status;
-    for (size_t i = 0; i < gn_tensor_file_count(m->file); i++)
-        l->total += (int64_t)gn_tensor_file_at(m->file, i)->bytes;
-    status = load_plain(l, "model.embed_tokens.weight", c->vocab, c->hidden, &m->embed);
+    gn_status status = load_plain(l, "model.embed_tokens.weight", c->vocab, c->hidden, &m->embed);
     for (int i = 0; !status && i < c->layers; i++) status = load_layer(l, i);
     if (!status) status = load_norm(l, "model.norm.weight", &m->norm);
     if (!status && c->tied_embeddings)
         m->lm_head = m->embed;
     else if (!status)
         status = load_plain(l, "lm_head.weight", c->vocab, c->hidden, &m->lm_head);
-    return status ? status : refuse_unknown(l);
+    return status;
+}
+
+static gn_status load_weights(loader *l) {
+    gn_status status = gn_safetensors_open_dir(&l->m->file, l->m->dir, l->err);
+    if (status) return status;
+    const size_t n = gn_tensor_file_count(l->m->file);
+    for (size_t i = 0; i < n; i++) {
+        const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
+        if (!is_redundant(l->m, t->name)) l->total += (int64_t)t->bytes;
+    }
+    l->used = calloc(n + 1, sizeof *l->used);
+    status = l->used ? fill_places(l) : gn_fail(l->err, GN_ENOMEM, "out of memory");
+    if (!status) status = refuse_unused(l);
+    free(l->used);
+    return status;
 }
 
 static gn_status load(loader *l) {

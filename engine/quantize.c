@@ -16,11 +16,12 @@
 #include <unistd.h>
 
 #include "engine/bnb.h"
-#include "engine/config.h"
 #include "engine/json_file.h"
+#include "engine/model_internal.h"
+#include "engine/tensor_file_internal.h"
 
 enum { STATE_BYTES = 256, MAX_PATH_BYTES = 4096, MAX_PARTS = 6 };
-#define SHARD_BYTES ((size_t)5 << 30)
+#define SHARD_BYTES 5000000000u
 
 /* An input tensor and what it becomes. */
 typedef struct item {
@@ -49,18 +50,21 @@ static gn_status no_memory(job *j) {
 
 /* ---- planning ---- */
 
-static bool is_projection(const job *j, const gn_file_tensor *t) {
-    int layer, length = 0;
-    if (sscanf(t->name, "model.layers.%d.%n", &layer, &length) != 1 || !length) return false;
-    if (layer < 0 || layer >= j->config.layers) return false;
-    for (int p = 0; p < GN_PROJ_COUNT; p++) {
-        char name[128];
-        snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[p]);
-        if (!strcmp(t->name, name))
-            return t->ndim == 2 && t->shape[0] == gn_proj_rows(&j->config, (gn_proj)p) &&
-                   t->shape[1] == gn_proj_cols(&j->config, (gn_proj)p);
+/* Every projection must be there, in the shape that config.json gives. */
+static gn_status find_projections(job *j) {
+    for (int layer = 0; layer < j->config.layers; layer++) {
+        for (int p = 0; p < GN_PROJ_COUNT; p++) {
+            char name[128];
+            const gn_file_tensor *t;
+            snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[p]);
+            const gn_status status = gn_model_find_weight(
+                &t, j->file, j->options->in, name, 2, gn_proj_rows(&j->config, (gn_proj)p),
+                gn_proj_cols(&j->config, (gn_proj)p), j->err);
+            if (status) return status;
+            j->items[t - gn_tensor_file_at(j->file, 0)].quantized = true;
+        }
     }
-    return false;
+    return GN_OK;
 }
 
 static bool add_part(item *i, const char *suffix, gn_dtype dtype, size_t bytes) {
@@ -101,19 +105,20 @@ static bool plan_copied(item *i) {
 
 static gn_status plan(job *j) {
     const gn_quantize_options *o = j->options;
-    size_t shard_bytes = 0, projections = 0;
+    const size_t max_bytes = o->max_shard_bytes ? (size_t)o->max_shard_bytes : SHARD_BYTES;
+    size_t shard_bytes = 0;
     j->n_items = gn_tensor_file_count(j->file);
     j->items = calloc(j->n_items + 1, sizeof *j->items);
     if (!j->items) return no_memory(j);
+    const gn_status status = find_projections(j);
+    if (status) return status;
     for (size_t n = 0; n < j->n_items; n++) {
         item *i = &j->items[n];
         i->source = gn_tensor_file_at(j->file, n);
-        i->quantized = is_projection(j, i->source);
-        projections += i->quantized;
         if (!(i->quantized ? plan_quantized(i, o) : plan_copied(i))) return no_memory(j);
         size_t bytes = 0;
         for (int p = 0; p < i->n_parts; p++) bytes += i->parts[p].bytes;
-        if (shard_bytes > 0 && shard_bytes + bytes > SHARD_BYTES) {
+        if (shard_bytes > 0 && shard_bytes + bytes > max_bytes) {
             j->n_shards++;
             shard_bytes = 0;
         }
@@ -123,10 +128,7 @@ static gn_status plan(job *j) {
         j->bytes_out += (int64_t)bytes;
     }
     j->n_shards++;
-    if (projections == (size_t)j->config.layers * GN_PROJ_COUNT) return GN_OK;
-    return gn_fail(j->err, GN_EMISMATCH,
-                   "%s: %zu projections of the shapes that config.json gives; expected %d", o->in,
-                   projections, j->config.layers * GN_PROJ_COUNT);
+    return GN_OK;
 }
 
 /* ---- writing ---- */
@@ -203,6 +205,7 @@ static gn_status write_shard(job *j, int shard) {
         if (i->shard != shard) continue;
         status = i->quantized ? write_quantized(j, w, i)
                               : gn_safetensors_write(w, i->source->data, i->source->bytes, j->err);
+        gn_file_tensor_release(i->source);
         j->done += (int64_t)i->source->bytes;
         if (j->options->progress) j->options->progress(j->options->user, j->done, j->total);
     }
@@ -247,22 +250,32 @@ static gn_status write_index(job *j) {
     return status;
 }
 
+/* The text of config.json with one more key, so that every number stays as it is written. */
 static gn_status write_config(job *j) {
-    char path[MAX_PATH_BYTES];
-    cJSON *root;
+    char path[MAX_PATH_BYTES], *text, *changed;
+    size_t length;
     snprintf(path, sizeof path, "%s/config.json", j->options->in);
-    gn_status status = gn_json_read(&root, path, j->err);
+    gn_status status = gn_text_read(&text, &length, path, j->err);
     if (status) return status;
-    cJSON *q = cJSON_AddObjectToObject(root, "quantization_config");
-    const bool ok =
-        q && cJSON_AddStringToObject(q, "quant_method", "bitsandbytes") &&
-        cJSON_AddBoolToObject(q, "load_in_4bit", true) &&
-        cJSON_AddStringToObject(q, "bnb_4bit_quant_type", gn_qtype_name(j->options->type)) &&
-        cJSON_AddBoolToObject(q, "bnb_4bit_use_double_quant", j->options->double_quant) &&
-        cJSON_AddStringToObject(q, "bnb_4bit_compute_dtype", "bfloat16") &&
-        cJSON_AddStringToObject(q, "bnb_4bit_quant_storage", "uint8");
-    status = ok ? write_json(j, "config.json", root) : no_memory(j);
-    cJSON_Delete(root);
+    char *end = strrchr(text, '}'); /* of an object that is not empty: gn_config_read took it */
+    while (end && end > text && strchr(" \t\r\n", end[-1])) end--;
+    if (end) *end = '\0';
+    if (asprintf(&changed,
+                 "%s,\n"
+                 "  \"quantization_config\": {\n"
+                 "    \"quant_method\": \"bitsandbytes\",\n"
+                 "    \"load_in_4bit\": true,\n"
+                 "    \"bnb_4bit_quant_type\": \"%s\",\n"
+                 "    \"bnb_4bit_use_double_quant\": %s,\n"
+                 "    \"bnb_4bit_compute_dtype\": \"bfloat16\",\n"
+                 "    \"bnb_4bit_quant_storage\": \"uint8\"\n"
+                 "  }\n}\n",
+                 text, gn_qtype_name(j->options->type),
+                 j->options->double_quant ? "true" : "false") < 0)
+        changed = NULL;
+    status = changed ? write_text(j, "config.json", changed) : no_memory(j);
+    free(changed);
+    free(text);
     return status;
 }
 
@@ -274,13 +287,14 @@ static gn_status copy_file(job *j, const char *name) {
     snprintf(to, sizeof to, "%s/%s", j->folder, name);
     FILE *in = fopen(from, "rb");
     if (!in && errno == ENOENT) return GN_OK;
-    FILE *out = in ? fopen(to, "wb") : NULL;
-    bool ok = in && out;
+    if (!in) return gn_fail(j->err, GN_EIO, "%s: %s", from, strerror(errno));
+    FILE *out = fopen(to, "wb");
+    bool ok = out != NULL;
     for (size_t n; ok && (n = fread(buffer, 1, sizeof buffer, in)) > 0;)
         ok = fwrite(buffer, 1, n, out) == n;
     if (ok) ok = !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0;
     const gn_status status = ok ? GN_OK : gn_fail(j->err, GN_EIO, "%s: %s", to, strerror(errno));
-    if (in) fclose(in);
+    fclose(in);
     if (out) fclose(out);
     return status;
 }
@@ -321,9 +335,12 @@ static gn_status fill_folder(job *j) {
     if (!status && j->n_shards > 1) status = write_index(j);
     if (!status) status = write_config(j);
     if (!status) status = copy_others(j);
+    char inside[MAX_PATH_BYTES + 80];
+    snprintf(inside, sizeof inside, "%s/config.json", j->folder);
+    if (!status) status = gn_sync_parent(inside, j->err);
     if (!status && rename(j->folder, j->options->out) != 0)
         status = gn_fail(j->err, GN_EIO, "%s: %s", j->options->out, strerror(errno));
-    return status;
+    return status ? status : gn_sync_parent(j->options->out, j->err);
 }
 
 static gn_status make_folder(job *j) {

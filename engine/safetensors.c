@@ -3,7 +3,6 @@
  * A file is an 8-byte little-endian length, that many bytes of JSON, and the data. The JSON names
  * each tensor's dtype, shape and byte range in the data. As in the reference implementation, the
  * ranges must cover the data exactly: no overlap, no hole, nothing behind the last. */
-#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,11 +54,42 @@ static gn_status parse_shape(const cJSON *entry, gn_file_tensor *t, gn_error *er
     return GN_OK;
 }
 
+/* cJSON ends strings at a NUL, so that two names could look like one. */
+static bool has_nul(const char *text, size_t n) {
+    const char *end = text + n, *at = text;
+    if (memchr(text, '\0', n)) return true;
+    for (; (at = memmem(at, (size_t)(end - at), "\\u0000", 6)); at++) {
+        size_t before = 0; /* a backslash that is itself escaped begins no escape */
+        while (at - before > text && at[-(ptrdiff_t)before - 1] == '\\') before++;
+        if (before % 2 == 0) return true;
+    }
+    return false;
+}
+
+/* The header as an object; NULL with err filled when it is not exactly one. */
+static cJSON *parse_header(const gn_mapping *m, size_t length, gn_error *err) {
+    const char *text = (const char *)m->data + 8, *end = text;
+    if (has_nul(text, length)) {
+        gn_fail(err, GN_EFORMAT, "%s: the header holds a NUL character", m->path);
+        return NULL;
+    }
+    cJSON *header = cJSON_ParseWithLengthOpts(text, length, &end, false);
+    while (header && end < text + length && strchr(" \t\r\n", *end)) end++;
+    if (cJSON_IsObject(header) && *text == '{' && end == text + length) return header;
+    gn_fail(err, GN_EFORMAT, "%s: the header is not one JSON object", m->path);
+    cJSON_Delete(header);
+    return NULL;
+}
+
 static gn_status parse_entry(const cJSON *entry, const gn_mapping *m, uint64_t data0,
                              gn_file_tensor *t, gn_error *err) {
     *t = (gn_file_tensor){.name = entry->string, .path = m->path};
     const cJSON *dtype = cJSON_GetObjectItemCaseSensitive(entry, "dtype");
     const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(entry, "data_offsets");
+    if (cJSON_GetArraySize(entry) != 3)
+        return gn_fail(err, GN_EFORMAT,
+                       "%s: tensor %s needs dtype, shape and data_offsets, each once, and no more",
+                       m->path, t->name);
     if (!cJSON_IsString(dtype))
         return gn_fail(err, GN_EFORMAT, "%s: tensor %s has no dtype", m->path, t->name);
     if (!dtype_of(&t->dtype, dtype->valuestring))
@@ -69,7 +99,8 @@ static gn_status parse_entry(const cJSON *entry, const gn_mapping *m, uint64_t d
     const gn_status status = parse_shape(entry, t, err);
     if (status) return status;
     uint64_t begin, end;
-    if (cJSON_GetArraySize(offsets) != 2 || !whole(cJSON_GetArrayItem(offsets, 0), &begin) ||
+    if (!cJSON_IsArray(offsets) || cJSON_GetArraySize(offsets) != 2 ||
+        !whole(cJSON_GetArrayItem(offsets, 0), &begin) ||
         !whole(cJSON_GetArrayItem(offsets, 1), &end) || begin > end)
         return gn_fail(err, GN_EFORMAT, "%s: tensor %s has no valid data_offsets", m->path,
                        t->name);
@@ -139,11 +170,9 @@ static gn_status add_file(gn_tensor_file *file, const char *path, gn_error *err)
         return gn_fail(err, GN_EFORMAT,
                        "%s: a header of %llu bytes in a file of %zu; truncated, or not safetensors",
                        m.path, (unsigned long long)length, m.bytes);
-    cJSON *header = cJSON_ParseWithLength((const char *)m.data + 8, (size_t)length);
-    if (!cJSON_IsObject(header))
-        status = gn_fail(err, GN_EFORMAT, "%s: the header is not a JSON object", m.path);
-    else
-        status = add_tensors(file, header, &m, 8 + length, err);
+    cJSON *header = parse_header(&m, (size_t)length, err);
+    if (!header) return GN_EFORMAT;
+    status = add_tensors(file, header, &m, 8 + length, err);
     cJSON_Delete(header);
     return status;
 }
@@ -205,7 +234,8 @@ gn_status gn_safetensors_open_dir(gn_tensor_file **out, const char *dir, gn_erro
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", dir);
     if (access(path, F_OK) != 0)
         return gn_fail(err, GN_ENOENT,
-                       "%s: neither model.safetensors nor model.safetensors.index.json is there",
+                       "%s: neither model.safetensors nor model.safetensors.index.json is there; "
+                       "weights in other formats must be converted",
                        dir);
     cJSON *index;
     gn_status status = gn_json_read(&index, path, err);

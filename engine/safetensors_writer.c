@@ -8,7 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "engine/tensor_file.h"
+#include "engine/tensor_file_internal.h"
 
 struct gn_safetensors_writer {
     char *path, *temporary;
@@ -105,7 +105,7 @@ gn_status gn_safetensors_write(gn_safetensors_writer *w, const void *data, size_
     return write_all(w, data, bytes, err);
 }
 
-static gn_status sync_folder(const char *path, gn_error *err) {
+gn_status gn_sync_parent(const char *path, gn_error *err) {
     char *copy = strdup(path);
     if (!copy) return gn_fail(err, GN_ENOMEM, "out of memory");
     const int fd = open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -129,7 +129,7 @@ gn_status gn_safetensors_commit(gn_safetensors_writer *w, gn_error *err) {
         gn_safetensors_abort(w);
         return status;
     }
-    status = sync_folder(w->path, err);
+    status = gn_sync_parent(w->path, err);
     close(w->fd);
     free(w->temporary);
     free(w->path);

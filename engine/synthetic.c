@@ -50,10 +50,10 @@ static uint64_t random_bits(uint64_t counter) {
     return z ^ (z >> 31);
 }
 
-static void fill_random(void *memory, size_t bytes, uint64_t seed) {
+static void fill_random(const gn_model *m, void *memory, size_t bytes, uint64_t seed) {
     unsigned char *p = memory;
     const int64_t words = (int64_t)(bytes / 8);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(gn_ctx_threads(m->ctx))
     for (int64_t i = 0; i < words; i++) {
         const uint64_t r = random_bits(seed + (uint64_t)i);
         memcpy(p + 8 * i, &r, sizeof r);
@@ -67,7 +67,7 @@ static gn_status random_plain(gn_model *m, gn_matrix *w, int64_t rows, int64_t c
                               gn_error *err) {
     uint16_t *values = gn_model_own(m, (size_t)(rows * cols) * sizeof *values);
     if (!values) return gn_fail(err, GN_ENOMEM, "out of memory");
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(gn_ctx_threads(m->ctx))
     for (int64_t i = 0; i < rows * cols; i++)
         values[i] = gn_f32_to_bf16(
             ((float)(random_bits(seed + (uint64_t)i) >> 40) * 0x1p-24f - 0.5f) * 0.07f);
@@ -76,24 +76,39 @@ static gn_status random_plain(gn_model *m, gn_matrix *w, int64_t rows, int64_t c
     return GN_OK;
 }
 
-/* Scales of 0.03 to 0.05 about their offset; uniform NF4 codes have a deviation near half of it. */
-static gn_status random_nf4(gn_model *m, gn_matrix *w, int64_t rows, int64_t cols, uint64_t seed,
-                            gn_error *err) {
-    const gn_quant_sizes size = gn_quant_sizes_of(GN_Q_NF4, true, rows, cols);
-    void *codes = gn_model_own(m, size.data), *scales = gn_model_own(m, size.absmax_u8);
+/* Scales of 0.03 to 0.05; uniform NF4 codes have a deviation near half of one. */
+static gn_status random_scales(gn_model *m, gn_matrix *w, uint64_t seed, bool nest, gn_error *err) {
+    const gn_quant_sizes size = gn_quant_sizes_of(GN_Q_NF4, nest, w->rows, w->cols);
+    if (!nest) {
+        float *absmax = gn_model_own(m, size.absmax);
+        if (!absmax) return gn_fail(err, GN_ENOMEM, "out of memory");
+        for (size_t i = 0; i < size.absmax / sizeof *absmax; i++)
+            absmax[i] = 0.03f + 0.02f * (float)(random_bits(seed + i) >> 40) * 0x1p-24f;
+        w->absmax = absmax;
+        return GN_OK;
+    }
+    void *scales = gn_model_own(m, size.absmax_u8);
     float *nested = gn_model_own(m, size.nested_absmax);
-    if (!codes || !scales || !nested) return gn_fail(err, GN_ENOMEM, "out of memory");
-    fill_random(codes, size.data, seed);
-    fill_random(scales, size.absmax_u8, seed ^ 1ULL << 60);
+    if (!scales || !nested) return gn_fail(err, GN_ENOMEM, "out of memory");
+    fill_random(m, scales, size.absmax_u8, seed);
     for (size_t i = 0; i < size.nested_absmax / sizeof *nested; i++) nested[i] = 0.01f;
-    *w = (gn_matrix){.qtype = GN_Q_NF4, .dtype = GN_BF16, .rows = rows, .cols = cols};
-    w->data = codes;
-    w->code = gn_code_values(GN_Q_NF4);
     w->absmax_u8 = scales;
     w->nested_code = gn_dynamic_map();
     w->nested_absmax = nested;
     w->offset = 0.04f;
     return GN_OK;
+}
+
+static gn_status random_nf4(gn_model *m, gn_matrix *w, int64_t rows, int64_t cols, uint64_t seed,
+                            bool nest, gn_error *err) {
+    const size_t bytes = gn_quant_sizes_of(GN_Q_NF4, nest, rows, cols).data;
+    void *codes = gn_model_own(m, bytes);
+    if (!codes) return gn_fail(err, GN_ENOMEM, "out of memory");
+    fill_random(m, codes, bytes, seed);
+    *w = (gn_matrix){.qtype = GN_Q_NF4, .dtype = GN_BF16, .rows = rows, .cols = cols};
+    w->data = codes;
+    w->code = gn_code_values(GN_Q_NF4);
+    return random_scales(m, w, seed ^ 1ULL << 60, nest, err);
 }
 
 static gn_status ones(gn_model *m, gn_tensor *norm, gn_error *err) {
@@ -104,7 +119,7 @@ static gn_status ones(gn_model *m, gn_tensor *norm, gn_error *err) {
     return GN_OK;
 }
 
-static gn_status fill(gn_model *m, bool plain, gn_error *err) {
+static gn_status fill(gn_model *m, bool plain, bool nest, gn_error *err) {
     const gn_config *c = &m->config;
     uint64_t seed = 1;
     gn_status status = random_plain(m, &m->embed, c->vocab, c->hidden, seed++ << 40, err);
@@ -116,8 +131,8 @@ static gn_status fill(gn_model *m, bool plain, gn_error *err) {
         if (!status) status = ones(m, &layer->mlp_norm, err);
         for (int p = 0; !status && p < GN_PROJ_COUNT; p++) {
             const int64_t rows = gn_proj_rows(c, (gn_proj)p), cols = gn_proj_cols(c, (gn_proj)p);
-            status = (plain ? random_plain : random_nf4)(m, &layer->proj[p], rows, cols,
-                                                         seed++ << 40, err);
+            status = plain ? random_plain(m, &layer->proj[p], rows, cols, seed++ << 40, err)
+                           : random_nf4(m, &layer->proj[p], rows, cols, seed++ << 40, nest, err);
         }
     }
     m->quant = plain ? GN_Q_NONE : GN_Q_NF4;
@@ -136,7 +151,7 @@ gn_status gn_model_synthetic(gn_model **out, const char *shape, const gn_model_o
     gn_status status = config_of(&config, shape, err);
     if (!status) status = gn_model_new(&m, shape, &config, options, err);
     if (status) return status;
-    status = fill(m, options->as_stored, err);
+    status = fill(m, options->as_stored, !options->no_double_quant, err);
     if (status)
         gn_model_close(m);
     else

@@ -46,7 +46,7 @@ gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, gn_mapping 
     file->mappings = grown;
     gn_mapping m = {.path = strdup(path)};
     if (!m.path) return gn_fail(err, GN_ENOMEM, "out of memory");
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     const int reason = errno;
     gn_status status = fd < 0 ? gn_fail(err, reason == ENOENT ? GN_ENOENT : GN_EIO, "%s: %s", path,
                                         strerror(reason))
@@ -88,6 +88,13 @@ gn_status gn_tensor_file_seal(gn_tensor_file *file, gn_error *err) {
                            file->tensors[i].path, file->tensors[i].name);
     }
     return GN_OK;
+}
+
+void gn_file_tensor_release(const gn_file_tensor *t) {
+    if (t->bytes == 0) return;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = (uintptr_t)t->data / page * page;
+    madvise((void *)begin, (uintptr_t)t->data + t->bytes - begin, MADV_DONTNEED);
 }
 
 size_t gn_tensor_file_count(const gn_tensor_file *file) {

@@ -34,6 +34,9 @@ const gn_file_tensor *gn_tensor_file_at(const gn_tensor_file *file, size_t index
 const gn_file_tensor *gn_tensor_file_find(const gn_tensor_file *file,
                                           const char *name); /* or NULL */
 
+/* Lets the tensor's pages leave memory, when it will not be read soon; reading brings them back. */
+void gn_file_tensor_release(const gn_file_tensor *tensor);
+
 /* Writes a .safetensors file tensor by tensor, under a temporary name until committed. */
 typedef struct gn_safetensors_writer gn_safetensors_writer;
 /* Entries give name, dtype, ndim, shape and bytes; data and path are ignored. Data must then be

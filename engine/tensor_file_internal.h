@@ -30,6 +30,8 @@ GN_CHECKED gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, 
  * and were checked by the caller. */
 GN_CHECKED gn_status gn_tensor_file_add(gn_tensor_file *file, const gn_file_tensor *tensor,
                                         gn_error *err);
+/* Syncs the folder that path stands in, so that a rename into it outlives a power cut. */
+GN_CHECKED gn_status gn_sync_parent(const char *path, gn_error *err);
 /* Sorts by name. Two tensors of one name are GN_EFORMAT, naming path and tensor. */
 GN_CHECKED gn_status gn_tensor_file_seal(gn_tensor_file *file, gn_error *err);
 

@@ -1,0 +1,148 @@
+/* folder.c - temporary folders and weights for tests. */
+#include "tests/support/folder.h"
+
+#include <criterion/criterion.h>
+#include <ftw.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static char folder[128];
+
+void test_folder_make(void) {
+    snprintf(folder, sizeof folder, "%s/guanaco-test-XXXXXX", P_tmpdir);
+    cr_assert(mkdtemp(folder));
+}
+
+static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw) {
+    (void)st, (void)type, (void)ftw;
+    return remove(path);
+}
+
+void test_folder_remove(void) {
+    nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+const char *test_path(const char *name) {
+    static char paths[9][512];
+    static int next;
+    char *path = paths[next++ % 9];
+    snprintf(path, sizeof paths[0], *name ? "%s/%s" : "%s%s", folder, name);
+    return path;
+}
+
+static void put(FILE *f, const void *data, size_t n) {
+    cr_assert(n == 0 || fwrite(data, 1, n, f) == n);
+}
+
+static FILE *create(const char *name) {
+    FILE *f = fopen(test_path(name), "wb");
+    cr_assert(f, "%s", test_path(name));
+    return f;
+}
+
+void test_write(const char *name, const void *data, size_t n) {
+    FILE *f = create(name);
+    put(f, data, n);
+    cr_assert_eq(fclose(f), 0);
+}
+
+void test_write_text(const char *name, const char *text) {
+    test_write(name, text, strlen(text));
+}
+
+void test_copy(const char *from, const char *name) {
+    char buffer[4096];
+    FILE *in = fopen(from, "rb"), *out = create(name);
+    cr_assert(in, "%s", from);
+    for (size_t n; (n = fread(buffer, 1, sizeof buffer, in)) > 0;) put(out, buffer, n);
+    fclose(in);
+    cr_assert_eq(fclose(out), 0);
+}
+
+bool test_exists(const char *name) {
+    return access(test_path(name), F_OK) == 0;
+}
+
+static void put_length(FILE *f, uint64_t length) {
+    for (int i = 0; i < 8; i++) fputc((int)(length >> (8 * i) & 255), f);
+}
+
+void test_write_safetensors(const char *name, const char *header, size_t n) {
+    FILE *f = create(name);
+    put_length(f, strlen(header));
+    put(f, header, strlen(header));
+    for (size_t i = 0; i < n; i++) fputc((int)(i & 255), f);
+    cr_assert_eq(fclose(f), 0);
+}
+
+/* ---- weights ---- */
+
+void test_tensors_read(test_tensors *set, const char *path) {
+    gn_tensor_file *file = NULL;
+    gn_error err = {0};
+    cr_assert_eq(gn_safetensors_open(&file, path, &err), GN_OK, "%s", err.message);
+    set->n = gn_tensor_file_count(file);
+    cr_assert(set->n <= sizeof set->tensors / sizeof *set->tensors);
+    for (size_t i = 0; i < set->n; i++) {
+        gn_file_tensor *t = &set->tensors[i];
+        *t = *gn_tensor_file_at(file, i);
+        void *data = malloc(t->bytes + 1);
+        cr_assert(data);
+        t->data = memcpy(data, t->data, t->bytes);
+        t->name = strdup(t->name);
+    }
+    gn_tensor_file_close(file);
+}
+
+static size_t put_entry(char *at, size_t size, const gn_file_tensor *t, size_t begin) {
+    size_t n =
+        (size_t)snprintf(at, size, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[",
+                         begin || at[-1] != '{' ? "," : "", t->name, gn_dtype_name(t->dtype));
+    for (int i = 0; i < t->ndim; i++)
+        n += (size_t)snprintf(at + n, size - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
+    return n + (size_t)snprintf(at + n, size - n, "],\"data_offsets\":[%zu,%zu]}", begin,
+                                begin + t->bytes);
+}
+
+void test_tensors_write(const test_tensors *set, const char *name, size_t padding) {
+    static char header[1 << 17];
+    size_t used = 1, begin = 0;
+    header[0] = '{';
+    for (size_t i = 0; i < set->n; i++) {
+        used += put_entry(header + used, sizeof header - used, &set->tensors[i], begin);
+        begin += set->tensors[i].bytes;
+    }
+    header[used++] = '}';
+    cr_assert(used + padding < sizeof header);
+    memset(header + used, ' ', padding);
+    FILE *f = create(name);
+    put_length(f, used + padding);
+    put(f, header, used + padding);
+    for (size_t i = 0; i < set->n; i++) put(f, set->tensors[i].data, set->tensors[i].bytes);
+    cr_assert_eq(fclose(f), 0);
+}
+
+gn_file_tensor *test_tensor(test_tensors *set, const char *name) {
+    for (size_t i = 0; i < set->n; i++) {
+        if (!strcmp(set->tensors[i].name, name)) return &set->tensors[i];
+    }
+    cr_assert_fail("no tensor %s", name);
+    return NULL;
+}
+
+void test_tensor_remove(test_tensors *set, const char *name) {
+    gn_file_tensor *t = test_tensor(set, name);
+    *t = set->tensors[--set->n];
+}
+
+void test_tensor_add(test_tensors *set, const char *name, gn_dtype dtype, int64_t n) {
+    const size_t bytes = (size_t)n * gn_dtype_size(dtype);
+    set->tensors[set->n++] = (gn_file_tensor){.name = name,
+                                              .dtype = dtype,
+                                              .ndim = 1,
+                                              .shape = {n, 1, 1, 1},
+                                              .data = calloc(1, bytes + 1),
+                                              .bytes = bytes};
+}
