@@ -9,6 +9,16 @@
 #include <unistd.h>
 
 static char folder[128];
+static void **allocated;
+static size_t n_allocated;
+
+void *test_alloc(size_t bytes) {
+    allocated = realloc(allocated, (n_allocated + 1) * sizeof *allocated);
+    cr_assert(allocated);
+    void *memory = calloc(1, bytes + 1);
+    cr_assert(memory);
+    return allocated[n_allocated++] = memory;
+}
 
 void test_folder_make(void) {
     snprintf(folder, sizeof folder, "%s/guanaco-test-XXXXXX", P_tmpdir);
@@ -22,6 +32,8 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
 
 void test_folder_remove(void) {
     nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    while (n_allocated > 0) free(allocated[--n_allocated]);
+    free(allocated);
 }
 
 const char *test_path(const char *name) {
@@ -88,10 +100,8 @@ void test_tensors_read(test_tensors *set, const char *path) {
     for (size_t i = 0; i < set->n; i++) {
         gn_file_tensor *t = &set->tensors[i];
         *t = *gn_tensor_file_at(file, i);
-        void *data = malloc(t->bytes + 1);
-        cr_assert(data);
-        t->data = memcpy(data, t->data, t->bytes);
-        t->name = strdup(t->name);
+        t->data = memcpy(test_alloc(t->bytes), t->data, t->bytes);
+        t->name = memcpy(test_alloc(strlen(t->name)), t->name, strlen(t->name));
     }
     gn_tensor_file_close(file);
 }
@@ -143,6 +153,6 @@ void test_tensor_add(test_tensors *set, const char *name, gn_dtype dtype, int64_
                                               .dtype = dtype,
                                               .ndim = 1,
                                               .shape = {n, 1, 1, 1},
-                                              .data = calloc(1, bytes + 1),
+                                              .data = test_alloc(bytes),
                                               .bytes = bytes};
 }

@@ -6,7 +6,10 @@
 
 /* For TestSuite's .init and .fini. */
 void test_folder_make(void);
-void test_folder_remove(void); /* with all that is in it */
+void test_folder_remove(void); /* with all that is in it; also frees what test_alloc gave */
+
+/* Zeroed, with one more zero byte behind its end; lasts as long as the test. */
+void *test_alloc(size_t bytes);
 
 /* The path of a name in the folder ("" for the folder itself), good for eight more calls. */
 const char *test_path(const char *name);
@@ -18,9 +21,9 @@ bool test_exists(const char *name);
 /* A safetensors file of exactly this header and n bytes of data, which count up. */
 void test_write_safetensors(const char *name, const char *header, size_t n);
 
-/* What stands in a file's tensors, to be changed and written again. Nothing is freed. */
+/* What stands in a file's tensors, to be changed and written again. */
 typedef struct test_tensors {
-    gn_file_tensor tensors[256]; /* data is an aligned copy of its own */
+    gn_file_tensor tensors[256]; /* data and name are from test_alloc */
     size_t n;
 } test_tensors;
 void test_tensors_read(test_tensors *set, const char *path);
