@@ -185,7 +185,7 @@ test('one conversation switches adapters', async () => {
 
 test('stop keeps what is there', async () => {
     const page = await newPage();
-    await page.addInitScript(slowDown, 300);
+    await page.addInitScript(slowDown, 1500);
     await page.goto(url);
     await send(page, 'Tell me a story.');
     await page.waitForFunction(() => document.querySelector('.prose')?.textContent.length > 0);
@@ -195,7 +195,7 @@ test('stop keeps what is there', async () => {
     const text = await textOf(replies(page).last());
     assert.ok(text.length > 0);
 
-    await send(page, 'Another one.');
+    await send(page, 'Tell me a story.');
     await page.getByRole('button', {name: 'Stop'}).waitFor();
     await page.keyboard.press('Escape');
     await isIdle(page);
