@@ -1,6 +1,8 @@
 /* attention.c - causal attention over the paged cache: cuts a batch into items and gives each
  * to a thread. attention_lanes.h computes one; this file is also its plain build. */
-#define ATTENTION_NAME gn_attention_plain
+#define ATTENTION_NAME           gn_attention_plain
+#define ATTENTION_LANES          4
+#define ATTENTION_FMA(v, f, sum) ((v) * (f) + (sum))
 #include "attention_lanes.h"
 
 #include <stdatomic.h>

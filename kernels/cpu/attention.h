@@ -5,8 +5,8 @@
 #include "cpu.h"
 
 enum {
-    GN_ATTENTION_LANES = 16,   /* positions and dimensions are walked in groups of these */
-    GN_ATTENTION_QUERIES = 16, /* query vectors that share one pass over the cache */
+    GN_ATTENTION_LANES = 16,   /* of the longest vectors */
+    GN_ATTENTION_QUERIES = 32, /* query vectors that share one pass over the cache */
 };
 
 /* Some heads of some consecutive rows of one sequence, all reading the same kv head. */

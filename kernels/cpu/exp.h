@@ -10,22 +10,35 @@
 #include <stdint.h>
 #include <string.h>
 
-static inline float gn_exp_power_of_2(uint32_t n) { /* n in [-126, 127], as a two's complement */
-    const uint32_t bits = (n + 127u) << 23;
+static inline uint32_t gn_exp_bits(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+static inline float gn_exp_float(uint32_t bits) {
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
 }
 
+/* condition ? a : b without the branch that compilers make of it where comparisons may trap. */
+static inline float gn_exp_choose(int condition, float a, float b) {
+    const uint32_t mask = -(uint32_t)condition;
+    return gn_exp_float((gn_exp_bits(a) & mask) | (gn_exp_bits(b) & ~mask));
+}
+
+static inline float gn_exp_power_of_2(uint32_t n) { /* n in [-126, 127], as a two's complement */
+    return gn_exp_float((n + 127u) << 23);
+}
+
 static inline float gn_exp(float x) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves an integer in the low bits */
-    x = x < -104.0f ? -104.0f : x;
-    x = x > 89.0f ? 89.0f : x;
+    x = gn_exp_choose(x < -104.0f, -104.0f, x);
+    x = gn_exp_choose(x > 89.0f, 89.0f, x);
     const float t = x * 1.44269504f + shift;
     const float n = t - shift;
-    uint32_t bits;
-    memcpy(&bits, &t, sizeof bits);
-    const uint32_t k = bits - 0x4b400000u;
+    const uint32_t k = gn_exp_bits(t) - gn_exp_bits(shift);
 
     const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;

@@ -330,20 +330,28 @@ static void add_lora(const struct call *op, int part, float *sums, int64_t t0, i
     }
 }
 
-/* A part's way into y. SwiGLU is two: the gate is stored, and up multiplied onto it. */
-enum sink { STORE, ADD, SWIGLU };
+/* A part's way into y. SwiGLU is two: silu of the gate is stored, and up multiplied onto it. */
+enum sink { STORE, ADD, SILU, MULTIPLY };
 
 static void write_values(float *y, const float *values, int n, enum sink sink) {
     switch (sink) {
     case STORE:
+    case SILU: /* a whole panel at once, later */
         for (int i = 0; i < n; i++) y[i] = values[i];
         return;
     case ADD:
         for (int i = 0; i < n; i++) y[i] += values[i];
         return;
-    case SWIGLU:
-        for (int i = 0; i < n; i++) y[i] = gn_silu(y[i]) * values[i];
+    case MULTIPLY:
+        for (int i = 0; i < n; i++) y[i] *= values[i];
         return;
+    }
+}
+
+static void apply_silu(const gn_tensor *y, int64_t n0, int n) {
+    for (int64_t t = 0; t < y->shape[0]; t++) {
+        float *row = gn_cpu_row(y, t) + n0;
+        for (int i = 0; i < n; i++) row[i] = gn_silu(row[i]);
     }
 }
 
@@ -369,6 +377,7 @@ static void multiply_panel(const struct call *op, int part, int64_t n0, int n, c
                 write_values(gn_cpu_row(y, t + i) + n0 + r, values[i], left, sink);
         }
     }
+    if (sink == SILU) apply_silu(y, n0, n);
 }
 
 static int64_t panels_of(const struct weight *w) {
@@ -387,6 +396,7 @@ static void multiply_share(const struct call *op, int share, int of,
     const gn_linear_args *args = op->args;
     const bool swiglu = args->epilogue == GN_SWIGLU;
     const int n_parts = swiglu ? 1 : args->n_parts;
+    const enum sink sink = swiglu ? SILU : args->epilogue == GN_ADD ? ADD : STORE;
     int64_t total = 0;
     for (int i = 0; i < n_parts; i++)
         total += panels_of(&op->weight[i]) * PANEL_ROWS * row_bytes(&op->weight[i]);
@@ -399,8 +409,8 @@ static void multiply_share(const struct call *op, int share, int of,
         for (int64_t panel = panel_at(w, from); panel < last; panel++) {
             const int64_t n0 = panel * PANEL_ROWS;
             const int n = min_int(w->rows - n0, PANEL_ROWS);
-            multiply_panel(op, i, n0, n, y, args->epilogue == GN_ADD ? ADD : STORE, scratch);
-            if (swiglu) multiply_panel(op, 1, n0, n, y, SWIGLU, scratch);
+            multiply_panel(op, i, n0, n, y, sink, scratch);
+            if (swiglu) multiply_panel(op, 1, n0, n, y, MULTIPLY, scratch);
         }
         const int64_t bytes = panels_of(w) * PANEL_ROWS * row_bytes(w);
         from -= bytes;

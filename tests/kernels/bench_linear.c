@@ -8,13 +8,11 @@
  * a model. Best of a few runs: the machine may be shared. */
 #include "kernels/ops.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 enum { HIDDEN = 2048, INTER = 5632, KV = 256, LAYERS = 22, VOCAB = 32000, MAX_T = 128, RUNS = 7 };
 
@@ -45,21 +43,29 @@ __attribute__((target("avx512f"))) static long long sum_words(const words *p, si
     return sum[0][0] + sum[0][1] + sum[0][2] + sum[0][3];
 }
 
+struct reading {
+    const words *data;
+    size_t share;     /* words a thread */
+    atomic_llong sum; /* so that reading is not left out */
+};
+
+static void read_share(void *arg, int64_t i) {
+    struct reading *r = arg;
+    atomic_fetch_add(&r->sum, sum_words(r->data + (size_t)i * r->share, r->share));
+}
+
 static double read_bandwidth(gn_ctx *ctx, int threads) {
-    const size_t bytes = (size_t)1 << 30, share = bytes / sizeof(words) / (size_t)threads;
-    char *data = allocate(ctx, bytes);
-    memset(data, 1, bytes);
+    const size_t bytes = (size_t)1 << 30;
+    char *data = memset(allocate(ctx, bytes), 1, bytes);
+    struct reading r = {.data = (const words *)data,
+                        .share = bytes / sizeof(words) / (size_t)threads};
     double best = 1e9;
-    volatile long long sink = 0;
     for (int run = 0; run < RUNS; run++) {
         const double start = seconds();
-#pragma omp parallel for num_threads(threads)
-        for (int i = 0; i < threads; i++)
-            sink = sum_words((const words *)data + (size_t)i * share, share);
+        gn_ctx_for(ctx, threads, read_share, &r);
         const double took = seconds() - start;
         if (took < best) best = took;
     }
-    (void)sink;
     gn_ctx_free(ctx, data);
     return (double)bytes / best;
 }
