@@ -26,7 +26,7 @@ static const gn_option table[] = {
     {GN_OPT_FLAG, "json", offsetof(bench_options, json), .help = "one JSON object a line"},
     GN_OPTION_END};
 
-static int run(const char *kind, gn_status (*bench)(const gn_bench *), int n, char *const *args) {
+static int run(const char *kind, gn_status (*bench)(gn_bench *), int n, char *const *args) {
     bench_options o;
     int exit_status;
     gn_error err = {0};
@@ -40,9 +40,8 @@ static int run(const char *kind, gn_status (*bench)(const gn_bench *), int n, ch
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);
-    if (!status) status = gn_machine_measure(&b.machine, b.model->ctx, &err);
     if (!status) {
-        gn_peak_reset();
+        b.flop_s = gn_measure_flop(b.model->ctx);
         status = bench(&b);
     }
     gn_adapter_close(b.adapter);

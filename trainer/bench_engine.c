@@ -7,7 +7,7 @@
 #include "engine/forward.h"
 #include "trainer/bench.h"
 
-enum { ROUNDS = 3, DECODE_PROMPT = 16 };
+enum { ROUNDS = 5, DECODE_PROMPT = 16 };
 
 /* Requests that are sent together and awaited together. */
 typedef struct batch {
@@ -140,14 +140,14 @@ static cost cost_of(const gn_bench *b) {
 
 /* ---- reports ---- */
 
-static gn_status report(const gn_bench *b, double tok_s, double floor, double peak) {
+static gn_status report(const gn_bench *b, double tok_s, double floor) {
     if (!b->json) {
         printf("%s: %s on %s\n", b->kind, b->name, gn_model_describe(b->model).device);
         printf("  %d tokens, %d stream%s: %.1f tok/s; the floor is %.1f (%.0f %% of it reached)\n",
                b->tokens, b->streams, b->streams == 1 ? "" : "s", tok_s, floor,
                100 * tok_s / floor);
         printf("  memory reads at %.1f GB/s, arithmetic at %.0f GFLOP/s; peak memory %.2f GiB\n",
-               b->machine.read_bytes_s * 1e-9, b->machine.flop_s * 1e-9, peak / 0x1p30);
+               b->read_bytes_s * 1e-9, b->flop_s * 1e-9, b->peak_bytes / 0x1p30);
         return GN_OK;
     }
     cJSON *line = gn_bench_line(b);
@@ -156,12 +156,13 @@ static gn_status report(const gn_bench *b, double tok_s, double floor, double pe
     cJSON_AddNumberToObject(line, "tok_s", tok_s);
     cJSON_AddNumberToObject(line, "floor", floor);
     cJSON_AddNumberToObject(line, "ratio", tok_s / floor);
-    cJSON_AddNumberToObject(line, "peak_bytes", peak);
+    cJSON_AddNumberToObject(line, "peak_bytes", b->peak_bytes);
     return gn_print_json_take(line, b->err);
 }
 
-/* Opens an engine just large enough, runs a warm-up and the rounds, and hands each to `rate`. */
-static gn_status measure(const gn_bench *b, int n_prompt, int tokens,
+/* Opens an engine just large enough, runs a warm-up and the rounds, and hands each to `rate`.
+ * Leaves the median of the memory's speed in b. */
+static gn_status measure(gn_bench *b, int n_prompt, int tokens,
                          double (*rate)(const gn_bench *b, const stream *streams), double *tok_s) {
     const gn_engine_options options = {.max_seqs = b->streams,
                                        .max_batch_tokens =
@@ -173,15 +174,23 @@ static gn_status measure(const gn_bench *b, int n_prompt, int tokens,
     if (status) return status;
     stream *streams = open_streams(b->streams, tokens);
     if (!streams) status = gn_fail(b->err, GN_ENOMEM, "out of memory");
-    double rates[ROUNDS];
+    double rates[ROUNDS], reads[ROUNDS];
     for (int round = -1; !status && round < ROUNDS; round++) { /* -1 warms up */
         const int length = round < 0 && tokens > 8 ? 8 : tokens;
         gn_progress("%s: round %d of %d", b->kind, round + 1, ROUNDS);
-        status = run_batch(engine, b, streams, n_prompt, length, 7919u * (uint32_t)(round + 2));
-        if (round >= 0) rates[round] = rate(b, streams);
+        status = gn_round_begin(b);
+        if (!status)
+            status = run_batch(engine, b, streams, n_prompt, length, 7919u * (uint32_t)(round + 2));
+        gn_round_end(b);
+        if (status || round < 0) continue;
+        rates[round] = rate(b, streams);
+        reads[round] = b->read_bytes_s;
     }
     gn_progress("%s", "");
-    if (!status) *tok_s = gn_median(rates, ROUNDS);
+    if (!status) {
+        *tok_s = gn_median(rates, ROUNDS);
+        b->read_bytes_s = gn_median(reads, ROUNDS);
+    }
     close_streams(streams, b->streams);
     gn_engine_close(engine);
     return status;
@@ -202,8 +211,8 @@ static double decode_rate(const gn_bench *b, const stream *streams) {
     return (double)tokens / (end - begin);
 }
 
-gn_status gn_bench_decode(const gn_bench *b) {
-    double tok_s;
+gn_status gn_bench_decode(gn_bench *b) {
+    double tok_s = 0;
     if (b->tokens < 2) return gn_fail(b->err, GN_EINVAL, "decode needs --tokens of at least 2");
     const gn_status status = measure(b, DECODE_PROMPT, b->tokens, decode_rate, &tok_s);
     if (status) return status;
@@ -211,15 +220,15 @@ gn_status gn_bench_decode(const gn_bench *b) {
     const double context = DECODE_PROMPT + 0.5 * b->tokens; /* on average */
     const double step = gn_bench_floor(b, c.weight_bytes + b->streams * context * c.kv_bytes,
                                        b->streams * (c.token_flop + c.head_flop));
-    return report(b, tok_s, b->streams / step, gn_peak_bytes());
+    return report(b, tok_s, b->streams / step);
 }
 
 static double prefill_rate(const gn_bench *b, const stream *streams) {
     return (double)b->tokens * b->streams / streams[0].times[0];
 }
 
-gn_status gn_bench_prefill(const gn_bench *b) {
-    double tok_s;
+gn_status gn_bench_prefill(gn_bench *b) {
+    double tok_s = 0;
     const gn_status status = measure(b, b->tokens, 0, prefill_rate, &tok_s);
     if (status) return status;
     const cost c = cost_of(b);
@@ -229,5 +238,5 @@ gn_status gn_bench_prefill(const gn_bench *b) {
         2.0 * config->layers * config->heads * config->head_dim * (double)b->tokens * b->tokens;
     const double pass = gn_bench_floor(
         b, c.weight_bytes, b->streams * (b->tokens * c.token_flop + attention + c.head_flop));
-    return report(b, tok_s, (double)b->tokens * b->streams / pass, gn_peak_bytes());
+    return report(b, tok_s, (double)b->tokens * b->streams / pass);
 }

@@ -1,7 +1,8 @@
 /* bench_machine.c - what this machine can do at best: memory reads and multiply-adds.
  *
  * A benchmark compares with these and not with numbers from a data sheet, because virtual
- * machines share both memory and clock with strangers. */
+ * machines share both memory and clock with strangers. How fast memory is may double from one
+ * minute to the next for the same reason; who uses it measures it again beside every round. */
 #include <math.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -12,8 +13,8 @@
 #include <immintrin.h>
 #endif
 
-/* The best of many short rounds: one that nobody interrupted. */
-enum { READ_ROUNDS = 15, FLOP_ROUNDS = 300, ITERATIONS = 100000 };
+/* The best of several short rounds is one that nobody interrupted. */
+enum { READ_ROUNDS = 5, FLOP_ROUNDS = 300, ITERATIONS = 100000 };
 static const size_t ARRAY_BYTES = (size_t)1 << 30;
 
 /* ---- memory ---- */
@@ -41,7 +42,7 @@ static double read_once(const char *array, int threads, volatile uint64_t *sink)
     return (double)(share * (size_t)threads) / (gn_seconds() - begin);
 }
 
-static gn_status measure_reads(double *bytes_s, int threads, gn_error *err) {
+gn_status gn_measure_reads(double *bytes_s, int threads, gn_error *err) {
     char *array =
         mmap(NULL, ARRAY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (array == MAP_FAILED)
@@ -106,7 +107,7 @@ static chains widest_chains(const gn_ctx *ctx) {
 }
 
 /* Cores do not share arithmetic units, so each thread's best round counts by itself. */
-static double measure_flop(const gn_ctx *ctx) {
+double gn_measure_flop(const gn_ctx *ctx) {
     const chains run = widest_chains(ctx);
     const int threads = gn_ctx_threads(ctx);
     double sum = 0;
@@ -122,9 +123,4 @@ static double measure_flop(const gn_ctx *ctx) {
         sum += best;
     }
     return sum;
-}
-
-gn_status gn_machine_measure(gn_machine *machine, const gn_ctx *ctx, gn_error *err) {
-    machine->flop_s = measure_flop(ctx);
-    return measure_reads(&machine->read_bytes_s, gn_ctx_threads(ctx), err);
 }

@@ -63,27 +63,29 @@ static gn_status report(const gn_bench *b, const op *o, int rows, double seconds
     cJSON_AddNumberToObject(line, "gb_s", 1e-9 * bytes / seconds);
     cJSON_AddNumberToObject(line, "floor", 1e6 * floor);
     cJSON_AddNumberToObject(line, "ratio", floor / seconds);
-    cJSON_AddNumberToObject(line, "peak_bytes", gn_peak_bytes());
+    cJSON_AddNumberToObject(line, "peak_bytes", b->peak_bytes);
     return gn_print_json_take(line, b->err);
 }
 
-static gn_status time_op(const gn_bench *b, const op *o, int rows, float *x, float *y) {
+static gn_status time_op(gn_bench *b, const op *o, int rows, float *x, float *y) {
     double times[MAX_REPEATS], total = 0;
     int n = 0;
-    for (int i = -2; i < MIN_REPEATS || (total < MIN_SECONDS && i < MAX_REPEATS); i++) {
+    gn_status status = gn_round_begin(b);
+    for (int i = -2; !status && (i < MIN_REPEATS || (total < MIN_SECONDS && i < MAX_REPEATS));
+         i++) {
         const double begin = gn_seconds();
-        const gn_status status = run_op(b, o, (i + 2) % b->model->config.layers, rows, x, y);
+        status = run_op(b, o, (i + 2) % b->model->config.layers, rows, x, y);
         if (status)
-            return gn_fail(b->err, status, "%s of %d rows: %s", o->name, rows,
-                           gn_status_text(status));
+            gn_fail(b->err, status, "%s, %d rows: %s", o->name, rows, gn_status_text(status));
         if (i < 0) continue; /* warm-up */
         times[n] = gn_seconds() - begin;
         total += times[n++];
     }
-    return report(b, o, rows, gn_median(times, n));
+    gn_round_end(b);
+    return status ? status : report(b, o, rows, gn_median(times, n));
 }
 
-gn_status gn_bench_ops(const gn_bench *b) {
+gn_status gn_bench_ops(gn_bench *b) {
     const gn_config *c = &b->model->config;
     const int max_rows = row_counts[sizeof row_counts / sizeof *row_counts - 1];
     int64_t widest = 0, tallest = 0; /* a product's columns; its rows in all parts */

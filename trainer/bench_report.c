@@ -9,8 +9,8 @@
 #include "trainer/bench.h"
 
 double gn_bench_floor(const gn_bench *b, double bytes, double flop) {
-    const double reading = bytes / b->machine.read_bytes_s;
-    return b->machine.flop_s > 0 ? fmax(reading, flop / b->machine.flop_s) : reading;
+    const double reading = bytes / b->read_bytes_s;
+    return b->flop_s > 0 ? fmax(reading, flop / b->flop_s) : reading;
 }
 
 cJSON *gn_bench_line(const gn_bench *b) {
@@ -20,8 +20,8 @@ cJSON *gn_bench_line(const gn_bench *b) {
     cJSON_AddStringToObject(line, "model", b->name);
     cJSON_AddStringToObject(line, "quant_type", gn_qtype_name(info.quant));
     cJSON_AddStringToObject(line, "device", info.device);
-    cJSON_AddNumberToObject(line, "bandwidth_gb_s", b->machine.read_bytes_s * 1e-9);
-    if (b->machine.flop_s > 0) cJSON_AddNumberToObject(line, "gflop_s", b->machine.flop_s * 1e-9);
+    cJSON_AddNumberToObject(line, "bandwidth_gb_s", b->read_bytes_s * 1e-9);
+    if (b->flop_s > 0) cJSON_AddNumberToObject(line, "gflop_s", b->flop_s * 1e-9);
     return line;
 }
 
@@ -35,7 +35,8 @@ double gn_median(double *values, int n) {
     return n % 2 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
 }
 
-void gn_peak_reset(void) {
+/* Lets the peak count from now on; where the kernel does not allow it, it counts from the start. */
+static void reset_peak(void) {
     const int fd = open("/proc/self/clear_refs", O_WRONLY);
     if (fd < 0) return;
     const ssize_t written = write(fd, "5", 1); /* proc(5): resets VmHWM */
@@ -43,7 +44,7 @@ void gn_peak_reset(void) {
     close(fd);
 }
 
-double gn_peak_bytes(void) {
+static double peak_bytes(void) {
     char line[256];
     double kib = 0;
     FILE *status = fopen("/proc/self/status", "r");
@@ -51,4 +52,15 @@ double gn_peak_bytes(void) {
         if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
     if (status) fclose(status);
     return kib * 1024;
+}
+
+gn_status gn_round_begin(gn_bench *b) {
+    const gn_status status =
+        gn_measure_reads(&b->read_bytes_s, gn_ctx_threads(b->model->ctx), b->err);
+    reset_peak();
+    return status;
+}
+
+void gn_round_end(gn_bench *b) {
+    b->peak_bytes = fmax(b->peak_bytes, peak_bytes());
 }
