@@ -299,7 +299,7 @@ void gn_connection_response_ended(gn_connection *c) {
     gn_exchange *x = c->exchange;
     c->server->counters.requests[x->status / 100 % GN_STATUS_CLASSES]++;
     gn_log_exchange(x);
-    if (!x->keep_alive) c->last = true;
+    if (!x->keep_alive || c->server->stops) c->last = true;
     mark_unflushed(c);
     if (!c->feeding) feed(c, "", 0);
 }
@@ -457,9 +457,25 @@ static void refuse_crowd(gn_connection *c) {
     gn_respond_error(x, &x->refusal);
 }
 
+static void on_spare_closed(uv_handle_t *spare) {
+    spare->data = NULL;
+}
+
+/* There is no memory for a connection; libuv would hear no other until this one is taken. */
+static void turn_away(gn_server *s, uv_stream_t *listener) {
+    if (s->spare.data) return;
+    uv_tcp_init(&s->loop, &s->spare);
+    s->spare.data = s;
+    (void)uv_accept(listener, (uv_stream_t *)&s->spare);
+    uv_close((uv_handle_t *)&s->spare, on_spare_closed);
+}
+
 void gn_connection_accept(gn_server *s, uv_stream_t *listener) {
     gn_connection *c = calloc(1, sizeof *c);
-    if (!c) return;
+    if (!c) {
+        turn_away(s, listener);
+        return;
+    }
     c->server = s;
     c->open_handles = 2;
     c->paused = true;

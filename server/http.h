@@ -56,7 +56,6 @@ struct gn_exchange {
 
     /* For the access log. */
     uint64_t started; /* loop's clock, ms */
-    const char *model;
     int64_t prompt_tokens, completion_tokens;
     char model_name[64];
 };

@@ -116,7 +116,7 @@ static void announce(const gn_serve_options *o, const gn_server *server, const g
     const gn_model_info info = gn_model_describe(model);
     write_url(url, sizeof url, o->host, gn_server_port(server));
     if (!o->json) {
-        printf("Guanaco is ready: open %s (%.1f M parameters, %s, on %s)\n", url,
+        printf("Guanaco is ready: open %s\n  %.1f M parameters, %s, on %s\n", url,
                (double)info.parameters / 1e6, gn_qtype_name(info.quant), info.device);
     } else {
         gn_buffer_text(&line, "{\"event\":\"ready\",\"url\":");

@@ -20,7 +20,7 @@ typedef struct gn_counters {
 struct gn_server {
     gn_server_options options; /* with defaults filled in */
     uv_loop_t loop;
-    uv_tcp_t listener;
+    uv_tcp_t listener, spare; /* spare: for a client that must be turned away */
     uv_async_t stop;
     uv_timer_t drain;
     uv_signal_t signals[2];
