@@ -37,10 +37,8 @@ void test_folder_remove(void) {
 }
 
 const char *test_path(const char *name) {
-    static char paths[9][512];
-    static int next;
-    char *path = paths[next++ % 9];
-    snprintf(path, sizeof paths[0], *name ? "%s/%s" : "%s%s", folder, name);
+    char *path = test_alloc(strlen(folder) + strlen(name) + 1);
+    sprintf(path, *name ? "%s/%s" : "%s%s", folder, name);
     return path;
 }
 

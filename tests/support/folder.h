@@ -11,7 +11,7 @@ void test_folder_remove(void); /* with all that is in it; also frees what test_a
 /* Zeroed, with one more zero byte behind its end; lasts as long as the test. */
 void *test_alloc(size_t bytes);
 
-/* The path of a name in the folder ("" for the folder itself), good for eight more calls. */
+/* The path of a name in the folder ("" for the folder itself). */
 const char *test_path(const char *name);
 void test_write(const char *name, const void *data, size_t n);
 void test_write_text(const char *name, const char *text);
