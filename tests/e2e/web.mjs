@@ -101,7 +101,8 @@ async function ask(page, text) {
     return textOf(replies(page).last());
 }
 
-/* Lets each event of a reply through only after a while, whatever the server's speed. */
+/* Lets each event of a reply through only after a while, whatever the server's speed. An abort
+ * breaks the reply off at once, as it does a real one, although all of it has arrived here. */
 function slowDown(delay) {
     const realFetch = window.fetch;
     window.fetch = async (address, options) => {
@@ -109,6 +110,10 @@ function slowDown(delay) {
         if (!String(address).includes('completions')) return response;
         let rest = '';
         const byEvent = new TransformStream({
+            start(controller) {
+                const {signal} = options;
+                signal.addEventListener('abort', () => controller.error(signal.reason));
+            },
             async transform(text, controller) {
                 const events = (rest + text).split('\n\n');
                 rest = events.pop();
