@@ -28,6 +28,15 @@ typedef struct gn_backend {
     size_t (*attention_workspace)(const gn_ctx *, int64_t context);
     void *(*alloc)(gn_ctx *, size_t bytes); /* 64-byte aligned */
     void (*free)(gn_ctx *, void *memory);
+    gn_status (*write)(gn_ctx *, void *dst, const void *src, size_t bytes);
+    gn_status (*read)(gn_ctx *, void *dst, const void *src, size_t bytes);
+    gn_status (*wait)(gn_ctx *);
+    gn_status (*replay)(gn_ctx *, uint64_t key, gn_ctx_ops *fn, void *arg);
+    gn_status (*stage_reserve)(gn_ctx *, const gn_stage_limits *);
+    gn_status (*stage)(gn_ctx *, const int32_t *ids, const gn_seqs *, const gn_lora *, int32_t n);
+    size_t (*place_bytes)(const gn_ctx *, const gn_matrix *host);
+    gn_status (*place)(gn_ctx *, gn_matrix *out, const gn_matrix *host, void *memory);
+    void (*close)(gn_ctx *);
 } gn_backend;
 
 struct gn_ctx {
@@ -36,11 +45,16 @@ struct gn_ctx {
     gn_isa isa;
     int threads;
     struct gn_cpu_pool *pool; /* the CPU's threads */
+    struct gn_cuda *cuda;     /* NULL on the CPU */
     void *workspace;          /* from backend->alloc */
     size_t workspace_bytes;
     char device[64];
 };
 
 extern const gn_backend gn_cpu_backend;
+
+/* Opens GPU `index` for ctx: sets backend, cuda, compute (with auto_compute) and device. In a build
+ * without CUDA, or where that GPU is not there, GN_EDEVICE. */
+gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err);
 
 #endif

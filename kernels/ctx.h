@@ -17,7 +17,7 @@ typedef struct gn_ctx gn_ctx;
 typedef enum gn_isa { GN_ISA_REFERENCE, GN_ISA_AVX2, GN_ISA_AVX512, GN_ISA_AVX512BF16 } gn_isa;
 
 typedef struct gn_ctx_options {
-    const char *device; /* "auto" (NULL) or "cpu" */
+    const char *device; /* "auto" (NULL: the first GPU, else the CPU), "cpu", "cuda", "cuda:N" */
     gn_dtype compute;   /* GN_F32 or GN_BF16: what products multiply; sums are always float32 */
     bool auto_compute;  /* ignore `compute`: BF16 where it is native, else F32 */
     int threads;        /* 0: all cores */
@@ -31,6 +31,7 @@ void gn_ctx_close(gn_ctx *ctx);
 
 const char *gn_ctx_device(const gn_ctx *ctx); /* "cpu (avx512-bf16, 2 threads)" */
 gn_dtype gn_ctx_compute(const gn_ctx *ctx);
+gn_dtype gn_ctx_activation(const gn_ctx *ctx); /* of activations, see ops.h */
 int gn_ctx_threads(const gn_ctx *ctx);
 gn_isa gn_ctx_isa(const gn_ctx *ctx);
 
@@ -45,6 +46,21 @@ GN_CHECKED gn_status gn_ctx_reserve(gn_ctx *ctx, size_t bytes);
 /* Memory on the context's device, 64-byte aligned; NULL when there is none left. */
 void *gn_ctx_alloc(gn_ctx *ctx, size_t bytes);
 void gn_ctx_free(gn_ctx *ctx, void *memory);
+
+/* Whether that memory is the host's own, to be read and written directly. */
+bool gn_ctx_is_host(const gn_ctx *ctx);
+/* To and from the device's memory, in order with the ops. write returns when src may be used
+ * again, read when dst is there. */
+GN_CHECKED gn_status gn_ctx_write(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+GN_CHECKED gn_status gn_ctx_read(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+/* Waits until every op before has run; GN_EDEVICE when one failed. */
+GN_CHECKED gn_status gn_ctx_wait(gn_ctx *ctx);
+
+/* Runs fn(arg), which calls ops and nothing else. A device with recorded launches keeps what fn
+ * did under `key` and repeats it for the same key without calling fn: the caller makes sure that
+ * equal keys mean equal ops on equal memory. */
+typedef gn_status gn_ctx_ops(void *arg);
+GN_CHECKED gn_status gn_ctx_replay(gn_ctx *ctx, uint64_t key, gn_ctx_ops *fn, void *arg);
 
 #ifdef __cplusplus
 }

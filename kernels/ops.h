@@ -6,8 +6,10 @@
  * views: an op never allocates, frees or synchronises. A batch is flat: T rows, one a token, of
  * any mix of sequences.
  *
- * On the CPU a row's result depends neither on the other rows nor on the number of threads.
- * Activations are float32 there; ctx's compute dtype says what products multiply. */
+ * The residual stream and logits are float32; other activations (q, k, v, what attention and
+ * SwiGLU give) have the dtype gn_ctx_activation(ctx): float32, but bfloat16 on a GPU that computes
+ * in it. ctx's compute dtype says what products multiply. On the CPU, and in float32 anywhere, a
+ * row's result depends neither on the other rows nor on the number of threads. */
 #ifndef GN_OPS_H
 #define GN_OPS_H
 
@@ -26,13 +28,22 @@ GN_CHECKED gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table,
 GN_CHECKED gn_status gn_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_tensor *w,
                                 float eps);
 
-/* A LoRA term on some rows of a product: y[row0 .. row0+rows) += scale * B (A x). Several terms
- * may cover a row (a blend); they are added in their order. */
+/* The two low-rank matrices of one projection (LoRA, section 4.1). */
+typedef struct gn_lora_pair {
+    int rank;    /* 0: this projection is not adapted */
+    float scale; /* alpha/r, or alpha/sqrt(r) with rsLoRA */
+    gn_tensor a; /* (rank, K) F32 or BF16 */
+    gn_tensor b; /* (N, rank), the same dtype */
+} gn_lora_pair;
+
+/* An adapter on some rows of a batch: a product whose weight is projection i of the model gets
+ * y[row0 .. row0+rows) += scale * pair.scale * B (A x), with pair = pairs[i]. Several may cover a
+ * row (a blend); they are added in their order. Ordered by row0. */
 typedef struct gn_lora {
     int32_t row0, rows;
     float scale;
-    gn_tensor a; /* (r, K) F32 or BF16 */
-    gn_tensor b; /* (N, r), the same dtype */
+    const gn_lora_pair *pairs;  /* on the host; what a and b point to is on the device */
+    const gn_lora_pair *placed; /* the same where the device can read it */
 } gn_lora;
 
 typedef enum gn_epilogue {
@@ -43,18 +54,26 @@ typedef enum gn_epilogue {
 
 enum { GN_MAX_PARTS = 3 };
 
+/* Moves a weight to the device, in the order its kernels like best; `memory` holds
+ * gn_place_bytes and becomes what *out points into. On the CPU weights are used where they are:
+ * no bytes, and *out = *host. */
+size_t gn_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
+GN_CHECKED gn_status gn_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
+
 /* Up to three products of one x: q, k and v, or gate and up. */
 typedef struct gn_linear_args {
-    gn_tensor x;           /* (T, K) f32 */
+    gn_tensor x;           /* (T, K): f32 with a norm, else an activation */
     const gn_tensor *norm; /* (K) f32: x is RMS-normalised by it first; NULL: it is not */
     float eps;
     gn_epilogue epilogue;
+    const gn_lora *lora; /* the batch's terms, as staged; or NULL */
+    int n_lora;
+    int pair; /* the terms' pair for part 0; part i uses pair + i */
     int n_parts;
     struct gn_linear_part {
-        gn_tensor y;         /* (T, N_i) f32; with GN_SWIGLU only part 0's */
-        const gn_matrix *w;  /* (N_i, K), any type */
-        const gn_lora *lora; /* n_lora terms, or NULL */
-        int n_lora;
+        gn_tensor y;        /* (T, N_i) an activation, or f32 with GN_ADD and for logits; with
+                             * GN_SWIGLU only part 0's */
+        const gn_matrix *w; /* (N_i, K), any type */
     } part[GN_MAX_PARTS];
 } gn_linear_args;
 
@@ -77,6 +96,16 @@ typedef struct gn_seqs {
     const int32_t *blocks; /* (n, max_blocks) */
 } gn_seqs;
 
+/* Hands a batch to the device: the ops up to the next gn_stage read ids, sequences and LoRA terms
+ * from this copy, and take their host arguments for the shapes only. On the CPU there is nothing
+ * to do. gn_stage_reserve says how large a batch may be. */
+typedef struct gn_stage_limits {
+    int32_t rows, seqs, max_blocks, terms;
+} gn_stage_limits;
+GN_CHECKED gn_status gn_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits);
+GN_CHECKED gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs,
+                              const gn_lora *terms, int32_t n_terms);
+
 enum { GN_MAX_HEAD_DIM = 256 };
 
 /* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32 or BF16;
@@ -91,13 +120,13 @@ GN_CHECKED gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin,
                                    const gn_tensor *inv_freq, const gn_seqs *seqs);
 
 /* Rotates q (T, heads, head_dim) in place and k (T, kv_heads, head_dim) on its way into the
- * cache, with halves paired (x_i, x_{i+D/2}); stores v (T, kv_heads, head_dim) beside it. f32. */
+ * cache, with halves paired (x_i, x_{i+D/2}); stores v (T, kv_heads, head_dim) beside it. All activations. */
 GN_CHECKED gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k,
                                    const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
                                    const gn_seqs *seqs, gn_kv *kv);
 
 /* Causal attention of each row over its sequence's cache, up to and including its own
- * position. q, y: (T, heads, head_dim) f32; heads is a multiple of kv_heads (GQA). Scores are
+ * position. q, y: (T, heads, head_dim) activations; heads is a multiple of kv_heads (GQA). Scores are
  * scaled by 1/sqrt(head_dim). */
 GN_CHECKED gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
                                   const gn_seqs *seqs);

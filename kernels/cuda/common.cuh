@@ -1,0 +1,106 @@
+/* common.cuh - what kernels share: reductions, conversions, dependent launches. */
+#ifndef GN_CUDA_COMMON_CUH
+#define GN_CUDA_COMMON_CUH
+
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+#include "cuda.h"
+
+typedef __nv_bfloat16 bf16;
+typedef __nv_bfloat162 bf162;
+
+enum { WARP = 32 };
+
+static __device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+static __device__ __forceinline__ float to_float(bf16 x) {
+    return __bfloat162float(x);
+}
+template <typename T> static __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    return __float2bfloat16(x);
+}
+
+static __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+
+static __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int d = WARP / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+
+/* Sum over a block of up to 1024 threads, whole warps; every thread gets it. */
+static __device__ __forceinline__ float block_sum(float x) {
+    __shared__ float sums[WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    x = warp_sum(x);
+    __syncthreads(); /* of an earlier call's readers */
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < (int)blockDim.x / WARP ? sums[lane] : 0.0f);
+}
+
+/* c += a b, with a 16x16 and b 16x8 in bf16, c 16x8 in float32. */
+static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4],
+                                                const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* Waits for everything that earlier kernels of the stream wrote. On chips before Hopper kernels
+ * do not overlap and there is nothing to wait for. */
+static __device__ __forceinline__ void pdl_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Lets the next kernel start its preamble when every block of this one got here. */
+static __device__ __forceinline__ void pdl_trigger(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Launches `kernel` on the context's stream, allowed to start before its predecessor ends: so it
+ * must call pdl_wait before it touches what another kernel wrote or reads. */
+template <typename... P, typename... A>
+static gn_status launch(const gn_ctx *ctx, void (*kernel)(P...), dim3 grid, dim3 block,
+                        size_t shared, A... args) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = gn_cuda_stream(ctx);
+    config.attrs = &attribute;
+    config.numAttrs = ctx->cuda->overlaps ? 1 : 0;
+    return gn_cuda_status(cudaLaunchKernelEx(&config, kernel, (P)args...));
+}
+
+/* Runs the statement with T as the C++ type of a dtype that is F32 or BF16. */
+#define GN_FOR_FLOAT(dtype, ...)                                                                   \
+    do {                                                                                           \
+        if ((dtype) == GN_F32) {                                                                   \
+            typedef float T;                                                                       \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            typedef bf16 T;                                                                        \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+#endif
