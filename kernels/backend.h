@@ -9,6 +9,10 @@
 
 #include "ops.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* member, parameters: the ops, each with the meaning that ops.h gives it */
 #define GN_BACKEND_OPS(X)                                                                          \
     X(embed, (gn_ctx *, gn_tensor *, const gn_matrix *, const int32_t *))                          \
@@ -30,6 +34,7 @@ typedef struct gn_backend {
     void (*free)(gn_ctx *, void *memory);
     gn_status (*write)(gn_ctx *, void *dst, const void *src, size_t bytes);
     gn_status (*read)(gn_ctx *, void *dst, const void *src, size_t bytes);
+    gn_status (*copy)(gn_ctx *, void *dst, const void *src, size_t bytes);
     gn_status (*wait)(gn_ctx *);
     gn_status (*replay)(gn_ctx *, uint64_t key, gn_ctx_ops *fn, void *arg);
     gn_status (*stage_reserve)(gn_ctx *, const gn_stage_limits *);
@@ -57,4 +62,7 @@ extern const gn_backend gn_cpu_backend;
  * without CUDA, or where that GPU is not there, GN_EDEVICE. */
 gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -63,21 +63,38 @@ static int threads_of_machine(void) {
     return n < 1 ? 1 : (int)n;
 }
 
-static gn_status check_device(const char *device, gn_error *err) {
-    if (!device || strcmp(device, "auto") == 0 || strcmp(device, "cpu") == 0) return GN_OK;
-    if (strcmp(device, "cuda") == 0 || strncmp(device, "cuda:", 5) == 0)
-        return gn_fail(err, GN_EDEVICE,
-                       "device \"%s\": this build has no CUDA support; use \"cpu\" or \"auto\", or "
-                       "build where nvcc is found",
-                       device);
-    return gn_fail(err, GN_EINVAL, "unknown device \"%s\"; expected \"auto\" or \"cpu\"", device);
+enum { DEVICE_AUTO = -2, DEVICE_CPU = -1 }; /* else the number of a GPU */
+
+static gn_status parse_device(const char *name, int *device, gn_error *err) {
+    char *end;
+    *device = DEVICE_AUTO;
+    if (!name || strcmp(name, "auto") == 0) return GN_OK;
+    *device = DEVICE_CPU;
+    if (strcmp(name, "cpu") == 0) return GN_OK;
+    *device = 0;
+    if (strcmp(name, "cuda") == 0) return GN_OK;
+    if (strncmp(name, "cuda:", 5) == 0 && name[5] >= '0' && name[5] <= '9') {
+        const long n = strtol(name + 5, &end, 10);
+        *device = (int)n;
+        if (*end == 0 && n <= 1023) return GN_OK;
+    }
+    return gn_fail(err, GN_EINVAL,
+                   "unknown device \"%s\"; expected \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"", name);
+}
+
+static void open_cpu(gn_ctx *ctx, const gn_ctx_options *options) {
+    ctx->backend = &gn_cpu_backend;
+    if (options->auto_compute) ctx->compute = ctx->isa == GN_ISA_AVX512BF16 ? GN_BF16 : GN_F32;
+    snprintf(ctx->device, sizeof ctx->device, "cpu (%s, %d thread%s)", isa_name(ctx->isa),
+             ctx->threads, ctx->threads == 1 ? "" : "s");
 }
 
 gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err) {
     if (!out) return gn_fail(err, GN_EINVAL, "gn_ctx_open: out is NULL");
     *out = NULL;
     if (!options) return gn_fail(err, GN_EINVAL, "gn_ctx_open: options is NULL");
-    const gn_status status = check_device(options->device, err);
+    int device;
+    gn_status status = parse_device(options->device, &device, err);
     if (status) return status;
     if (!options->auto_compute && options->compute != GN_F32 && options->compute != GN_BF16)
         return gn_fail(err, GN_EINVAL, "compute dtype %s: expected F32 or BF16",
@@ -88,11 +105,9 @@ gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err
 
     gn_ctx *ctx = calloc(1, sizeof *ctx);
     if (!ctx) return gn_fail(err, GN_ENOMEM, "out of memory opening a context");
-    ctx->backend = &gn_cpu_backend;
     ctx->isa = isa_of_machine();
     if (options->limit_isa && ctx->isa > options->max_isa) ctx->isa = options->max_isa;
     ctx->compute = options->compute;
-    if (options->auto_compute) ctx->compute = ctx->isa == GN_ISA_AVX512BF16 ? GN_BF16 : GN_F32;
     ctx->threads = options->threads ? options->threads : threads_of_machine();
     ctx->pool = gn_cpu_pool_open(ctx->threads);
     if (!ctx->pool) {
@@ -100,16 +115,27 @@ gn_status gn_ctx_open(gn_ctx **out, const gn_ctx_options *options, gn_error *err
         free(ctx);
         return GN_ENOMEM;
     }
-    snprintf(ctx->device, sizeof ctx->device, "cpu (%s, %d thread%s)", isa_name(ctx->isa),
-             ctx->threads, ctx->threads == 1 ? "" : "s");
-    *out = ctx;
-    return GN_OK;
+    if (device != DEVICE_CPU)
+        status = gn_cuda_open(ctx, device == DEVICE_AUTO ? 0 : device, options->auto_compute,
+                              device == DEVICE_AUTO ? NULL : err);
+    if (device == DEVICE_CPU || (device == DEVICE_AUTO && status == GN_EDEVICE)) {
+        status = GN_OK;
+        open_cpu(ctx, options);
+    }
+    if (status)
+        gn_ctx_close(ctx);
+    else
+        *out = ctx;
+    return status;
 }
 
 void gn_ctx_close(gn_ctx *ctx) {
     if (!ctx) return;
+    if (ctx->backend) {
+        gn_ctx_free(ctx, ctx->workspace);
+        ctx->backend->close(ctx);
+    }
     gn_cpu_pool_close(ctx->pool);
-    gn_ctx_free(ctx, ctx->workspace);
     free(ctx);
 }
 
@@ -119,6 +145,10 @@ const char *gn_ctx_device(const gn_ctx *ctx) {
 
 gn_dtype gn_ctx_compute(const gn_ctx *ctx) {
     return ctx->compute;
+}
+
+gn_dtype gn_ctx_activation(const gn_ctx *ctx) {
+    return ctx->cuda ? ctx->compute : GN_F32;
 }
 
 int gn_ctx_threads(const gn_ctx *ctx) {
@@ -150,4 +180,28 @@ void *gn_ctx_alloc(gn_ctx *ctx, size_t bytes) {
 
 void gn_ctx_free(gn_ctx *ctx, void *memory) {
     if (ctx && memory) ctx->backend->free(ctx, memory);
+}
+
+bool gn_ctx_is_host(const gn_ctx *ctx) {
+    return !ctx->cuda;
+}
+
+gn_status gn_ctx_write(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
+    return bytes == 0 ? GN_OK : ctx->backend->write(ctx, dst, src, bytes);
+}
+
+gn_status gn_ctx_read(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
+    return bytes == 0 ? GN_OK : ctx->backend->read(ctx, dst, src, bytes);
+}
+
+gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
+    return bytes == 0 ? GN_OK : ctx->backend->copy(ctx, dst, src, bytes);
+}
+
+gn_status gn_ctx_wait(gn_ctx *ctx) {
+    return ctx->backend->wait(ctx);
+}
+
+gn_status gn_ctx_replay(gn_ctx *ctx, uint64_t key, gn_ctx_ops *fn, void *arg) {
+    return ctx->backend->replay(ctx, key, fn, arg);
 }

@@ -53,6 +53,8 @@ bool gn_ctx_is_host(const gn_ctx *ctx);
  * again, read when dst is there. */
 GN_CHECKED gn_status gn_ctx_write(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 GN_CHECKED gn_status gn_ctx_read(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+/* Within the device's memory, in order with the ops; dst and src do not overlap. */
+GN_CHECKED gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 /* Waits until every op before has run; GN_EDEVICE when one failed. */
 GN_CHECKED gn_status gn_ctx_wait(gn_ctx *ctx);
 

@@ -34,6 +34,12 @@ static bool is_f32(const gn_tensor *t, int ndim) {
     return is_tensor(t, ndim) && t->dtype == GN_F32 && is_aligned(t->data, sizeof(float));
 }
 
+/* An activation that is not the residual stream. */
+static bool is_activation(const gn_ctx *ctx, const gn_tensor *t, int ndim) {
+    const gn_dtype dtype = gn_ctx_activation(ctx);
+    return is_tensor(t, ndim) && t->dtype == dtype && is_aligned(t->data, gn_dtype_size(dtype));
+}
+
 static bool is_vector(const gn_tensor *t, int64_t n) {
     return is_f32(t, 1) && t->ld == 1 && t->shape[0] == n;
 }
@@ -74,33 +80,53 @@ gn_status gn_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_ten
     return x->shape[0] == 0 ? GN_OK : ctx->backend->rmsnorm(ctx, y, x, w, eps);
 }
 
-static bool is_lora(const gn_lora *term, int64_t T, int64_t K, int64_t N) {
-    if (term->row0 < 0 || term->rows < 0 || (int64_t)term->row0 + term->rows > T) return false;
-    const gn_tensor *a = &term->a, *b = &term->b;
+static bool is_pair(const gn_lora_pair *pair, int64_t K, int64_t N) {
+    if (pair->rank == 0) return true;
+    const gn_tensor *a = &pair->a, *b = &pair->b;
     if (!is_tensor(a, 2) || !is_tensor(b, 2) || a->dtype != b->dtype || a->dtype == GN_F16)
         return false;
-    return a->shape[0] >= 1 && a->shape[1] == K && b->shape[0] == N && b->shape[1] == a->shape[0];
+    return pair->rank > 0 && a->shape[0] == pair->rank && a->shape[1] == K && b->shape[0] == N &&
+           b->shape[1] == pair->rank;
 }
 
-static bool is_part(const struct gn_linear_part *part, int64_t T, int64_t K, bool writes_y) {
-    if (!is_matrix(part->w) || part->w->cols != K) return false;
-    if (writes_y && !is_rows(&part->y, T, part->w->rows)) return false;
-    if (part->n_lora < 0 || (part->n_lora > 0 && !part->lora)) return false;
-    for (int i = 0; i < part->n_lora; i++)
-        if (!is_lora(&part->lora[i], T, K, part->w->rows)) return false;
+static bool is_term(const gn_lora *term, int64_t T) {
+    return term->row0 >= 0 && term->rows >= 0 && (int64_t)term->row0 + term->rows <= T &&
+           term->pairs;
+}
+
+/* What a part writes: nothing for SwiGLU's up; the residual stream; an activation, or logits. */
+static bool is_output(const gn_ctx *ctx, const gn_linear_args *args, int i) {
+    const gn_tensor *y = &args->part[i].y;
+    if (args->epilogue == GN_SWIGLU && i == 1) return true;
+    const bool fits = args->epilogue == GN_SWIGLU ? is_activation(ctx, y, 2)
+                                                  : is_f32(y, 2) || (args->epilogue == GN_STORE &&
+                                                                     is_activation(ctx, y, 2));
+    return fits && y->shape[0] == args->x.shape[0] && y->shape[1] == args->part[i].w->rows;
+}
+
+static bool is_part(const gn_ctx *ctx, const gn_linear_args *args, int i) {
+    const struct gn_linear_part *part = &args->part[i];
+    const int64_t K = args->x.shape[1];
+    if (!is_matrix(part->w) || part->w->cols != K || !is_output(ctx, args, i)) return false;
+    for (int j = 0; j < args->n_lora; j++)
+        if (!is_pair(&args->lora[j].pairs[args->pair + i], K, part->w->rows)) return false;
     return true;
 }
 
 gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
-    if (!ctx || !args || !is_f32(&args->x, 2)) return GN_EINVAL;
+    if (!ctx || !args || !(args->norm ? is_f32(&args->x, 2) : is_activation(ctx, &args->x, 2)))
+        return GN_EINVAL;
     const int64_t T = args->x.shape[0], K = args->x.shape[1];
     const bool swiglu = args->epilogue == GN_SWIGLU;
     if (args->epilogue != GN_STORE && args->epilogue != GN_ADD && !swiglu) return GN_EINVAL;
     if (args->n_parts < 1 || args->n_parts > GN_MAX_PARTS || (swiglu && args->n_parts != 2))
         return GN_EINVAL;
     if (args->norm && !is_vector(args->norm, K)) return GN_EINVAL;
+    if (args->n_lora < 0 || args->pair < 0 || (args->n_lora > 0 && !args->lora)) return GN_EINVAL;
+    for (int i = 0; i < args->n_lora; i++)
+        if (!is_term(&args->lora[i], T)) return GN_EINVAL;
     for (int i = 0; i < args->n_parts; i++)
-        if (!is_part(&args->part[i], T, K, !swiglu || i == 0)) return GN_EINVAL;
+        if (!is_part(ctx, args, i)) return GN_EINVAL;
     if (swiglu && args->part[0].w->rows != args->part[1].w->rows) return GN_EINVAL;
     return T == 0 ? GN_OK : ctx->backend->linear(ctx, args);
 }
@@ -157,7 +183,9 @@ gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_te
 gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
                         const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
                         gn_kv *kv) {
-    if (!ctx || !is_f32(q, 3) || !is_f32(k, 3) || !is_f32(v, 3)) return GN_EINVAL;
+    if (!ctx || !is_activation(ctx, q, 3) || !is_activation(ctx, k, 3) ||
+        !is_activation(ctx, v, 3))
+        return GN_EINVAL;
     const int64_t T = q->shape[0], kv_heads = k->shape[1], D = q->shape[2];
     if (k->shape[0] != T || k->shape[2] != D || v->shape[0] != T || v->shape[1] != kv_heads ||
         v->shape[2] != D)
@@ -170,7 +198,7 @@ gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_
 
 gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
                        const gn_seqs *seqs) {
-    if (!ctx || !kv || !is_f32(q, 3) || !is_f32(y, 3)) return GN_EINVAL;
+    if (!ctx || !kv || !is_activation(ctx, q, 3) || !is_activation(ctx, y, 3)) return GN_EINVAL;
     const int64_t T = q->shape[0], heads = q->shape[1], D = q->shape[2];
     const int64_t kv_heads = kv->k.shape[1];
     if (y->shape[0] != T || y->shape[1] != heads || y->shape[2] != D) return GN_EINVAL;
@@ -182,4 +210,31 @@ gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_k
 
 size_t gn_attention_workspace(const gn_ctx *ctx, int64_t context) {
     return ctx->backend->attention_workspace(ctx, context);
+}
+
+size_t gn_place_bytes(const gn_ctx *ctx, const gn_matrix *host) {
+    return ctx->backend->place_bytes(ctx, host);
+}
+
+gn_status gn_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory) {
+    if (!ctx || !out || !is_matrix(host) || (!memory && gn_place_bytes(ctx, host) > 0))
+        return GN_EINVAL;
+    return ctx->backend->place(ctx, out, host, memory);
+}
+
+gn_status gn_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
+    if (!ctx || !limits || limits->rows < 1 || limits->seqs < 1 || limits->max_blocks < 1 ||
+        limits->terms < 0)
+        return GN_EINVAL;
+    return ctx->backend->stage_reserve(ctx, limits);
+}
+
+gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, const gn_lora *terms,
+                   int32_t n_terms) {
+    if (!ctx || !seqs || seqs->n < 1 || !seqs->row0 || !is_seqs(seqs, seqs->row0[seqs->n]) ||
+        seqs->row0[seqs->n] < 1 || !ids || !seqs->blocks || n_terms < 0 || (n_terms > 0 && !terms))
+        return GN_EINVAL;
+    for (int32_t i = 0; i < n_terms; i++)
+        if (!is_term(&terms[i], seqs->row0[seqs->n])) return GN_EINVAL;
+    return ctx->backend->stage(ctx, ids, seqs, terms, n_terms);
 }

@@ -38,7 +38,7 @@ typedef struct gn_lora_pair {
 
 /* An adapter on some rows of a batch: a product whose weight is projection i of the model gets
  * y[row0 .. row0+rows) += scale * pair.scale * B (A x), with pair = pairs[i]. Several may cover a
- * row (a blend); they are added in their order. Ordered by row0. */
+ * row (a blend); they are added in their order. */
 typedef struct gn_lora {
     int32_t row0, rows;
     float scale;

@@ -2,6 +2,7 @@
 #include "cpu.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 static void *cpu_alloc(gn_ctx *ctx, size_t bytes) {
@@ -23,6 +24,37 @@ static void cpu_free(gn_ctx *ctx, void *memory) {
     free(memory);
 }
 
+static gn_status cpu_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
+    (void)ctx;
+    memcpy(dst, src, bytes);
+    return GN_OK;
+}
+
+static gn_status cpu_wait(gn_ctx *ctx) {
+    (void)ctx;
+    return GN_OK;
+}
+
+static gn_status cpu_replay(gn_ctx *ctx, uint64_t key, gn_ctx_ops *fn, void *arg) {
+    (void)ctx, (void)key;
+    return fn(arg);
+}
+
+static gn_status cpu_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
+    (void)ctx, (void)limits;
+    return GN_OK;
+}
+
+static gn_status cpu_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs,
+                           const gn_lora *terms, int32_t n) {
+    (void)ctx, (void)ids, (void)seqs, (void)terms, (void)n;
+    return GN_OK;
+}
+
+static void cpu_close(gn_ctx *ctx) {
+    (void)ctx;
+}
+
 const gn_backend gn_cpu_backend = {
 #define X(name, parameters) .name = gn_cpu_##name,
     GN_BACKEND_OPS(X)
@@ -31,4 +63,14 @@ const gn_backend gn_cpu_backend = {
     .attention_workspace = gn_cpu_attention_workspace,
     .alloc = cpu_alloc,
     .free = cpu_free,
+    .write = cpu_copy,
+    .read = cpu_copy,
+    .copy = cpu_copy,
+    .wait = cpu_wait,
+    .replay = cpu_replay,
+    .stage_reserve = cpu_stage_reserve,
+    .stage = cpu_stage,
+    .place_bytes = gn_cpu_place_bytes,
+    .place = gn_cpu_place,
+    .close = cpu_close,
 };

@@ -15,6 +15,8 @@ GN_BACKEND_OPS(X)
 size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                int64_t max_rank, int max_terms);
 size_t gn_cpu_attention_workspace(const gn_ctx *ctx, int64_t context);
+size_t gn_cpu_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
+gn_status gn_cpu_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
 
 /* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
 enum { GN_CPU_SERIAL = 16384 };

@@ -253,15 +253,16 @@ static void prepare_rows(const struct call *op, const gn_cpu_team *team) {
 
 /* ---- step 2: u = scale * A x ---- */
 
-static int64_t rank_stride(const gn_lora *term) {
-    return gn_cpu_round_up(term->a.shape[0], RANK_STEP);
+static int64_t rank_stride(const gn_lora_pair *pair) {
+    return gn_cpu_round_up(pair->rank, RANK_STEP);
 }
 
 /* Columns [r, r+n) of a term's u, n <= 4. */
-static void project_rows(const struct call *op, const gn_lora *term, float *u, int64_t r, int n,
-                         const struct scratch *scratch) {
+static void project_rows(const struct call *op, const gn_lora *term, const gn_lora_pair *pair,
+                         float *u, int64_t r, int n, const struct scratch *scratch) {
     const gn_linear_kernel *kernel = op->lora_kernel;
-    const struct weight a = weight_of_tensor(kernel, &term->a);
+    const struct weight a = weight_of_tensor(kernel, &pair->a);
+    const float scale = term->scale * pair->scale;
     struct rows rows;
     load_rows(&rows, op, kernel, &a, r, n, 1, scratch);
     const int most =
@@ -275,13 +276,13 @@ static void project_rows(const struct call *op, const gn_lora *term, float *u, i
         kernel->finish(values[0], sums, tokens);
         for (int i = 0; i < tokens; i++)
             for (int j = 0; j < n; j++)
-                u[(t + i) * rank_stride(term) + r + j] = term->scale * values[i][j];
+                u[(t + i) * rank_stride(pair) + r + j] = scale * values[i][j];
     }
 }
 
-static void clear_padding(const gn_lora *term, float *u) {
-    const int64_t rank = term->a.shape[0], stride = rank_stride(term);
-    for (int64_t t = 0; t < term->rows; t++)
+static void clear_padding(const gn_lora_pair *pair, int64_t rows, float *u) {
+    const int64_t rank = pair->rank, stride = rank_stride(pair);
+    for (int64_t t = 0; t < rows; t++)
         memset(u + t * stride + rank, 0, (size_t)(stride - rank) * sizeof *u);
 }
 
@@ -290,15 +291,16 @@ static void project(const struct call *op, const gn_cpu_team *team, const struct
     int turn = 0;
     for (int part = 0; part < op->args->n_parts; part++) {
         float *u = op->u[part];
-        for (int i = 0; i < op->args->part[part].n_lora; i++) {
-            const gn_lora *term = &op->args->part[part].lora[i];
-            const int64_t rank = term->a.shape[0];
+        for (int i = 0; i < op->args->n_lora; i++) {
+            const gn_lora *term = &op->args->lora[i];
+            const gn_lora_pair *pair = gn_linear_pair(op->args, part, i);
+            const int64_t rank = pair->rank;
             for (int64_t r = 0; r < rank; r += GN_TILE_ROWS, turn = (turn + 1) % team->n_threads) {
                 if (turn != team->thread) continue;
-                if (r == 0) clear_padding(term, u);
-                project_rows(op, term, u, r, min_int(rank - r, GN_TILE_ROWS), scratch);
+                if (r == 0) clear_padding(pair, term->rows, u);
+                project_rows(op, term, pair, u, r, min_int(rank - r, GN_TILE_ROWS), scratch);
             }
-            u += term->rows * rank_stride(term);
+            u += term->rows * rank_stride(pair);
         }
     }
 }
@@ -311,20 +313,21 @@ static void add_lora(const struct call *op, int part, float *sums, int64_t t0, i
     const struct span *span = &op->span[part][t0 / op->kernel->tile_tokens];
     const float *u = op->u[part] + span->u;
     for (int i = span->first; i < span->last; i++) {
-        const gn_lora *term = &op->args->part[part].lora[i];
-        const int64_t stride = rank_stride(term), row1 = (int64_t)term->row0 + term->rows;
+        const gn_lora *term = &op->args->lora[i];
+        const gn_lora_pair *pair = gn_linear_pair(op->args, part, i);
+        const int64_t stride = rank_stride(pair), row1 = (int64_t)term->row0 + term->rows;
         const int64_t from = t0 > term->row0 ? t0 : term->row0;
         const int64_t to = t0 + tokens < row1 ? t0 + tokens : row1;
-        if (from < to) {
+        if (pair->rank > 0 && from < to) {
             const void *b[GN_TILE_ROWS];
             for (int r = 0; r < GN_TILE_ROWS; r++) {
                 const int64_t row = n0 + (r < n ? r : n - 1);
-                b[r] = (const char *)term->b.data +
-                       (size_t)(row * term->b.ld) * gn_dtype_size(term->b.dtype);
+                b[r] = (const char *)pair->b.data +
+                       (size_t)(row * pair->b.ld) * gn_dtype_size(pair->b.dtype);
             }
             op->kernel->add_low_rank(sums + (from - t0) * GN_TILE_ROWS * op->kernel->lanes,
-                                     (int)(to - from), b, term->b.dtype,
-                                     u + (from - term->row0) * stride, stride, term->b.shape[1]);
+                                     (int)(to - from), b, pair->b.dtype,
+                                     u + (from - term->row0) * stride, stride, pair->rank);
         }
         u += term->rows * stride;
     }
@@ -371,7 +374,7 @@ static void multiply_panel(const struct call *op, int part, int64_t n0, int n, c
             float values[GN_TILE_TOKENS][GN_TILE_ROWS];
             const int left = min_int(n - r, GN_TILE_ROWS);
             multiply(sums, kernel, &rows, r, n, x + (size_t)t * stride, stride, tokens);
-            if (op->args->part[part].n_lora) add_lora(op, part, sums, t, tokens, n0 + r, left);
+            if (op->args->n_lora) add_lora(op, part, sums, t, tokens, n0 + r, left);
             kernel->finish(values[0], sums, tokens);
             for (int i = 0; i < tokens; i++)
                 write_values(gn_cpu_row(y, t + i) + n0 + r, values[i], left, sink);
@@ -454,10 +457,10 @@ static int64_t chunks_of(const struct call *op) {
     return (op->T + op->kernel->tile_tokens - 1) / op->kernel->tile_tokens;
 }
 
-static size_t u_floats(const struct gn_linear_part *part) {
+static size_t u_floats(const gn_linear_args *args, int part) {
     size_t n = 0;
-    for (int i = 0; i < part->n_lora; i++)
-        n += (size_t)part->lora[i].rows * (size_t)rank_stride(&part->lora[i]);
+    for (int i = 0; i < args->n_lora; i++)
+        n += (size_t)args->lora[i].rows * (size_t)rank_stride(gn_linear_pair(args, part, i));
     return n;
 }
 
@@ -487,8 +490,8 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
         if (memory) op->nibbles = memory + at;
     }
     for (int i = 0; i < op->args->n_parts; i++) {
-        if (op->args->part[i].n_lora == 0) continue;
-        const size_t u = gn_linear_piece(&total, u_floats(&op->args->part[i]) * sizeof(float));
+        if (op->args->n_lora == 0) continue;
+        const size_t u = gn_linear_piece(&total, u_floats(op->args, i) * sizeof(float));
         const size_t span = gn_linear_piece(&total, (size_t)chunks_of(op) * sizeof(struct span));
         if (!memory) continue;
         op->u[i] = (float *)(memory + u);
@@ -501,16 +504,16 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
 }
 
 static void find_spans(struct span *spans, int64_t n_spans, int chunk,
-                       const struct gn_linear_part *part) {
+                       const gn_linear_args *args, int part) {
     memset(spans, 0, (size_t)n_spans * sizeof *spans);
     int64_t u = 0;
-    for (int i = 0; i < part->n_lora; i++) {
-        const gn_lora *term = &part->lora[i];
+    for (int i = 0; i < args->n_lora; i++) {
+        const gn_lora *term = &args->lora[i];
         for (int64_t t = term->row0 / chunk; t * chunk < (int64_t)term->row0 + term->rows; t++) {
             if (spans[t].last == 0) spans[t] = (struct span){.first = i, .u = u};
             spans[t].last = i + 1;
         }
-        u += term->rows * rank_stride(term);
+        u += term->rows * rank_stride(gn_linear_pair(args, part, i));
     }
 }
 
@@ -561,15 +564,13 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
                       .T = args->x.shape[0],
                       .K = args->x.shape[1],
                       .padded = padded_columns(args->x.shape[1])};
-    for (int i = 0; i < args->n_parts; i++) {
+    op.lora = args->n_lora > 0;
+    for (int i = 0; i < args->n_parts; i++)
         op.weight[i] = weight_of_matrix(kernel, args->part[i].w, ctx->compute);
-        op.lora |= args->part[i].n_lora > 0;
-    }
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;
     lay_out(&op, ctx->workspace, ctx->threads);
     for (int i = 0; i < args->n_parts; i++)
-        if (args->part[i].n_lora)
-            find_spans(op.span[i], chunks_of(&op), kernel->tile_tokens, &args->part[i]);
+        if (op.lora) find_spans(op.span[i], chunks_of(&op), kernel->tile_tokens, args, i);
     /* A barrier costs more than a few rows do. */
     if (op.T * op.K < GN_CPU_SERIAL) {
         prepare_rows(&op, &(gn_cpu_team){.n_threads = 1});

@@ -89,6 +89,11 @@ bool gn_linear_is_small(const gn_linear_args *args);
 
 gn_status gn_cpu_linear_reference(gn_ctx *ctx, const gn_linear_args *args);
 
+/* What a term adds to a part: rank 0 when nothing. */
+static inline const gn_lora_pair *gn_linear_pair(const gn_linear_args *args, int part, int term) {
+    return &args->lora[term].pairs[args->pair + part];
+}
+
 /* Rounds to the compute dtype, staying float32. */
 static inline float gn_linear_round(float x, gn_dtype compute) {
     return compute == GN_BF16 ? gn_bf16_to_f32(gn_f32_to_bf16(x)) : x;

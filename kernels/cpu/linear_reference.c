@@ -14,10 +14,10 @@ struct reference {
     float *w;               /* (threads, K): the weight's row that a thread is at */
 };
 
-static size_t lora_floats(const struct gn_linear_part *part) {
+static size_t lora_floats(const gn_linear_args *args, int part) {
     size_t n = 0;
-    for (int i = 0; i < part->n_lora; i++)
-        n += (size_t)part->lora[i].rows * (size_t)part->lora[i].a.shape[0];
+    for (int i = 0; i < args->n_lora; i++)
+        n += (size_t)args->lora[i].rows * (size_t)gn_linear_pair(args, part, i)->rank;
     return n;
 }
 
@@ -28,7 +28,7 @@ static size_t lay_out(struct reference *op, char *memory, int threads) {
     const size_t w = gn_linear_piece(&total, (size_t)threads * (size_t)op->K * sizeof(float));
     size_t u[GN_MAX_PARTS];
     for (int i = 0; i < op->args->n_parts; i++)
-        u[i] = gn_linear_piece(&total, lora_floats(&op->args->part[i]) * sizeof(float));
+        u[i] = gn_linear_piece(&total, lora_floats(op->args, i) * sizeof(float));
     if (!memory) return total;
     op->x = (float *)(memory + x);
     op->w = (float *)(memory + w);
@@ -57,26 +57,28 @@ static double dot_row(const gn_tensor *a, int64_t row, const float *b) {
 
 static void project_lora(const struct reference *op, int part, const gn_cpu_team *team) {
     float *u = op->u[part];
-    for (int i = 0; i < op->args->part[part].n_lora; i++) {
-        const gn_lora *term = &op->args->part[part].lora[i];
-        const int64_t r = term->a.shape[0];
+    for (int i = 0; i < op->args->n_lora; i++) {
+        const gn_lora *term = &op->args->lora[i];
+        const gn_lora_pair *pair = gn_linear_pair(op->args, part, i);
+        const int64_t r = pair->rank;
         const int64_t last = gn_cpu_share(term->rows, team->thread + 1, team->n_threads);
         for (int64_t t = gn_cpu_share(term->rows, team->thread, team->n_threads); t < last; t++)
             for (int64_t j = 0; j < r; j++)
-                u[t * r + j] = (float)dot_row(&term->a, j, op->x + (term->row0 + t) * op->K);
+                u[t * r + j] = (float)dot_row(&pair->a, j, op->x + (term->row0 + t) * op->K);
         u += term->rows * r;
     }
 }
 
 /* Row t of the product with the weight row w, which is row n of the part's weight. */
 static float product(const struct reference *op, int part, const float *w, int64_t n, int64_t t) {
-    const struct gn_linear_part *p = &op->args->part[part];
     double sum = dot(w, op->x + t * op->K, op->K);
     const float *u = op->u[part];
-    for (int i = 0; i < p->n_lora; i++) {
-        const gn_lora *term = &p->lora[i];
-        const int64_t r = term->a.shape[0], row = t - term->row0;
-        if (row >= 0 && row < term->rows) sum += term->scale * dot_row(&term->b, n, u + row * r);
+    for (int i = 0; i < op->args->n_lora; i++) {
+        const gn_lora *term = &op->args->lora[i];
+        const gn_lora_pair *pair = gn_linear_pair(op->args, part, i);
+        const int64_t r = pair->rank, row = t - term->row0;
+        if (r > 0 && row >= 0 && row < term->rows)
+            sum += (double)term->scale * pair->scale * dot_row(&pair->b, n, u + row * r);
         u += term->rows * r;
     }
     return (float)sum;

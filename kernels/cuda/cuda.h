@@ -45,16 +45,38 @@ struct gn_cuda {
     bool overlaps;       /* kernels may start while the one before drains (Hopper on) */
     cudaStream_t stream;
     cublasHandle_t blas;
+    void *blas_workspace;
+    uint32_t *counters; /* (4096), zero between ops: whoever counts last resets */
     gn_cuda_batch batch;
-    struct gn_cuda_stage *stage;  /* cuda/stage.cu */
-    struct gn_cuda_graph *graphs; /* cuda/graph.cu */
+    struct gn_cuda_stage *stage;   /* stage.cu */
+    struct gn_cuda_graphs *graphs; /* graph.cu */
+    struct gn_cuda_upload *upload; /* place.cu */
 };
 
 #define X(name, parameters) gn_status gn_cuda_##name parameters;
 GN_BACKEND_OPS(X)
 #undef X
 
-/* GN_EDEVICE unless `error` is success. */
+size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                                int64_t max_rank, int max_terms);
+size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context);
+
+gn_status gn_cuda_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits);
+gn_status gn_cuda_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, const gn_lora *terms,
+                        int32_t n_terms);
+void gn_cuda_stage_close(struct gn_cuda *cuda);
+
+gn_status gn_cuda_replay(gn_ctx *ctx, uint64_t key, gn_ctx_ops *fn, void *arg);
+void gn_cuda_graphs_close(struct gn_cuda *cuda); /* forgets all recordings */
+
+size_t gn_cuda_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
+gn_status gn_cuda_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
+/* Host to device, in order with the ops; src may be reused on return. */
+gn_status gn_cuda_upload(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+gn_status gn_cuda_upload_open(struct gn_cuda *cuda);
+void gn_cuda_upload_close(struct gn_cuda *cuda);
+
+/* GN_ENOMEM or GN_EDEVICE for a failure. */
 gn_status gn_cuda_status(cudaError_t error);
 
 static inline cudaStream_t gn_cuda_stream(const gn_ctx *ctx) {

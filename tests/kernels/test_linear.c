@@ -28,7 +28,7 @@ typedef struct {
     struct type type;
     bool norm;
     gn_epilogue epilogue;
-    int n_terms; /* a part; which rows and ranks: term_shapes */
+    int n_terms; /* which rows and ranks: make_terms */
     gn_dtype lora_dtype;
 } shape;
 
@@ -36,7 +36,8 @@ typedef struct {
     shape s;
     float *x, *w, *old_y[GN_MAX_PARTS];
     random_matrix m[GN_MAX_PARTS];
-    gn_lora lora[GN_MAX_PARTS][MAX_TERMS];
+    gn_lora lora[MAX_TERMS];
+    gn_lora_pair pairs[MAX_TERMS][GN_MAX_PARTS];
     gn_tensor norm;
 } problem;
 
@@ -48,12 +49,14 @@ static void make_terms(problem *p, int part, rng *r) {
     const int ranks[MAX_TERMS] = {16, 8, 1, 4, 17, 64};
     for (int i = 0; i < p->s.n_terms; i++) {
         const int rank = ranks[(i + part) % MAX_TERMS], N = p->s.N[part];
-        gn_lora *term = &p->lora[part][i];
-        *term = (gn_lora){.row0 = rows[i][0], .rows = rows[i][1], .scale = 0.5f + (float)i};
-        term->a = gn_tensor_2d(random_values(r, p->s.lora_dtype, (size_t)(rank * p->s.K)),
-                               p->s.lora_dtype, rank, p->s.K);
-        term->b = gn_tensor_2d(random_values(r, p->s.lora_dtype, (size_t)(N * rank)),
-                               p->s.lora_dtype, N, rank);
+        p->lora[i] = (gn_lora){.row0 = rows[i][0], .rows = rows[i][1], .scale = 0.5f};
+        p->pairs[i][part] = (gn_lora_pair){
+            .rank = (i + part) % 5 == 4 ? 0 : rank, /* some parts have none */
+            .scale = 1.0f + 2.0f * (float)i,
+            .a = gn_tensor_2d(random_values(r, p->s.lora_dtype, (size_t)(rank * p->s.K)),
+                              p->s.lora_dtype, rank, p->s.K),
+            .b = gn_tensor_2d(random_values(r, p->s.lora_dtype, (size_t)(N * rank)),
+                              p->s.lora_dtype, N, rank)};
     }
 }
 
@@ -76,14 +79,29 @@ static void free_problem(problem *p) {
         free_matrix(&p->m[i]);
         free(p->old_y[i]);
         for (int j = 0; j < p->s.n_terms; j++) {
-            free(p->lora[i][j].a.data);
-            free(p->lora[i][j].b.data);
+            free(p->pairs[j][i].a.data);
+            free(p->pairs[j][i].b.data);
         }
     }
 }
 
 static int n_outputs(const shape *s) {
     return s->epilogue == GN_SWIGLU ? 1 : s->n_parts;
+}
+
+/* The terms, cut to rows [t0, t0+rows); returns how many are left. */
+static int cut_terms(gn_lora lora[MAX_TERMS], const problem *p, int t0, int rows) {
+    int n = 0;
+    for (int j = 0; j < p->s.n_terms; j++) {
+        gn_lora term = p->lora[j];
+        const int from = term.row0 > t0 ? term.row0 : t0;
+        const int last = term.row0 + term.rows, to = last < t0 + rows ? last : t0 + rows;
+        term.row0 = from - t0;
+        term.rows = to - from;
+        term.pairs = p->pairs[j];
+        if (term.rows > 0 || (term.rows == 0 && term.row0 <= rows)) lora[n++] = term;
+    }
+    return n;
 }
 
 /* Runs rows [t0, t0+rows) of the problem into y[i] of (rows, N_i), dense. */
@@ -94,27 +112,18 @@ static void solve(gn_ctx *ctx, const problem *p, int t0, int rows, float *y[GN_M
                            .eps = 1e-5f,
                            .epilogue = s->epilogue,
                            .n_parts = s->n_parts};
-    gn_lora lora[GN_MAX_PARTS][MAX_TERMS];
+    gn_lora lora[MAX_TERMS];
+    args.lora = lora;
+    args.n_lora = cut_terms(lora, p, t0, rows);
     guarded out[GN_MAX_PARTS];
     for (int i = 0; i < s->n_parts; i++) {
         const int N = s->N[i], ld = N + PAD;
         out[i] = guarded_alloc((size_t)(rows * ld));
         for (int t = 0; t < rows && s->epilogue == GN_ADD; t++)
             memcpy(out[i].data + t * ld, p->old_y[i] + (t0 + t) * N, (size_t)N * sizeof(float));
-        int n_terms = 0;
-        for (int j = 0; j < s->n_terms; j++) { /* the terms, cut to these rows */
-            gn_lora term = p->lora[i][j];
-            const int from = term.row0 > t0 ? term.row0 : t0;
-            const int last = term.row0 + term.rows, to = last < t0 + rows ? last : t0 + rows;
-            term.row0 = from - t0;
-            term.rows = to - from;
-            if (term.rows > 0 || (term.rows == 0 && term.row0 <= rows)) lora[i][n_terms++] = term;
-        }
         args.part[i].y = gn_tensor_2d(out[i].data, GN_F32, rows, N);
         args.part[i].y.ld = ld;
         args.part[i].w = &p->m[i].m;
-        args.part[i].lora = lora[i];
-        args.part[i].n_lora = n_terms;
     }
     const int64_t max_n = s->N[0] + s->N[1] + s->N[2];
     const size_t workspace = gn_linear_workspace(ctx, rows, s->K, max_n, 64, MAX_TERMS);
@@ -173,22 +182,24 @@ static float *operands_of(gn_ctx *ctx, const problem *p) {
 static bounded lora_product(const problem *p, int part, int t, int n, const double *x) {
     bounded sum = {0};
     for (int i = 0; i < p->s.n_terms; i++) {
-        const gn_lora *term = &p->lora[part][i];
+        const gn_lora *term = &p->lora[i];
+        const gn_lora_pair *pair = &p->pairs[i][part];
         if (t < term->row0 || t >= term->row0 + term->rows) continue;
-        const int rank = (int)term->a.shape[0], K = p->s.K;
-        const size_t size = gn_dtype_size(term->a.dtype);
+        const int rank = pair->rank, K = p->s.K;
+        const double scale = (double)term->scale * pair->scale;
+        const size_t size = gn_dtype_size(pair->a.dtype);
         float *a = malloc((size_t)K * sizeof *a), b[64];
         double u[64];
-        gn_widen(b, (const char *)term->b.data + (size_t)(n * rank) * size, term->b.dtype, rank);
+        gn_widen(b, (const char *)pair->b.data + (size_t)(n * rank) * size, pair->b.dtype, rank);
         for (int j = 0; j < rank; j++) {
-            gn_widen(a, (const char *)term->a.data + (size_t)(j * K) * size, term->a.dtype, K);
+            gn_widen(a, (const char *)pair->a.data + (size_t)(j * K) * size, pair->a.dtype, K);
             const bounded d = dot(a, x, K);
             u[j] = d.value;
-            sum.error += term->scale * fabs(b[j]) * d.error;
+            sum.error += scale * fabs(b[j]) * d.error;
         }
         const bounded d = dot(b, u, rank);
-        sum.value += term->scale * d.value;
-        sum.error += term->scale * d.error;
+        sum.value += scale * d.value;
+        sum.error += scale * d.error;
         free(a);
     }
     return sum;
@@ -384,9 +395,9 @@ Test(linear, the_workspace_asked_for_is_enough) {
                 gn_ctx *ctx = open_ctx(isa, computes[c], 1);
                 s.type = types[type];
                 problem p = make_problem(s, 77);
-                for (int i = 0; i < 3 * MAX_TERMS; i++) {
-                    p.lora[i / MAX_TERMS][i % MAX_TERMS].row0 = 0;
-                    p.lora[i / MAX_TERMS][i % MAX_TERMS].rows = s.T;
+                for (int i = 0; i < MAX_TERMS; i++) {
+                    p.lora[i].row0 = 0;
+                    p.lora[i].rows = s.T;
                 }
                 check_problem(ctx, &p);
                 free_problem(&p);

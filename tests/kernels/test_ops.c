@@ -124,6 +124,7 @@ typedef struct {
     int32_t ids[4], row0[2], pos0[1], blocks[4];
     gn_matrix table, m[2];
     gn_lora lora;
+    gn_lora_pair pairs[2];
     gn_tensor tx, ty, tw, tc, ts, tf, tq, tk, tv, ta;
     gn_linear_args args;
     gn_seqs seqs;
@@ -145,12 +146,14 @@ static void make_calls(calls *c) { /* T 4, K 64, N 64; 2 heads of 2 on 1 kv head
     c->tx = gn_tensor_2d(c->x, GN_F32, 4, 64);
     c->ty = gn_tensor_2d(c->y[0], GN_F32, 4, 64);
     c->tw = gn_tensor_1d(c->w, GN_F32, 64);
-    c->lora =
-        (gn_lora){1, 3, 1.0f, gn_tensor_2d(c->a, GN_F32, 2, 64), gn_tensor_2d(c->b, GN_F32, 64, 2)};
-    c->args = (gn_linear_args){.x = c->tx, .norm = &c->tw, .epilogue = GN_SWIGLU, .n_parts = 2};
+    for (int i = 0; i < 2; i++)
+        c->pairs[i] = (gn_lora_pair){2, 1.0f, gn_tensor_2d(c->a, GN_F32, 2, 64),
+                                     gn_tensor_2d(c->b, GN_F32, 64, 2)};
+    c->lora = (gn_lora){.row0 = 1, .rows = 3, .scale = 1.0f, .pairs = c->pairs};
+    c->args = (gn_linear_args){.x = c->tx, .norm = &c->tw, .epilogue = GN_SWIGLU, .lora = &c->lora, .n_lora = 1, .n_parts = 2};
     for (int i = 0; i < 2; i++)
         c->args.part[i] =
-            (struct gn_linear_part){gn_tensor_2d(c->y[i], GN_F32, 4, 64), &c->m[i], &c->lora, 1};
+            (struct gn_linear_part){gn_tensor_2d(c->y[i], GN_F32, 4, 64), &c->m[i]};
     c->row0[1] = 4;
     c->pos0[0] = 3;
     for (int i = 0; i < 4; i++) c->blocks[i] = 3 - i;
@@ -225,7 +228,7 @@ static gn_status attention(calls *c) {
     X(linear, c->args.part[0].y.dtype = GN_BF16)                                                   \
     X(linear, c->args.epilogue = GN_ADD; c->args.part[1].y.data = NULL)                            \
     X(linear, c->m[0].cols = 128)                                                                  \
-    X(linear, c->m[1].rows = 32; c->lora.b.shape[0] = 32; c->args.part[0].n_lora = 0)              \
+    X(linear, c->m[1].rows = 32; c->pairs[1].b.shape[0] = 32)                                      \
     X(linear, c->m[0].qtype = GN_QTYPE_COUNT)                                                      \
     X(linear, c->m[0].dtype = GN_U8)                                                               \
     X(linear, c->m[0].data = NULL)                                                                 \
@@ -235,19 +238,21 @@ static gn_status attention(calls *c) {
     X(linear, c->m[1].absmax_u8 = c->codes)                                                        \
     X(linear, c->m[1].absmax_u8 = c->codes; c->m[1].nested_code = c->absmax)                       \
     X(linear, c->m[1].qtype = GN_Q_INT8; c->m[1].absmax = NULL)                                    \
-    X(linear, c->args.part[0].n_lora = -1)                                                         \
-    X(linear, c->args.part[1].lora = NULL)                                                         \
+    X(linear, c->args.n_lora = -1)                                                                 \
+    X(linear, c->args.pair = -1)                                                                   \
+    X(linear, c->args.lora = NULL)                                                                 \
+    X(linear, c->lora.pairs = NULL)                                                                \
     X(linear, c->lora.row0 = -1)                                                                   \
     X(linear, c->lora.rows = -1)                                                                   \
     X(linear, c->lora.rows = 4)                                                                    \
     X(linear, c->lora.row0 = INT32_MAX)                                                            \
-    X(linear, c->lora.a.shape[1] = 63)                                                             \
-    X(linear, c->lora.a.shape[0] = 0; c->lora.b.shape[1] = 0)                                      \
-    X(linear, c->lora.a.shape[0] = 1)                                                              \
-    X(linear, c->lora.b.shape[0] = 63)                                                             \
-    X(linear, c->lora.a.dtype = GN_BF16)                                                           \
-    X(linear, c->lora.a.dtype = c->lora.b.dtype = GN_F16)                                          \
-    X(linear, c->lora.b.data = NULL)                                                               \
+    X(linear, c->pairs[1].a.shape[1] = 63)                                                             \
+    X(linear, c->pairs[0].rank = -1)                                      \
+    X(linear, c->pairs[1].a.shape[0] = 1)                                                              \
+    X(linear, c->pairs[1].b.shape[0] = 63)                                                             \
+    X(linear, c->pairs[1].a.dtype = GN_BF16)                                                           \
+    X(linear, c->pairs[1].a.dtype = c->pairs[1].b.dtype = GN_F16)                                          \
+    X(linear, c->pairs[1].b.data = NULL)                                                               \
     X(rope_table, c->tc.shape[1] = 2)                                                              \
     X(rope_table, c->ts.shape[0] = 3)                                                              \
     X(rope_table, c->tf.shape[0] = 2)                                                              \
