@@ -41,6 +41,11 @@ typedef struct gn_backend {
     gn_status (*stage)(gn_ctx *, const int32_t *ids, const gn_seqs *, const gn_lora *, int32_t n);
     size_t (*place_bytes)(const gn_ctx *, const gn_matrix *host);
     gn_status (*place)(gn_ctx *, gn_matrix *out, const gn_matrix *host, void *memory);
+    size_t (*quantize_place_bytes)(const gn_ctx *, gn_qtype, bool double_quant, int64_t rows,
+                                   int64_t cols);
+    gn_status (*quantize_place)(gn_ctx *, gn_matrix *out, gn_qtype, bool double_quant,
+                                const void *src, gn_dtype, int64_t rows, int64_t cols, void *memory,
+                                gn_error *);
     void (*close)(gn_ctx *);
 } gn_backend;
 

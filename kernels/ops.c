@@ -222,6 +222,29 @@ gn_status gn_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *mem
     return ctx->backend->place(ctx, out, host, memory);
 }
 
+size_t gn_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
+                               int64_t cols) {
+    return ctx->backend->quantize_place_bytes(ctx, type, double_quant && gn_qtype_is_4bit(type),
+                                              rows, cols);
+}
+
+gn_status gn_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
+                            const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
+                            void *memory, gn_error *err) {
+    int64_t numel;
+    if (!ctx || !out || !src || !memory)
+        return gn_fail(err, GN_EINVAL, "gn_quantize_place: an argument is NULL");
+    if (!gn_dtype_is_float(dtype) || (type != GN_Q_INT8 && !gn_qtype_is_4bit(type)))
+        return gn_fail(err, GN_EINVAL, "cannot quantize %s to %s", gn_dtype_name(dtype),
+                       gn_qtype_name(type));
+    if (rows < 1 || cols < 1 || __builtin_mul_overflow(rows, cols, &numel) ||
+        numel > PTRDIFF_MAX / 8)
+        return gn_fail(err, GN_EINVAL, "a weight of %lld by %lld values", (long long)rows,
+                       (long long)cols);
+    return ctx->backend->quantize_place(ctx, out, type, double_quant && gn_qtype_is_4bit(type), src,
+                                        dtype, rows, cols, memory, err);
+}
+
 gn_status gn_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
     if (!ctx || !limits || limits->rows < 1 || limits->seqs < 1 || limits->max_blocks < 1 ||
         limits->terms < 0)

@@ -60,6 +60,16 @@ enum { GN_MAX_PARTS = 3 };
 size_t gn_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
 GN_CHECKED gn_status gn_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
 
+/* Quantizes `src`, (rows, cols) of F32, F16 or BF16 on the host, straight to the device: `memory`
+ * holds gn_quantize_place_bytes and becomes what *out points into. Codes and scales are those of
+ * gn_quantize, to the bit; double_quant means nothing to INT8. src may be reused on return. A value
+ * that is not finite gives GN_EINVAL and err names its row and column. */
+size_t gn_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
+                               int64_t cols);
+GN_CHECKED gn_status gn_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type,
+                                       bool double_quant, const void *src, gn_dtype dtype,
+                                       int64_t rows, int64_t cols, void *memory, gn_error *err);
+
 /* Up to three products of one x: q, k and v, or gate and up. */
 typedef struct gn_linear_args {
     gn_tensor x;           /* (T, K): f32 with a norm, else an activation */

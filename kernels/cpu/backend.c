@@ -72,5 +72,7 @@ const gn_backend gn_cpu_backend = {
     .stage = cpu_stage,
     .place_bytes = gn_cpu_place_bytes,
     .place = gn_cpu_place,
+    .quantize_place_bytes = gn_cpu_quantize_place_bytes,
+    .quantize_place = gn_cpu_quantize_place,
     .close = cpu_close,
 };

@@ -17,6 +17,11 @@ size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, i
 size_t gn_cpu_attention_workspace(const gn_ctx *ctx, int64_t context);
 size_t gn_cpu_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
 gn_status gn_cpu_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
+size_t gn_cpu_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double_quant,
+                                   int64_t rows, int64_t cols);
+gn_status gn_cpu_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
+                                const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
+                                void *memory, gn_error *err);
 
 /* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
 enum { GN_CPU_SERIAL = 16384 };

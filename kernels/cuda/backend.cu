@@ -81,6 +81,8 @@ static const gn_backend cuda_backend = {
     .stage = gn_cuda_stage,
     .place_bytes = gn_cuda_place_bytes,
     .place = gn_cuda_place,
+    .quantize_place_bytes = gn_cuda_quantize_place_bytes,
+    .quantize_place = gn_cuda_quantize_place,
     .close = cuda_close,
 };
 
@@ -132,7 +134,7 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     ctx->cuda = cuda;
     ctx->backend = &cuda_backend;
     if (auto_compute) ctx->compute = GN_BF16;
-    snprintf(ctx->device, sizeof ctx->device, "cuda:%d (%.48s)", index, properties.name);
+    snprintf(ctx->device, sizeof ctx->device, "cuda:%d (%.40s)", index, properties.name);
     const gn_status status = open_parts(cuda);
     if (status)
         return gn_fail(err, status, "device cuda:%d: cannot set up %s: %s", index, properties.name,

@@ -71,6 +71,11 @@ void gn_cuda_graphs_close(struct gn_cuda *cuda); /* forgets all recordings */
 
 size_t gn_cuda_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
 gn_status gn_cuda_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);
+size_t gn_cuda_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double_quant,
+                                    int64_t rows, int64_t cols);
+gn_status gn_cuda_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
+                                 const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
+                                 void *memory, gn_error *err);
 /* Host to device, in order with the ops; src may be reused on return. */
 gn_status gn_cuda_upload(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 gn_status gn_cuda_upload_open(struct gn_cuda *cuda);
