@@ -8,6 +8,10 @@
 
 #include "blockquant.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef struct gn_code_rule {
     float values[16];     /* by code */
     int n_thresholds;     /* 14 or 15; 7 for the magnitudes of a type with a sign bit */
@@ -18,4 +22,7 @@ typedef struct gn_code_rule {
 
 const gn_code_rule *gn_code_rule_of(gn_qtype type); /* a 4-bit type */
 
+#ifdef __cplusplus
+}
+#endif
 #endif
