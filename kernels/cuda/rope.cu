@@ -1,0 +1,181 @@
+/* rope.cu - rotary positions, and the keys' and values' way into the paged cache. Twin: cpu/rope.c.
+ *
+ * One launch rotates q in place, and k on its way into the cache beside v. A thread takes some
+ * dimensions of a head and those that they are paired with, half a head further: 16 bytes of each
+ * where alignment allows, else one element. Bound by memory, and for a few rows by the launch. */
+#include "common.cuh"
+
+enum { THREADS = 256 };
+
+/* ---- the angles ---- */
+
+static __global__ void __launch_bounds__(THREADS)
+    table_kernel(float *cosines, int64_t cos_ld, float *sines, int64_t sin_ld,
+                 const float *inv_freq, int rows, int half, const int32_t *row_pos) {
+    pdl_trigger();
+    const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    const int64_t row = at / half;
+    const int j = (int)(at % half);
+    float c = 0.0f, s = 0.0f;
+    if (row < rows) { /* the angle is rounded to float32, as transformers does */
+        const float angle = __fmul_rn((float)row_pos[row], inv_freq[j]);
+        c = cosf(angle);
+        s = sinf(angle);
+    }
+    pdl_wait(); /* for the tables' readers */
+    if (row < rows) {
+        cosines[row * cos_ld + j] = c;
+        sines[row * sin_ld + j] = s;
+    }
+}
+
+gn_status gn_cuda_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_tensor *inv_freq,
+                             const gn_seqs *seqs) {
+    (void)seqs; /* staged */
+    const int64_t rows = cos->shape[0], half = cos->shape[1];
+    const int64_t blocks = (rows * half + THREADS - 1) / THREADS;
+    return launch(ctx, table_kernel, dim3((unsigned)blocks), dim3(THREADS), 0, (float *)cos->data,
+                  cos->ld, (float *)sin->data, sin->ld, (const float *)inv_freq->data, (int)rows,
+                  (int)half, ctx->cuda->batch.row_pos);
+}
+
+/* ---- rotation ---- */
+
+/* Device pointers; steps in elements. */
+typedef struct rope_args {
+    void *q, *k_cache, *v_cache;
+    const void *k, *v;
+    const float *cosines, *sines;
+    int64_t q_ld, k_ld, v_ld, cos_ld, sin_ld; /* of a row */
+    int64_t k_block, v_block;                 /* of a cache block */
+    int heads, kv_heads, half;
+    int tokens; /* of a cache block */
+    int max_blocks;
+    gn_cuda_batch batch;
+} rope_args;
+
+/* N elements that are read and written at once. */
+template <typename T, int N> struct alignas(sizeof(T) * N) pack { T v[N]; };
+
+/* Elements at `from` as float32. */
+template <int N, typename T>
+static __device__ __forceinline__ void read(float x[N], const T *from) {
+    const pack<T, N> p = *(const pack<T, N> *)from;
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] = to_float(p.v[i]);
+}
+
+template <int N, typename T> static __device__ __forceinline__ void write(T *to, const float x[N]) {
+    pack<T, N> p;
+#pragma unroll
+    for (int i = 0; i < N; i++) p.v[i] = from_float<T>(x[i]);
+    *(pack<T, N> *)to = p;
+}
+
+/* grid: rows, pieces of the row's (heads + 2 kv_heads) half / N items: those of q, k, v. */
+template <typename T, typename C, int N>
+static __global__ void __launch_bounds__(THREADS) rope_kernel(const rope_args a) {
+    pdl_trigger();
+    const int64_t row = blockIdx.x;
+    const int item = blockIdx.y * THREADS + threadIdx.x, per_head = a.half / N, D = 2 * a.half;
+    const int head = item / per_head, j = item % per_head * N;
+    const bool is_q = head < a.heads, is_k = !is_q && head < a.heads + a.kv_heads;
+    const int kv_head = head - a.heads - (is_k ? 0 : a.kv_heads);
+    const bool is_item = head < a.heads + 2 * a.kv_heads;
+    int64_t block = 0;
+    int slot = 0;
+    if (is_item && !is_q) {
+        const int position = a.batch.row_pos[row];
+        block = a.batch.blocks[a.batch.row_seq[row] * (int64_t)a.max_blocks + position / a.tokens];
+        slot = kv_head * a.tokens + position % a.tokens;
+    }
+    pdl_wait();
+    if (!is_item) return;
+
+    T *q = (T *)a.q + row * a.q_ld + (int64_t)head * D + j;
+    const T *from = q;
+    if (is_k) from = (const T *)a.k + row * a.k_ld + (int64_t)kv_head * D + j;
+    if (!is_q && !is_k) from = (const T *)a.v + row * a.v_ld + (int64_t)kv_head * D + j;
+    float x0[N], x1[N], c[N], s[N];
+    read<N>(x0, from);
+    read<N>(x1, from + a.half);
+    if (is_q || is_k) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            c[i] = a.cosines[row * a.cos_ld + j + i];
+            s[i] = a.sines[row * a.sin_ld + j + i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float low = x0[i], high = x1[i];
+            x0[i] = low * c[i] - high * s[i];
+            x1[i] = high * c[i] + low * s[i];
+        }
+    }
+    if (is_q) {
+        write<N>(q, x0);
+        write<N>(q + a.half, x1);
+    } else {
+        C *to = is_k ? (C *)a.k_cache + block * a.k_block : (C *)a.v_cache + block * a.v_block;
+        to += (int64_t)slot * D + j;
+        write<N>(to, x0);
+        write<N>(to + a.half, x1);
+    }
+}
+
+static bool is_aligned(const void *p, int64_t ld, gn_dtype dtype, int64_t n) {
+    return (uintptr_t)p % (n * gn_dtype_size(dtype)) == 0 && ld % n == 0;
+}
+
+/* Whether n elements may be read and written at once, everywhere. */
+static bool moves_together(const rope_args *a, gn_dtype dtype, gn_dtype cache, int64_t n) {
+    return a->half % n == 0 && is_aligned(a->q, a->q_ld, dtype, n) &&
+           is_aligned(a->k, a->k_ld, dtype, n) && is_aligned(a->v, a->v_ld, dtype, n) &&
+           is_aligned(a->k_cache, a->k_block, cache, n) &&
+           is_aligned(a->v_cache, a->v_block, cache, n);
+}
+
+template <typename T, typename C, int N>
+static gn_status launch_rope(gn_ctx *ctx, const rope_args *args, int64_t rows) {
+    const int64_t items = ((int64_t)args->heads + 2 * args->kv_heads) * (args->half / N);
+    const int64_t pieces = (items + THREADS - 1) / THREADS;
+    if (pieces > 0xffff) return GN_EINVAL;
+    return launch(ctx, rope_kernel<T, C, N>, dim3((unsigned)rows, (unsigned)pieces), dim3(THREADS),
+                  0, *args);
+}
+
+gn_status gn_cuda_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
+                             const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
+                             gn_kv *kv) {
+    rope_args args = {};
+    args.q = q->data;
+    args.k = k->data;
+    args.v = v->data;
+    args.k_cache = kv->k.data;
+    args.v_cache = kv->v.data;
+    args.cosines = (const float *)cos->data;
+    args.sines = (const float *)sin->data;
+    args.q_ld = q->ld;
+    args.k_ld = k->ld;
+    args.v_ld = v->ld;
+    args.cos_ld = cos->ld;
+    args.sin_ld = sin->ld;
+    args.k_block = kv->k.ld;
+    args.v_block = kv->v.ld;
+    args.heads = (int)q->shape[1];
+    args.kv_heads = (int)k->shape[1];
+    args.half = (int)(q->shape[2] / 2);
+    args.tokens = (int)kv->k.shape[2];
+    args.max_blocks = seqs->max_blocks;
+    args.batch = ctx->cuda->batch;
+
+    const int64_t rows = q->shape[0];
+    const gn_dtype dtype = q->dtype, cache = kv->k.dtype;
+    if (dtype == GN_BF16 && cache == GN_BF16 && moves_together(&args, dtype, cache, 8))
+        return launch_rope<bf16, bf16, 8>(ctx, &args, rows);
+    GN_FOR_FLOAT(dtype, {
+        return cache == GN_F32 ? launch_rope<T, float, 1>(ctx, &args, rows)
+                               : launch_rope<T, bf16, 1>(ctx, &args, rows);
+    });
+    return GN_OK;
+}
