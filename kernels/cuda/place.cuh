@@ -59,7 +59,8 @@ size_t gn_cuda_quantizer_bytes(const gn_matrix *m, bool nested);
 gn_status gn_cuda_quantizer_begin(gn_ctx *ctx, gn_cuda_quantizer *q, const gn_matrix *m,
                                   gn_dtype dtype, void *scratch);
 /* Values [first, first + n) of the flattened weight, which `src` on the device begins with, 16-byte
- * aligned. first is a multiple of gn_cuda_quantizer_step; so is n, except at the end. */
+ * aligned. first is a multiple of gn_cuda_quantizer_step; so is n, except at the end, and then
+ * zeros follow them up to the next multiple. */
 gn_status gn_cuda_quantizer_encode(gn_ctx *ctx, const gn_cuda_quantizer *q, const void *src,
                                    int64_t first, int64_t n);
 int64_t gn_cuda_quantizer_step(const gn_cuda_quantizer *q);

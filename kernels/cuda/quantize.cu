@@ -54,37 +54,33 @@ static __device__ __forceinline__ int64_t tile_place(uint32_t block, uint32_t pe
 /* A gn_code_rule as kernels take it. */
 typedef struct encoder {
     float thresholds[15]; /* an unused one is infinite */
-    uint32_t codes[8];    /* of a type with a sign bit, by the number of thresholds exceeded */
+    uint32_t codes[7];    /* of magnitudes above each of 7, in a type with a sign bit */
 } encoder;
 
 /* Part of a weight: tiles in a row of the weight's tiles. */
 typedef struct tiles {
     uint8_t *codes; /* of the part's first tile */
     float *absmax;
-    const void *src;  /* n values; what tiles hold beyond them is zero */
-    int64_t first, n; /* src[0] is value `first` of the weight */
+    const void *src; /* whole tiles too */
+    int64_t first;   /* the weight's value that src begins with */
     uint32_t count, per_row;
     gn_cuda_tally *tally;
 } tiles;
 
-/* v = src[at .. at + 8), zero from n on. at is a multiple of 8 and src aligned to 16 bytes. */
-template <typename T>
-static __device__ __forceinline__ void load8(float v[8], const T *src, int64_t at, int64_t n) {
-    if (at + 8 <= n) {
-        alignas(16) T values[8];
+/* v = src[0..8), aligned to 16 bytes and read once. */
+template <typename T> static __device__ __forceinline__ void load8(float v[8], const T *src) {
+    alignas(16) T values[8];
 #pragma unroll
-        for (int i = 0; i < (int)(sizeof values / sizeof(uint4)); i++)
-            ((uint4 *)values)[i] = __ldcs((const uint4 *)(src + at) + i);
+    for (int i = 0; i < (int)(sizeof values / sizeof(uint4)); i++)
+        ((uint4 *)values)[i] = __ldcs((const uint4 *)src + i);
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = to_float(values[i]);
-    } else {
-        for (int i = 0; i < 8; i++) v[i] = at + i < n ? to_float(src[at + i]) : 0.0f;
-    }
+    for (int i = 0; i < 8; i++) v[i] = to_float(values[i]);
 }
 
-/* The cell of x, in the low five bits: it only matters that cells ascend with x. NaN's is 0. */
+/* The cell of x in [-1, 1], 1/15 wide, in the low five bits. All that matters is that cells ascend
+ * with x and hold one threshold at most. */
 static __device__ __forceinline__ int cell_of(float x) {
-    return __float_as_int(__fmaf_rn(__saturatef(__fmaf_rn(x, 0.5f, 0.5f)), 31.0f, 0x1p23f));
+    return __float_as_int(__fmaf_rn(x, 15.0f, 0x1p23f + 16.0f));
 }
 
 /* A lane's cell: the threshold in it, or an infinite one, and how many are below. */
@@ -98,14 +94,15 @@ static __device__ __forceinline__ cell cell_of_lane(const encoder &e, int lane) 
 #pragma unroll
     for (int t = 0; t < 15; t++) {
         const int at = cell_of(e.thresholds[t]) & 31;
+        if (e.thresholds[t] == INFINITY) continue;
         c.below += at < lane;
-        if (at == lane && e.thresholds[t] < INFINITY) c.threshold = e.thresholds[t];
+        if (at == lane) c.threshold = e.thresholds[t];
     }
     return c;
 }
 
 /* Packed codes of 8 values, in a type whose code is the number of thresholds exceeded, or by
- * magnitude in one with a sign bit. NaN, which is zero over an absmax of zero, exceeds none. */
+ * magnitude in one with a sign bit. */
 template <bool SIGN_BIT>
 static __device__ __forceinline__ uint32_t encode8(const float v[8], float inverse, cell mine,
                                                    const encoder &e) {
@@ -113,20 +110,26 @@ static __device__ __forceinline__ uint32_t encode8(const float v[8], float inver
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const float x = __fmul_rn(v[i], inverse);
-        uint32_t code;
+        const int shift = i / 2 * 8 + (i % 2 ? 0 : 4);
         if (SIGN_BIT) {
-            code = e.codes[0];
+            uint32_t code = 0; /* that of no threshold exceeded */
 #pragma unroll
-            for (int t = 0; t < 7; t++) code = fabsf(x) > e.thresholds[t] ? e.codes[t + 1] : code;
-            if (x < 0.0f) code += 8;
+            for (int t = 0; t < 7; t++) code = fabsf(x) > e.thresholds[t] ? e.codes[t] : code;
+            packed += code << shift;
+            if (x < 0.0f) packed += 8u << shift;
         } else {
             const int at = cell_of(x); /* shuffles look at the low five bits */
-            code = (uint32_t)__shfl_sync(0xffffffffu, mine.below, at);
-            code += x > __shfl_sync(0xffffffffu, mine.threshold, at);
+            packed += __shfl_sync(0xffffffffu, mine.below, at) << shift;
+            if (x > __shfl_sync(0xffffffffu, mine.threshold, at)) packed += 1u << shift;
         }
-        packed += code << (i / 2 * 8 + (i % 2 ? 0 : 4));
     }
     return packed;
+}
+
+/* What stands for v when the reciprocal of absmax is infinite: v times it is an infinity, or NaN
+ * for zero, which exceeds no threshold. */
+template <bool SIGN_BIT> static __device__ __forceinline__ float sign_of(float v) {
+    return v > 0.0f ? 1.0f : v < 0.0f || !SIGN_BIT ? -1.0f : 0.0f;
 }
 
 template <typename T, bool SIGN_BIT>
@@ -135,33 +138,39 @@ static __global__ __launch_bounds__(THREADS, ENCODERS) void encode_kernel(const 
     const int lane = threadIdx.x % WARP, row = lane / 4, quarter = lane % 4;
     const cell mine = SIGN_BIT ? cell{} : cell_of_lane(e, lane);
     const uint32_t warps = gridDim.x * WARPS, S = part.per_row;
-    const T *src = (const T *)part.src;
+    const T *src = (const T *)part.src + 8 * quarter;
+    uint32_t *codes = (uint32_t *)part.codes + 8 * row + quarter;
     uint32_t tile = blockIdx.x * WARPS + threadIdx.x / WARP;
     uint32_t t = tile / S, s = tile % S;
     const uint32_t t_step = warps / S, s_step = warps % S;
     pdl_wait();
     pdl_trigger();
     for (; tile < part.count; tile += warps) {
-        const int64_t block = ((int64_t)t * GN_CUDA_TILE_ROWS + row) * S + s;
+        const uint32_t block = (t * GN_CUDA_TILE_ROWS + row) * S + s;
         /* Each load takes whole sectors: 8 columns a lane of either half of the block. */
-        const int64_t at = block * GN_BLOCK + 8 * quarter;
+        const T *at = src + (int64_t)block * GN_BLOCK;
         float v[LANE_VALUES];
-        load8(v, src, at, part.n);
-        load8(v + 8, src, at + GN_BLOCK / 2, part.n);
+        load8(v, at);
+        load8(v + 8, at + GN_BLOCK / 2);
         float absmax = 0.0f;
 #pragma unroll
         for (int i = 0; i < LANE_VALUES; i++) absmax = max_nan(absmax, fabsf(v[i]));
         absmax = max_nan(absmax, __shfl_xor_sync(0xffffffffu, absmax, 1));
         absmax = max_nan(absmax, __shfl_xor_sync(0xffffffffu, absmax, 2));
-        const float inverse = __frcp_rn(absmax);
-        uint32_t *codes = (uint32_t *)(part.codes + (int64_t)tile * GN_CUDA_TILE_BYTES) + row * 8;
-        codes[quarter] = encode8<SIGN_BIT>(v, inverse, mine, e);
-        codes[quarter + 4] = encode8<SIGN_BIT>(v + 8, inverse, mine, e);
+        float inverse = __frcp_rn(absmax);
+        if (inverse == INFINITY) {
+#pragma unroll
+            for (int i = 0; i < LANE_VALUES; i++) v[i] = sign_of<SIGN_BIT>(v[i]);
+            inverse = 1.0f;
+        }
+        uint32_t *to = codes + (int64_t)tile * (GN_CUDA_TILE_BYTES / 4);
+        to[0] = encode8<SIGN_BIT>(v, inverse, mine, e);
+        to[4] = encode8<SIGN_BIT>(v + 8, inverse, mine, e);
         if (quarter == 0) {
             part.absmax[(int64_t)tile * GN_CUDA_TILE_ROWS + row] = absmax;
             if (is_bad(absmax))
                 atomicMin(&part.tally->first_bad,
-                          (unsigned long long)(part.first + block * GN_BLOCK));
+                          (unsigned long long)part.first + (int64_t)block * GN_BLOCK);
         }
         t += t_step;
         s += s_step;
@@ -362,7 +371,7 @@ static encoder encoder_of(gn_qtype type) {
     encoder e;
     for (int t = 0; t < 15; t++)
         e.thresholds[t] = t < rule->n_thresholds ? rule->thresholds[t] : INFINITY;
-    for (int t = 0; t < 8; t++) e.codes[t] = rule->codes[t];
+    for (int t = 0; t < 7; t++) e.codes[t] = rule->codes[t + 1];
     return e;
 }
 
@@ -382,7 +391,6 @@ static gn_status encode(gn_ctx *ctx, const gn_cuda_quantizer *q, const void *src
     part.absmax = q->absmax + first / tile * GN_CUDA_TILE_ROWS;
     part.src = src;
     part.first = first;
-    part.n = n;
     part.count = (uint32_t)((n + step - 1) / step * (step / tile));
     part.per_row = (uint32_t)(step / tile);
     part.tally = q->tally;
@@ -453,8 +461,12 @@ static gn_status quantize(gn_ctx *ctx, const gn_matrix *m, const void *src, gn_d
     char *values = (char *)scratch + head;
     for (int64_t first = 0; first < n && !status; first += chunk) {
         const int64_t count = n - first < chunk ? n - first : chunk;
+        const int64_t beyond = (step - count % step) % step; /* to the end of the last tiles */
         status = gn_cuda_upload(ctx, values, (const char *)src + (size_t)first * size,
                                 (size_t)count * size);
+        if (!status && beyond)
+            status = gn_cuda_status(cudaMemsetAsync(values + (size_t)count * size, 0,
+                                                    (size_t)beyond * size, gn_cuda_stream(ctx)));
         if (!status) status = gn_cuda_quantizer_encode(ctx, &q, values, first, count);
     }
     if (!status) status = gn_cuda_quantizer_end(ctx, &q);
