@@ -277,10 +277,11 @@ static __device__ __forceinline__ void prefetch_group(const struct stream<R> *s,
     for (int ahead = 0; ahead < L2_AHEAD; ahead += DEPTH) prefetch_units<R>(s, ahead, lane);
 }
 
+/* `more`: the run goes on after this unit. */
 template <int R>
 static __device__ __forceinline__ void load_unit(uint2 dst[2 * R], struct stream<R> *s,
                                                  const struct product &p, const struct work &w,
-                                                 int lane) {
+                                                 bool more, int lane) {
     for (int h = 0; h < 2 * R; h++) {
         const int offset = h > 0 ? min(s->offset, s->most[h]) : s->offset;
         dst[h] = load_weights(s->base[h] + (uint32_t)offset);
@@ -289,7 +290,7 @@ static __device__ __forceinline__ void load_unit(uint2 dst[2 * R], struct stream
     if (--s->left == 0) {
         s->offset += group_bytes<R>(p) - w.ks * GN_CUDA_TILE_BYTES;
         s->left = w.ks;
-        prefetch_group<R>(s, here(lane));
+        if (more) prefetch_group<R>(s, here(lane));
     }
 }
 
@@ -561,8 +562,8 @@ static __device__ __forceinline__ void begin(struct run<R> *run, const struct pr
     point<R>(&run->stream, p, w, b.group0, run->first, lane);
 #pragma unroll
     for (int j = 0; j < DEPTH; j++)
-        if (j < run->n) load_unit<R>(run->ahead[j], &run->stream, p, w, lane);
-    prefetch_group<R>(&run->stream, lane);
+        if (j < run->n) load_unit<R>(run->ahead[j], &run->stream, p, w, false, lane);
+    if (run->n > DEPTH) prefetch_group<R>(&run->stream, lane);
     load_scales<R>(p, w, b, run->first, run->n, warp, lane);
 }
 
@@ -599,7 +600,7 @@ static __device__ __forceinline__ void multiply_run(struct run<R> *run, const st
     int k = run->first - (int)__umulhi(2 * (uint32_t)run->first, w.inverse) * w.ks;
 #pragma unroll 1
     for (int i0 = 0; i0 < n; i0 += DEPTH) {
-        const uint8_t *scales = scales_at(p, warp, i0 * R);
+        const uint8_t *scales = scales_at(p, warp, i0 * R) + g * 8;
         const int two = i0 * R < IN_TABLE ? ENTRY_BYTES : 128; /* from two scales to the next two */
         if (i0 + DEPTH + L2_AHEAD < n) prefetch_units<R>(&run->stream, L2_AHEAD, here(lane));
 #pragma unroll
@@ -611,7 +612,8 @@ static __device__ __forceinline__ void multiply_run(struct run<R> *run, const st
                 load_x(x[t], x_row + 8 * t * p.pitch + k * (GN_BLOCK * 2), g + 8 * t < p.T);
             multiply<R, NT>(acc, run->ahead[j], x, scales + j * R / 2 * two + j * R % 2 * 64,
                             lane4);
-            if (i + DEPTH < n) load_unit<R>(run->ahead[j], &run->stream, p, w, lane);
+            if (i + DEPTH < n)
+                load_unit<R>(run->ahead[j], &run->stream, p, w, i + DEPTH + 1 < n, lane);
             k++;
             if (k == w.ks || i + 1 == n) {
                 const int group = (int)__umulhi(2 * (uint32_t)(run->first + i), w.inverse);
