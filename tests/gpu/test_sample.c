@@ -6,10 +6,10 @@
 
 #include <float.h>
 
-static gn_ctx *open_gpu(void) {
+static gn_ctx *open_device(const char *device) {
     gn_ctx *ctx = NULL;
     gn_error err = {0};
-    const gn_ctx_options options = {.device = "cuda", .auto_compute = true};
+    const gn_ctx_options options = {.device = device, .auto_compute = true};
     cr_assert_eq(gn_ctx_open(&ctx, &options, &err), GN_OK, "%s", err.message);
     return ctx;
 }
@@ -258,7 +258,7 @@ Test(sample, draws_what_the_host_draws, .timeout = 300) {
     } cases[] = {{1, 1, 4},      {3, 2, 8},       {40, 7, 8},      {200, 33, 6},   {16, 1000, 40},
                  {1, 32000, 60}, {5, 32001, 20},  {17, 32000, 8},  {33, 32003, 5}, {64, 32000, 4},
                  {150, 9000, 4}, {1, 128256, 10}, {20, 128256, 2}, {3, 262144, 4}, {70, 152064, 1}};
-    gn_ctx *ctx = open_gpu();
+    gn_ctx *ctx = open_device("cuda");
     rng r = {11};
     int draws = 0, differing = 0;
     for (int i = 0; i < COUNT(cases); i++) {
@@ -272,7 +272,7 @@ Test(sample, draws_what_the_host_draws, .timeout = 300) {
 /* A row has its token whatever runs beside it, on however many blocks. */
 Test(sample, rows_are_independent) {
     enum { N = 64, V = 32000 };
-    gn_ctx *ctx = open_gpu();
+    gn_ctx *ctx = open_device("cuda");
     gn_device_sampler *s = open_sampler(ctx, N, V);
     rows_of_logits l = make_logits(ctx, N, V);
     rng r = {5};
@@ -306,7 +306,7 @@ Test(sample, rows_are_independent) {
 
 Test(sample, tables_of_counts_are_used_again) {
     enum { V = 100 };
-    gn_ctx *ctx = open_gpu();
+    gn_ctx *ctx = open_device("cuda");
     gn_device_sampler *s = open_sampler(ctx, 4, V);
     const int32_t ids[] = {1, 2, 2}, outside[] = {V}, negative[] = {-1};
     int32_t a, b, c;
@@ -328,7 +328,7 @@ Test(sample, tables_of_counts_are_used_again) {
 
 Test(sample, bad_calls_are_refused) {
     enum { V = 100 };
-    gn_ctx *ctx = open_gpu(), *cpu = open_ctx(GN_ISA_REFERENCE, GN_F32, 1);
+    gn_ctx *ctx = open_device("cuda"), *cpu = open_device("cpu");
     gn_device_sampler *s;
     cr_assert_eq(gn_device_sampler_open(&s, cpu, 1, V), GN_EUNSUPPORTED);
     cr_assert_null(s);
