@@ -11,4 +11,19 @@ bool gn_cuda_linear_decode_fits(const gn_ctx *ctx, const gn_linear_args *args);
 gn_status gn_cuda_linear_decode(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_decode_workspace(int64_t max_rank, int max_terms);
 
+/* linear_exact.cu: float32, any weight and shape; a row's sums run in an order of their own. */
+gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args);
+
+/* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. */
+gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
+/* Bytes for either of these two. max_n: columns of all parts together. */
+size_t gn_cuda_linear_general_workspace(int64_t rows, int64_t max_k, int64_t max_n,
+                                        int64_t max_rank);
+
+/* lora.cu: out (T, columns of all parts) f32 = what the call's terms add to each row, zero where
+ * none does. x: (T, K) f32 or bf16, dense. u: gn_cuda_lora_bytes of scratch. */
+size_t gn_cuda_lora_bytes(int64_t rows, int64_t max_rank);
+gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, gn_dtype x_dtype,
+                       float *u, float *out);
+
 #endif

@@ -1,0 +1,257 @@
+/* linear_dense.cu - gn_linear in bfloat16 through cuBLAS: many rows, or weights that no kernel of
+ * ours multiplies as they are.
+ *
+ * A part at a time is dequantized into working memory, 2 bytes a value, and multiplied. For 512
+ * rows and more that costs a tenth to a quarter of the product itself. Without LoRA terms cuBLAS
+ * writes straight into y (adding, for the residual stream); with them it adds to a float32 buffer
+ * that holds what they give. Few rows with a stored bfloat16 weight (the output layer of a step of
+ * decoding) are bound by reading it once: a kernel of warps that each take a weight's row. */
+#include "linear.cuh"
+
+enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8 };
+
+/* ---- x as products see it ---- */
+
+/* to (T, K) bf16, dense = x, normalised when w is given. A block a row. */
+template <typename X>
+static __global__ void __launch_bounds__(THREADS)
+    operands_kernel(bf16 *to, const X *x, int64_t ld, const float *w, float eps, int64_t K) {
+    pdl_trigger();
+    pdl_wait();
+    x += blockIdx.x * ld;
+    to += blockIdx.x * K;
+    float r = 1;
+    if (w) {
+        float sum = 0;
+        for (int64_t k = threadIdx.x; k < K; k += THREADS) sum += to_float(x[k]) * to_float(x[k]);
+        r = rsqrtf(block_sum(sum) / (float)K + eps);
+    }
+    for (int64_t k = threadIdx.x; k < K; k += THREADS)
+        to[k] = from_float<bf16>(w ? to_float(x[k]) * r * w[k] : to_float(x[k]));
+}
+
+/* ---- dequantizing ---- */
+
+/* A weight in tiles: a thread takes 16 columns of a row, 8 bytes, and writes 32. */
+static __global__ void __launch_bounds__(THREADS)
+    dequantize_tiles_kernel(bf16 *to, gn_matrix m, int64_t n_tiles) {
+    __shared__ float code[16];
+    if (threadIdx.x < 16) code[threadIdx.x] = m.code[threadIdx.x];
+    __syncthreads();
+    pdl_trigger();
+    pdl_wait();
+    const int64_t tile = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (tile >= n_tiles) return;
+    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
+    const int64_t per_row = m.cols / GN_BLOCK, s = tile % per_row;
+    const int64_t row = tile / per_row * GN_CUDA_TILE_ROWS + g;
+    if (row >= m.rows) return;
+    const uint2 codes = ((const uint2 *)((const char *)m.data + tile * GN_CUDA_TILE_BYTES))[lane];
+    const float scale = block_scale(m, row * per_row + s, tile * GN_CUDA_TILE_ROWS + g);
+    bf162 values[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint32_t byte = ((i < 4 ? codes.x : codes.y) >> (8 * (i % 4))) & 0xff;
+        values[i].x = from_float<bf16>(round_to(code[byte >> 4] * scale, m.dtype));
+        values[i].y = from_float<bf16>(round_to(code[byte & 15] * scale, m.dtype));
+    }
+    uint4 *at = (uint4 *)(to + row * m.cols + s * GN_BLOCK + c * 16);
+    at[0] = ((const uint4 *)values)[0];
+    at[1] = ((const uint4 *)values)[1];
+}
+
+static __global__ void __launch_bounds__(THREADS) dequantize_kernel(bf16 *to, gn_matrix m) {
+    pdl_trigger();
+    pdl_wait();
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < m.rows * m.cols)
+        to[i] = from_float<bf16>(weight_value(m, false, i / m.cols, i % m.cols));
+}
+
+static bool is_stored(const gn_matrix *m) {
+    return m->qtype == GN_Q_NONE && m->dtype == GN_BF16;
+}
+
+/* *w: the weight in bf16, row-major: where it stands, or in `buffer`. */
+static gn_status dequantize(gn_ctx *ctx, const gn_matrix *m, bf16 *buffer, const bf16 **w) {
+    *w = is_stored(m) ? (const bf16 *)m->data : buffer;
+    if (is_stored(m)) return GN_OK;
+    if (gn_cuda_is_tiled(m)) {
+        const int64_t n =
+            (m->rows + GN_CUDA_TILE_ROWS - 1) / GN_CUDA_TILE_ROWS * (m->cols / GN_BLOCK);
+        return launch(ctx, dequantize_tiles_kernel, dim3((unsigned)((n + WARPS - 1) / WARPS)),
+                      dim3(THREADS), 0, buffer, *m, n);
+    }
+    const int64_t n = m->rows * m->cols;
+    return launch(ctx, dequantize_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
+                  dim3(THREADS), 0, buffer, *m);
+}
+
+/* ---- products ---- */
+
+/* y (T, N) = x W^T + beta y; cuBLAS counts by columns, so that it sees y^T = W x^T. */
+static gn_status multiply(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const bf16 *w, int64_t K,
+                          float beta) {
+    const float one = 1;
+    const cudaDataType_t type = y->dtype == GN_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+    const cublasStatus_t status =
+        cublasGemmEx(ctx->cuda->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)y->shape[1], (int)y->shape[0],
+                     (int)K, &one, w, CUDA_R_16BF, (int)K, x, CUDA_R_16BF, (int)K, &beta, y->data,
+                     type, (int)y->ld, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    return status == CUBLAS_STATUS_SUCCESS ? GN_OK : GN_EDEVICE;
+}
+
+/* A warp a row of W, for N_ROWS rows of x (the last may be repeated past T). K % 8 == 0. */
+template <int N_ROWS, typename Y>
+static __global__ void __launch_bounds__(THREADS)
+    stored_kernel(Y *y, int64_t ld, const bf16 *x, const bf16 *w, int64_t N, int64_t K, int T,
+                  float beta) {
+    pdl_trigger();
+    const int64_t n = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP;
+    pdl_wait();
+    if (n >= N) return;
+    float sums[N_ROWS] = {};
+#pragma unroll 4
+    for (int64_t k = lane * 8; k < K; k += WARP * 8) {
+        const uint4 packed = __ldcs((const uint4 *)(w + n * K + k));
+        const bf162 *values = (const bf162 *)&packed;
+#pragma unroll
+        for (int t = 0; t < N_ROWS; t++) {
+            const uint4 packed_x = *(const uint4 *)(x + (t < T ? t : T - 1) * K + k);
+            const bf162 *xs = (const bf162 *)&packed_x;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                sums[t] = fmaf(to_float(values[i].x), to_float(xs[i].x), sums[t]);
+                sums[t] = fmaf(to_float(values[i].y), to_float(xs[i].y), sums[t]);
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < N_ROWS; t++) {
+        const float sum = warp_sum(sums[t]);
+        if (lane != 0 || t >= T) continue;
+        Y *at = y + t * ld + n;
+        *at = from_float<Y>(beta != 0 ? sum + to_float(*at) : sum);
+    }
+}
+
+template <typename Y>
+static gn_status multiply_stored(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const bf16 *w,
+                                 int64_t K, float beta) {
+    const int T = (int)y->shape[0];
+    const dim3 grid((unsigned)((y->shape[1] + WARPS - 1) / WARPS));
+    void (*kernel)(Y *, int64_t, const bf16 *, const bf16 *, int64_t, int64_t, int, float) =
+        T == 1   ? stored_kernel<1, Y>
+        : T == 2 ? stored_kernel<2, Y>
+        : T <= 4 ? stored_kernel<4, Y>
+                 : stored_kernel<8, Y>;
+    return launch(ctx, kernel, grid, dim3(THREADS), 0, (Y *)y->data, y->ld, x, w, y->shape[1], K, T,
+                  beta);
+}
+
+static gn_status multiply_any(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const gn_matrix *m,
+                              bf16 *buffer, float beta) {
+    const bf16 *w;
+    const gn_status status = dequantize(ctx, m, buffer, &w);
+    if (status) return status;
+    if (!is_stored(m) || y->shape[0] > MAX_STORED_ROWS || m->cols % 8 != 0 ||
+        (uintptr_t)w % 16 != 0)
+        return multiply(ctx, y, x, w, m->cols, beta);
+    return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, x, w, m->cols, beta)
+                              : multiply_stored<bf16>(ctx, y, x, w, m->cols, beta);
+}
+
+/* ---- epilogues ---- */
+
+/* y (T, N) = f(sums): sums stand side by side for all parts, part's own from `first` on. */
+template <typename Y, typename S>
+static __global__ void __launch_bounds__(THREADS)
+    finish_kernel(Y *y, int64_t ld, const S *sums, int64_t columns, int64_t first, int64_t N,
+                  gn_epilogue epilogue) {
+    pdl_trigger();
+    pdl_wait();
+    const int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x, t = blockIdx.y;
+    if (n >= N) return;
+    const S *at = sums + t * columns + first + n;
+    Y *to = y + t * ld + n;
+    float value = to_float(*at);
+    if (epilogue == GN_ADD) value += to_float(*to);
+    if (epilogue == GN_SWIGLU) value = silu(value) * to_float(at[N]);
+    *to = from_float<Y>(value);
+}
+
+template <typename S>
+static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const S *sums,
+                        const gn_cuda_parts *parts) {
+    const gn_tensor *y = &args->part[part].y;
+    const int64_t N = y->shape[1];
+    const dim3 grid((unsigned)((N + THREADS - 1) / THREADS), (unsigned)y->shape[0]);
+    gn_status status = GN_OK;
+    GN_FOR_FLOAT(y->dtype, status = launch(ctx, finish_kernel<T, S>, grid, dim3(THREADS), 0,
+                                           (T *)y->data, y->ld, sums, parts->first[parts->n],
+                                           parts->first[part], N, args->epilogue));
+    return status;
+}
+
+/* ---- the call ---- */
+
+/* Every part's product into `sums` (T, columns of all parts), adding to what is there with beta. */
+static gn_status multiply_all(gn_ctx *ctx, const gn_linear_args *args, const bf16 *x, bf16 *buffer,
+                              void *sums, gn_dtype dtype, const gn_cuda_parts *parts, float beta) {
+    gn_status status = GN_OK;
+    for (int i = 0; i < args->n_parts && !status; i++) {
+        gn_tensor y = gn_tensor_2d((char *)sums + (size_t)parts->first[i] * gn_dtype_size(dtype),
+                                   dtype, args->x.shape[0], args->part[i].w->rows);
+        y.ld = parts->first[parts->n];
+        status = multiply_any(ctx, &y, x, args->part[i].w, buffer, beta);
+    }
+    return status;
+}
+
+static gn_status operands(gn_ctx *ctx, const gn_linear_args *args, bf16 *to) {
+    const dim3 grid((unsigned)args->x.shape[0]);
+    const float *w = args->norm ? (const float *)args->norm->data : NULL;
+    gn_status status = GN_OK;
+    GN_FOR_FLOAT(args->x.dtype, status = launch(ctx, operands_kernel<T>, grid, dim3(THREADS), 0, to,
+                                                (const T *)args->x.data, args->x.ld, w, args->eps,
+                                                args->x.shape[1]));
+    return status;
+}
+
+size_t gn_cuda_linear_general_workspace(int64_t rows, int64_t max_k, int64_t max_n,
+                                        int64_t max_rank) {
+    return align_up((size_t)(rows * max_k) * sizeof(float)) +
+           align_up((size_t)(max_n * max_k) * sizeof(bf16)) +
+           align_up((size_t)(rows * max_n) * sizeof(float)) + gn_cuda_lora_bytes(rows, max_rank);
+}
+
+gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
+    const int64_t T = args->x.shape[0], K = args->x.shape[1];
+    const gn_cuda_parts parts = parts_of(args);
+    const int64_t columns = parts.first[parts.n];
+    const int rank = max_rank_of(args);
+    if (gn_cuda_linear_general_workspace(T, K, columns, rank) > ctx->workspace_bytes)
+        return GN_ENOMEM;
+    char *at = (char *)ctx->workspace;
+    bf16 *x = (bf16 *)carve(&at, (size_t)(T * K) * sizeof(bf16));
+    bf16 *buffer = (bf16 *)carve(&at, (size_t)(columns * K) * sizeof(bf16));
+    void *sums = carve(&at, (size_t)(T * columns) * sizeof(float));
+    gn_status status = operands(ctx, args, x);
+    if (!status && rank > 0) {
+        status = gn_cuda_lora(ctx, args, x, GN_BF16, (float *)at, (float *)sums);
+        if (!status) status = multiply_all(ctx, args, x, buffer, sums, GN_F32, &parts, 1);
+        const int n = args->epilogue == GN_SWIGLU ? 1 : args->n_parts;
+        for (int i = 0; i < n && !status; i++)
+            status = finish(ctx, args, i, (const float *)sums, &parts);
+        return status;
+    }
+    if (!status && args->epilogue == GN_SWIGLU) {
+        status = multiply_all(ctx, args, x, buffer, sums, GN_BF16, &parts, 0);
+        return status ? status : finish(ctx, args, 0, (const bf16 *)sums, &parts);
+    }
+    for (int i = 0; i < args->n_parts && !status; i++)
+        status = multiply_any(ctx, &args->part[i].y, x, args->part[i].w, buffer,
+                              args->epilogue == GN_ADD ? 1.0f : 0.0f);
+    return status;
+}
