@@ -12,7 +12,7 @@
  *   elem_of(float)      for a value already rounded to the compute dtype
  *   load_group(operand[], tile, row, block, dtype, whole)    nibbles as operands, from `block`
  *       on; dtype is the tile's, and whole says that all of the group's blocks exist: constants,
- *       because a test for each row costs as much as a tenth of the arithmetic
+ *       so that the loop has no tests
  *   load_block(operand[], tile, row, block, source)          one block of any other source */
 #include "linear.h"
 
@@ -29,8 +29,8 @@ INLINE const elem *x_of(const gn_linear_tile *tile, int token, int64_t block) {
 }
 
 /* Asks for what the same row of a tile to come has where this one has the `bytes` from `at` on.
- * The hardware's own prefetching does not follow the four short streams of a tile: twice as
- * fast. */
+ * The hardware's own prefetching does not follow the four short streams of a tile: half as
+ * fast again. */
 INLINE void prefetch(const gn_linear_tile *tile, int r, int64_t at, int bytes) {
     const uintptr_t then = (uintptr_t)tile->w[r] + (uintptr_t)(tile->ahead + at);
     for (int line = 0; line < bytes; line += 64)
