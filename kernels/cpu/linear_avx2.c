@@ -70,12 +70,14 @@ INLINE __m256 look_up(__m256 low, __m256 high, __m256i codes) {
                             _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
 }
 
-INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
+INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b,
+                       gn_dtype dtype, bool whole) {
+    (void)whole; /* a group is a block */
     const __m256 scale = _mm256_set1_ps(tile->scale[r][b]);
     const __m256 first = _mm256_mul_ps(_mm256_loadu_ps(tile->code), scale);
     const __m256 second = _mm256_mul_ps(_mm256_loadu_ps(tile->code + 8), scale);
-    const __m256 low = round_to(round_to(first, tile->dtype), tile->compute);
-    const __m256 high = round_to(round_to(second, tile->dtype), tile->compute);
+    const __m256 low = round_to(round_to(first, dtype), tile->compute);
+    const __m256 high = round_to(round_to(second, dtype), tile->compute);
     const char *p = (const char *)tile->w[r] + b * (GN_BLOCK / 2);
     for (int i = 0; i < 4; i++) {
         const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p + 8 * i)));

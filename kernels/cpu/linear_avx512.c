@@ -65,10 +65,12 @@ INLINE __m512 widen(const void *p, gn_dtype dtype, int64_t at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b) {
+INLINE void load_group(operand w[VECTORS], const gn_linear_tile *tile, int r, int64_t b,
+                       gn_dtype dtype, bool whole) {
+    (void)whole; /* a group is a block */
     const __m512 values =
         _mm512_mul_ps(_mm512_loadu_ps(tile->code), _mm512_set1_ps(tile->scale[r][b]));
-    const __m512 table = round_to(round_to(values, tile->dtype), tile->compute);
+    const __m512 table = round_to(round_to(values, dtype), tile->compute);
     const char *p = (const char *)tile->w[r] + b * (GN_BLOCK / 2);
     for (int i = 0; i < 2; i++) { /* a permutation looks at an index's low 4 bits only */
         const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p + i));
@@ -104,15 +106,36 @@ INLINE __m512 widen_some(const void *p, gn_dtype dtype, int64_t at, int64_t left
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+INLINE __m512 look_up_64(const __m512 table[4], __m512i i) {
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(32)),
+                                _mm512_permutex2var_ps(table[0], i, table[1]),
+                                _mm512_permutex2var_ps(table[2], i, table[3]));
+}
+
+INLINE __m512 look_up_128(const __m512 table[8], __m512i i) {
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(64)),
+                                look_up_64(table, i), look_up_64(table + 4, i));
+}
+
+/* From a table in half of all registers: three times as fast as a gather. */
+INLINE __m512 look_up_256(const __m512 table[16], __m512i i) {
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(i, _mm512_set1_epi32(128)),
+                                look_up_128(table, i), look_up_128(table + 8, i));
+}
+
 /* 16 blocks from a multiple of 16 on have the same nested scale. Each step is rounded, as in
  * gn_matrix_scale. */
 void gn_linear_scales_avx512(float *dst, const gn_matrix *m, int64_t first, int64_t n) {
+    __m512 table[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) table[i] = _mm512_loadu_ps(m->nested_code + 16 * i);
     for (int64_t i = 0; i < n; i += 16) {
         const __mmask16 mask = (__mmask16)(n - i >= 16 ? 0xffff : (1u << (n - i)) - 1);
-        const __m512i codes =
-            _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, m->absmax_u8 + first + i));
+        const uint8_t *at = m->absmax_u8 + first + i;
+        __builtin_prefetch((const void *)((uintptr_t)at + (uintptr_t)n)); /* for the next call */
+        const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at));
         const __m512 nested = _mm512_set1_ps(m->nested_absmax[(first + i) / GN_NESTED_BLOCK]);
-        const __m512 v = _mm512_mul_ps(_mm512_i32gather_ps(codes, m->nested_code, 4), nested);
+        const __m512 v = _mm512_mul_ps(look_up_256(table, codes), nested);
         _mm512_mask_storeu_ps(dst + i, mask, _mm512_add_ps(v, _mm512_set1_ps(m->offset)));
     }
 }

@@ -51,15 +51,16 @@ INLINE __m512 round_f16(__m512 v) {
 }
 
 /* What the codes of a block stand for. */
-INLINE __m512 block_values(const gn_linear_tile *tile, float scale) {
+INLINE __m512 block_values(const gn_linear_tile *tile, float scale, gn_dtype dtype) {
     const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(tile->code), _mm512_set1_ps(scale));
-    return tile->dtype == GN_F16 ? round_f16(v) : v;
+    return dtype == GN_F16 ? round_f16(v) : v;
 }
 
-INLINE void load_group(operand w[4], const gn_linear_tile *tile, int r, int64_t b) {
-    const bool whole = b + 1 < tile->blocks; /* or a last block, and zeros */
-    const __m512 first = block_values(tile, tile->scale[r][b]);
-    const __m512 second = block_values(tile, whole ? tile->scale[r][b + 1] : 0.0f);
+/* Not whole: a last block, and zeros. */
+INLINE void load_group(operand w[4], const gn_linear_tile *tile, int r, int64_t b, gn_dtype dtype,
+                       bool whole) {
+    const __m512 first = block_values(tile, tile->scale[r][b], dtype);
+    const __m512 second = block_values(tile, whole ? tile->scale[r][b + 1] : 0.0f, dtype);
     const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     const char *p = (const char *)tile->w[r] + b * (GN_BLOCK / 2);
     const __m512i words =

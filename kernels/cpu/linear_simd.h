@@ -10,8 +10,10 @@
  *   load_operand(const elem *), store_operand(elem *, operand)
  *   dot(sum, operand, operand)
  *   elem_of(float)      for a value already rounded to the compute dtype
- *   load_group(operand[], tile, row, block)            nibbles as operands, from `block` on
- *   load_block(operand[], tile, row, block, source)    one block of any other source */
+ *   load_group(operand[], tile, row, block, dtype, whole)    nibbles as operands, from `block`
+ *       on; dtype is the tile's, and whole says that all of the group's blocks exist: constants,
+ *       so that the loop has no tests
+ *   load_block(operand[], tile, row, block, source)          one block of any other source */
 #include "linear.h"
 
 #include <string.h>
@@ -26,13 +28,13 @@ INLINE const elem *x_of(const gn_linear_tile *tile, int token, int64_t block) {
     return (const elem *)(tile->x + token * tile->x_stride) + block * GN_BLOCK;
 }
 
-/* Asks for the lines of piece `i` of row r, `bytes` long, of a tile to come. Those tiles lie one
- * after another in memory and are asked for in that order, which the hardware's own prefetching
- * follows, as it does not the four short streams of a tile: up to 40 % faster. */
-INLINE void prefetch(const gn_linear_tile *tile, int64_t i, int r, int bytes) {
-    const uintptr_t at =
-        (uintptr_t)tile->w[0] + (uintptr_t)(tile->ahead + (i * GN_TILE_ROWS + r) * bytes);
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)at + line, 0, 2);
+/* Asks for what the same row of a tile to come has where this one has the `bytes` from `at` on.
+ * The hardware's own prefetching does not follow the four short streams of a tile: half as
+ * fast again. */
+INLINE void prefetch(const gn_linear_tile *tile, int r, int64_t at, int bytes) {
+    const uintptr_t then = (uintptr_t)tile->w[r] + (uintptr_t)(tile->ahead + at);
+    for (int line = 0; line < bytes; line += 64)
+        __builtin_prefetch((const char *)then + line, 0, 2);
 }
 
 /* Each vector of x meets 4 rows, each vector of w all tokens: loads are a third of the work. */
@@ -45,8 +47,10 @@ INLINE void add_operands(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_ti
             operand w[GN_TILE_ROWS];
 #pragma GCC unroll 4
             for (int r = 0; r < GN_TILE_ROWS; r++) {
-                w[r] = load_operand((const elem *)tile->w[r] + b * GN_BLOCK + at);
-                if (tokens <= 2) prefetch(tile, b * VECTORS + v, r, (int)sizeof(operand));
+                const int64_t from = b * GN_BLOCK + at;
+                w[r] = load_operand((const elem *)tile->w[r] + from);
+                if (tokens <= 2)
+                    prefetch(tile, r, from * (int64_t)sizeof(elem), (int)sizeof(operand));
             }
 #pragma GCC unroll 6
             for (int t = 0; t < tokens; t++) {
@@ -58,43 +62,47 @@ INLINE void add_operands(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_ti
     }
 }
 
-INLINE void load_unpacked(operand w[GROUP_BLOCKS * VECTORS], const gn_linear_tile *tile, int row,
-                          int64_t block, gn_linear_source source) {
-    if (source == GN_SOURCE_NIBBLES)
-        load_group(w, tile, row, block);
-    else
-        load_block(w, tile, row, block, source);
-}
-
-/* Bytes of a row that one step of add_unpacked reads. */
-INLINE int step_bytes(const gn_linear_tile *tile, gn_linear_source source) {
-    if (source == GN_SOURCE_NIBBLES) return GROUP / 2;
+/* Bytes of a row that a block takes. */
+INLINE int block_bytes(gn_dtype dtype, gn_linear_source source) {
+    if (source == GN_SOURCE_NIBBLES) return GN_BLOCK / 2;
     if (source == GN_SOURCE_INT8) return GN_BLOCK;
-    return GN_BLOCK * (tile->dtype == GN_F32 ? 4 : 2);
+    return GN_BLOCK * (dtype == GN_F32 ? 4 : 2);
 }
 
-/* A stretch of weights is unpacked into registers and used for all tokens at once. */
-INLINE void add_unpacked(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_tile *tile,
-                         int tokens, gn_linear_source source) {
-    const int step = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
-    for (int64_t b = 0; b < tile->blocks; b += step) {
+/* Weights from block b on, a group of nibbles or a block, are unpacked into registers and used
+ * for all tokens at once. */
+INLINE void add_step(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_tile *tile, int tokens,
+                     gn_linear_source source, gn_dtype dtype, int64_t b, bool whole) {
+    const int blocks = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
+    const int bytes = block_bytes(dtype, source);
 #pragma GCC unroll 4
-        for (int r = 0; r < GN_TILE_ROWS; r++) {
-            operand w[GROUP_BLOCKS * VECTORS];
-            load_unpacked(w, tile, r, b, source);
-            prefetch(tile, b / step, r, step_bytes(tile, source));
+    for (int r = 0; r < GN_TILE_ROWS; r++) {
+        operand w[GROUP_BLOCKS * VECTORS];
+        if (source == GN_SOURCE_NIBBLES)
+            load_group(w, tile, r, b, dtype, whole);
+        else
+            load_block(w, tile, r, b, source);
+        prefetch(tile, r, b * bytes, blocks * bytes);
 #pragma GCC unroll 6
-            for (int t = 0; t < tokens; t++) {
+        for (int t = 0; t < tokens; t++) {
 #pragma GCC unroll 8
-                for (int v = 0; v < step * VECTORS; v++)
-                    sums[t][r] = dot(sums[t][r], w[v],
-                                     load_operand(x_of(tile, t, b) + v * (GN_BLOCK / VECTORS)));
-            }
+            for (int v = 0; v < blocks * VECTORS; v++)
+                sums[t][r] = dot(sums[t][r], w[v],
+                                 load_operand(x_of(tile, t, b) + v * (GN_BLOCK / VECTORS)));
         }
     }
 }
 
-INLINE void multiply_tile(const gn_linear_tile *tile, int tokens, gn_linear_source source) {
+INLINE void add_unpacked(sum sums[TILE_TOKENS][GN_TILE_ROWS], const gn_linear_tile *tile,
+                         int tokens, gn_linear_source source, gn_dtype dtype) {
+    const int step = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
+    const int64_t whole = tile->blocks / step * step;
+    for (int64_t b = 0; b < whole; b += step) add_step(sums, tile, tokens, source, dtype, b, true);
+    if (whole < tile->blocks) add_step(sums, tile, tokens, source, dtype, whole, false);
+}
+
+INLINE void multiply_tile(const gn_linear_tile *tile, int tokens, gn_linear_source source,
+                          gn_dtype dtype) {
     sum sums[TILE_TOKENS][GN_TILE_ROWS];
 #pragma GCC unroll 6
     for (int t = 0; t < tokens; t++) {
@@ -104,7 +112,7 @@ INLINE void multiply_tile(const gn_linear_tile *tile, int tokens, gn_linear_sour
     if (source == GN_SOURCE_OPERANDS)
         add_operands(sums, tile, tokens);
     else
-        add_unpacked(sums, tile, tokens, source);
+        add_unpacked(sums, tile, tokens, source, dtype);
     const int lanes = (int)(sizeof(sum) / sizeof(float));
 #pragma GCC unroll 6
     for (int t = 0; t < tokens; t++) {
@@ -115,32 +123,35 @@ INLINE void multiply_tile(const gn_linear_tile *tile, int tokens, gn_linear_sour
 }
 
 /* One loop per source and number of tokens, so that sums stay in registers. */
-#define CASE(n, source)                                                                            \
+#define CASE(n, ...)                                                                               \
     case n:                                                                                        \
-        multiply_tile(tile, n, source);                                                            \
+        multiply_tile(tile, n, __VA_ARGS__);                                                       \
         return;
 #if TILE_TOKENS == 6
-#define DIRECT_CASES(source) CASE(1, source) CASE(2, source) CASE(3, source) CASE(4, source)
-#define TILE_CASES(source)   DIRECT_CASES(source) CASE(5, source) CASE(6, source)
+#define DIRECT_CASES(...)                                                                          \
+    CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__) CASE(4, __VA_ARGS__)
+#define TILE_CASES(...) DIRECT_CASES(__VA_ARGS__) CASE(5, __VA_ARGS__) CASE(6, __VA_ARGS__)
 #else
-#define DIRECT_CASES(source) CASE(1, source) CASE(2, source)
-#define TILE_CASES(source)   DIRECT_CASES(source)
+#define DIRECT_CASES(...) CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__)
+#define TILE_CASES(...)   DIRECT_CASES(__VA_ARGS__)
 #endif
 
 static void multiply_operands(const gn_linear_tile *tile) {
-    switch (tile->tokens) { TILE_CASES(GN_SOURCE_OPERANDS) }
+    switch (tile->tokens) { TILE_CASES(GN_SOURCE_OPERANDS, tile->dtype) }
 }
 
 static void multiply_nibbles(const gn_linear_tile *tile) {
-    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_NIBBLES) }
+    if (tile->dtype == GN_BF16) /* what models are made from, and so what is worth a loop */
+        switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_NIBBLES, GN_BF16) }
+    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_NIBBLES, tile->dtype) }
 }
 
 static void multiply_int8(const gn_linear_tile *tile) {
-    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_INT8) }
+    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_INT8, tile->dtype) }
 }
 
 static void multiply_stored(const gn_linear_tile *tile) {
-    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_STORED) }
+    switch (tile->tokens) { DIRECT_CASES(GN_SOURCE_STORED, tile->dtype) }
 }
 
 static void multiply(const gn_linear_tile *tile) {
@@ -156,7 +167,10 @@ INLINE void decode_row(elem *dst, const gn_linear_tile *tile, gn_linear_source s
     const int step = source == GN_SOURCE_NIBBLES ? GROUP_BLOCKS : 1;
     for (int64_t b = 0; b < tile->blocks; b += step) {
         operand w[GROUP_BLOCKS * VECTORS];
-        load_unpacked(w, tile, 0, b, source);
+        if (source == GN_SOURCE_NIBBLES)
+            load_group(w, tile, 0, b, tile->dtype, b + step <= tile->blocks);
+        else
+            load_block(w, tile, 0, b, source);
         for (int v = 0; v < step * VECTORS; v++)
             store_operand(dst + b * GN_BLOCK + v * (GN_BLOCK / VECTORS), w[v]);
     }
