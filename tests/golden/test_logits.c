@@ -1,5 +1,6 @@
 /* Logits of the golden model in every form, and greedy continuations, against transformers, PEFT
- * and bitsandbytes at float32 (golden/logits.safetensors). */
+ * and bitsandbytes at float32 (golden/logits.safetensors). On the CPU, or on the device that
+ * GN_TEST_DEVICE names. */
 #include "engine/score.h"
 
 #include <criterion/criterion.h>
@@ -38,11 +39,13 @@ static const void *tensor(const gn_tensor_file *file, const char *name, size_t b
     return t->data;
 }
 
-static gn_model *open_model(const char *name) {
+static gn_model *open_model(const char *name, gn_compute compute) {
     char dir[512];
     gn_error err = {0};
     gn_model *model = NULL;
-    const gn_model_options options = {.compute = GN_COMPUTE_F32, .as_stored = true};
+    const char *device = getenv("GN_TEST_DEVICE");
+    const gn_model_options options = {
+        .device = device ? device : "cpu", .compute = compute, .as_stored = true};
     snprintf(dir, sizeof dir, DATA "%s", name);
     cr_assert_eq(gn_model_open(&model, dir, &options, &err), GN_OK, "%s", err.message);
     return model;
@@ -71,13 +74,13 @@ static double relative_l2(const float *x, const float *reference, size_t n) {
     return sqrt(difference / norm);
 }
 
-Test(golden_logits, every_form_is_within_1e_4) {
+static void check_forms(gn_compute compute, double tolerance) {
     gn_tensor_file *file = golden();
     int32_t ids[TOKENS];
     float reference[TOKENS * VOCAB], logits[TOKENS * VOCAB];
     memcpy(ids, tensor(file, "input_ids", sizeof ids), sizeof ids);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        gn_model *model = open_model(cases[i].base);
+        gn_model *model = open_model(cases[i].base, compute);
         gn_adapter *adapter = open_adapter(model, cases[i].adapter);
         const gn_adapter_use use = {adapter, 1};
         gn_scorer *scorer = NULL;
@@ -87,13 +90,22 @@ Test(golden_logits, every_form_is_within_1e_4) {
                      GN_OK);
         memcpy(reference, tensor(file, cases[i].tensor, sizeof reference), sizeof reference);
         const double error = relative_l2(logits, reference, TOKENS * VOCAB);
-        fprintf(stderr, "%-36s relative L2 %.2e\n", cases[i].tensor, error);
-        cr_assert(error < 1e-4, "%s: relative L2 %g", cases[i].tensor, error);
+        fprintf(stderr, "%s: %-36s relative L2 %.2e\n", gn_model_describe(model).device,
+                cases[i].tensor, error);
+        cr_assert(error < tolerance, "%s: relative L2 %g", cases[i].tensor, error);
         gn_scorer_close(scorer);
         gn_adapter_close(adapter);
         gn_model_close(model);
     }
     gn_tensor_file_close(file);
+}
+
+Test(golden_logits, every_form_is_within_1e_4) {
+    check_forms(GN_COMPUTE_F32, 1e-4);
+}
+
+Test(golden_logits, in_bfloat16_every_form_is_within_2e_2) {
+    check_forms(GN_COMPUTE_BF16, 2e-2);
 }
 
 /* ---- greedy continuations, through the engine ---- */
@@ -125,7 +137,7 @@ Test(golden_logits, greedy_text_is_equal_where_the_margin_is_clear) {
         {"adapter-attn-r4", "greedy.adapter-attn-r4", "greedy_margin.adapter-attn-r4"},
     };
     gn_tensor_file *file = golden();
-    gn_model *model = open_model("tiny-bnb-nf4");
+    gn_model *model = open_model("tiny-bnb-nf4", GN_COMPUTE_F32);
     gn_engine *engine = NULL;
     gn_error err = {0};
     cr_assert_eq(gn_engine_open(&engine, model, NULL, &err), GN_OK, "%s", err.message);

@@ -119,7 +119,7 @@ static inline gn_ctx *open_ctx(gn_isa isa, gn_dtype compute, int threads) {
     gn_ctx *ctx = NULL;
     gn_error err = {0};
     const gn_ctx_options options = {
-        .compute = compute, .threads = threads, .limit_isa = true, .max_isa = isa};
+        .device = "cpu", .compute = compute, .threads = threads, .limit_isa = true, .max_isa = isa};
     cr_assert_eq(gn_ctx_open(&ctx, &options, &err), GN_OK, "%s", err.message);
     return ctx;
 }
