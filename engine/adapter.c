@@ -227,7 +227,7 @@ static void add_to_hash(gn_hash *hash, int layer, int proj, const gn_lora_pair *
 static gn_status copy_pairs(loader *l) {
     gn_adapter *adapter = l->adapter;
     char *free_memory = adapter->memory;
-    gn_hash hash = GN_HASH_INIT;
+    gn_hash hash = GN_HASH_INIT, ranks = GN_HASH_INIT;
     for (int i = 0; i < l->config->layers * GN_PROJ_COUNT; i++) {
         const int layer = i / GN_PROJ_COUNT, proj = i % GN_PROJ_COUNT;
         const halves *h = &l->found[layer][proj];
@@ -242,7 +242,10 @@ static gn_status copy_pairs(loader *l) {
         if (status) return status;
         if (pair->rank > adapter->max_rank) adapter->max_rank = pair->rank;
         add_to_hash(&hash, layer, proj, pair);
+        const uint64_t rank[] = {(uint64_t)i, (uint64_t)pair->rank};
+        gn_hash_add(&ranks, rank, sizeof rank);
     }
+    adapter->ranks_hash = ranks.h[0];
     memcpy(adapter->hash, hash.h, sizeof adapter->hash);
     return GN_OK;
 }

@@ -4,19 +4,14 @@
 
 #include "engine/config.h"
 #include "engine/guanaco.h"
-
-typedef struct gn_lora_pair {
-    int rank;    /* 0: this projection is not adapted */
-    float scale; /* alpha/r, or alpha/sqrt(r) with rsLoRA */
-    gn_tensor a; /* (rank, cols) F32 or BF16 (F16 is widened to F32 while loading) */
-    gn_tensor b; /* (rows, rank), the same dtype */
-} gn_lora_pair;
+#include "kernels/ops.h"
 
 struct gn_adapter {
     _Atomic int refs;
     int layers;
-    gn_lora_pair (*pairs)[7]; /* [layers][GN_PROJ_COUNT] */
+    gn_lora_pair (*pairs)[7]; /* [layers][GN_PROJ_COUNT], on the host */
     uint64_t hash[2];         /* of every pair's place, shape, scale and values */
+    uint64_t ranks_hash;      /* of the ranks alone */
     int max_rank;
     size_t bytes;
     void *memory; /* what the tensors point into */

@@ -49,6 +49,7 @@ static double seconds(void) {
 
 static void end_sequence(gn_engine *e, gn_sequence *s) {
     gn_schedule_remove(&e->schedule, s);
+    for (int i = 0; i < s->n_acquired; i++) gn_forward_release(e->forward, s->uses[i].adapter);
     pthread_mutex_lock(&e->lock);
     if (s->newer)
         s->newer->older = s->older;
@@ -210,19 +211,20 @@ static bool step(gn_engine *e) {
 
 /* ---- the thread ---- */
 
-static gn_status make_room_for(gn_engine *e, const gn_sequence *s) {
-    int rank = 0;
-    for (int i = 0; i < s->n_uses; i++) {
-        const int r = gn_adapter_max_rank(s->uses[i].adapter);
-        if (r > rank) rank = r;
+/* Whatever is acquired is released in end_sequence; s->n_acquired counts. */
+static gn_status acquire_adapters(gn_engine *e, gn_sequence *s) {
+    while (s->n_acquired < s->n_uses) {
+        const gn_status status = gn_forward_acquire(e->forward, s->uses[s->n_acquired].adapter);
+        if (status) return status;
+        s->n_acquired++;
     }
-    return gn_forward_reserve(e->forward, rank);
+    return GN_OK;
 }
 
 static void accept_inbox(gn_engine *e, gn_sequence *inbox) {
     for (gn_sequence *s = inbox, *next; s; s = next) {
         next = s->next;
-        const gn_status status = make_room_for(e, s);
+        const gn_status status = acquire_adapters(e, s);
         if (status == GN_OK) {
             gn_schedule_add(&e->schedule, s);
             continue;

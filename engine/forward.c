@@ -2,23 +2,30 @@
  *
  * Per layer: q, k, v = W norm(x); rotate and store; attend; x += W_o a; h = silu(W_g norm(x)) *
  * W_u norm(x); x += W_d h. Six ops a layer; the norms ride in the products' prologues, the
- * residual additions and SwiGLU in their epilogues, LoRA in the products themselves. */
+ * residual additions and SwiGLU in their epilogues, LoRA in the products themselves.
+ *
+ * A step of decoding is the same ops on the same memory each time, so a device that can may record
+ * and repeat it (gn_ctx_replay). What a recording depends on is its key. */
 #include "engine/forward.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/adapter.h"
+#include "engine/adapter_memory.h"
+#include "engine/hash.h"
 
 struct gn_forward {
     gn_model *model;
     gn_forward_options limits;
-    gn_tensor x, q, k, v, a, h; /* (max_rows, ...) f32 */
-    gn_tensor cos, sin;         /* (max_rows, head_dim/2) */
-    gn_tensor last, logits;     /* (max_logits, hidden), (max_logits, vocab) */
-    gn_kv *kv;                  /* one a layer */
-    gn_lora *terms;             /* (GN_MAX_PARTS, max_terms) */
-    int32_t max_terms;
+    gn_tensor x;             /* (max_rows, hidden) f32: the residual stream */
+    gn_tensor q, k, v, a, h; /* (max_rows, ...) activations */
+    gn_tensor cos, sin;      /* (max_rows, head_dim/2) */
+    gn_tensor last, logits;  /* (max_logits, hidden), (max_logits, vocab) */
+    gn_kv *kv;               /* one a layer */
+    float *host_logits;      /* (max_logits, vocab), where the device's are out of reach */
+    gn_adapter_memory *adapters;
+    gn_lora *terms; /* (max_terms) */
+    int32_t max_terms, n_terms;
     int rank; /* reserved for */
 };
 
@@ -66,10 +73,15 @@ static bool allocate_activations(gn_forward *f) {
     gn_ctx *ctx = f->model->ctx;
     const int64_t rows = f->limits.max_rows, outputs = f->limits.max_logits;
     const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    const gn_dtype dtype = gn_ctx_activation(ctx);
+    if (!gn_ctx_is_host(ctx)) {
+        f->host_logits = malloc((size_t)(outputs * c->vocab) * sizeof *f->host_logits);
+        if (!f->host_logits) return false;
+    }
     return allocate(ctx, &f->x, GN_F32, rows, c->hidden) &&
-           allocate(ctx, &f->q, GN_F32, rows, dim) && allocate(ctx, &f->k, GN_F32, rows, kv) &&
-           allocate(ctx, &f->v, GN_F32, rows, kv) && allocate(ctx, &f->a, GN_F32, rows, dim) &&
-           allocate(ctx, &f->h, GN_F32, rows, c->intermediate) &&
+           allocate(ctx, &f->q, dtype, rows, dim) && allocate(ctx, &f->k, dtype, rows, kv) &&
+           allocate(ctx, &f->v, dtype, rows, kv) && allocate(ctx, &f->a, dtype, rows, dim) &&
+           allocate(ctx, &f->h, dtype, rows, c->intermediate) &&
            allocate(ctx, &f->cos, GN_F32, rows, c->head_dim / 2) &&
            allocate(ctx, &f->sin, GN_F32, rows, c->head_dim / 2) &&
            allocate(ctx, &f->last, GN_F32, outputs, c->hidden) &&
@@ -80,7 +92,8 @@ static int64_t max_of(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-gn_status gn_forward_reserve(gn_forward *f, int rank) {
+/* Makes room for LoRA terms of up to `rank`. */
+static gn_status reserve(gn_forward *f, int rank) {
     if (rank <= f->rank) return GN_OK;
     const gn_config *c = &f->model->config;
     gn_ctx *ctx = f->model->ctx;
@@ -95,6 +108,31 @@ gn_status gn_forward_reserve(gn_forward *f, int rank) {
     return status;
 }
 
+gn_status gn_forward_acquire(gn_forward *f, gn_adapter *adapter) {
+    const gn_status status = reserve(f, adapter->max_rank);
+    return status ? status : gn_adapter_memory_acquire(f->adapters, adapter);
+}
+
+void gn_forward_release(gn_forward *f, const gn_adapter *adapter) {
+    gn_adapter_memory_release(f->adapters, adapter);
+}
+
+static gn_status open_parts(gn_forward *f) {
+    gn_ctx *ctx = f->model->ctx;
+    const gn_stage_limits limits = {
+        .rows = f->limits.max_rows,
+        .seqs = f->limits.max_seqs,
+        .max_blocks = f->limits.context / GN_KV_BLOCK_TOKENS + 1,
+        .terms = f->max_terms,
+    };
+    f->terms = calloc((size_t)f->max_terms, sizeof *f->terms);
+    if (!f->terms || !allocate_cache(f) || !allocate_activations(f)) return GN_ENOMEM;
+    gn_status status = reserve(f, 1);
+    if (!status) status = gn_stage_reserve(ctx, &limits);
+    if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
+    return status;
+}
+
 gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_options *options,
                           gn_error *err) {
     gn_forward *f = calloc(1, sizeof *f);
@@ -102,13 +140,11 @@ gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_op
     f->model = model;
     f->limits = *options;
     f->max_terms = options->max_seqs * GN_MAX_ADAPTERS;
-    f->terms = calloc((size_t)GN_MAX_PARTS * (size_t)f->max_terms, sizeof *f->terms);
-    if (!f->terms || !allocate_cache(f) || !allocate_activations(f) ||
-        gn_forward_reserve(f, 1) != GN_OK) {
+    const gn_status status = open_parts(f);
+    if (status) {
         gn_forward_close(f);
-        return gn_fail(err, GN_ENOMEM,
-                       "out of memory for activations of %d tokens and %d KV blocks (%.2f GiB)",
-                       options->max_rows, options->kv_blocks,
+        return gn_fail(err, status, "%s for activations of %d tokens and %d KV blocks (%.2f GiB)",
+                       gn_status_text(status), options->max_rows, options->kv_blocks,
                        (double)gn_forward_kv_block_bytes(model) * options->kv_blocks / 0x1p30);
     }
     *out = f;
@@ -126,6 +162,8 @@ void gn_forward_close(gn_forward *f) {
         gn_ctx_free(ctx, f->kv[i].k.data);
         gn_ctx_free(ctx, f->kv[i].v.data);
     }
+    gn_adapter_memory_close(f->adapters);
+    free(f->host_logits);
     free(f->kv);
     free(f->terms);
     free(f);
@@ -152,41 +190,35 @@ static bool same_uses(const gn_batch *b, int i, int j) {
     return true;
 }
 
-/* LoRA terms of one projection for the whole batch; returns how many. */
-static int gather_terms(const gn_batch *b, int layer, gn_proj proj, gn_lora *terms) {
-    if (!b->use0) return 0;
-    int n = 0;
-    for (int i = 0, end; i < b->seqs.n; i = end) {
+/* The batch's LoRA terms, the same for every layer. */
+static void gather_terms(gn_forward *f, const gn_batch *b) {
+    f->n_terms = 0;
+    for (int i = 0, end; b->use0 && i < b->seqs.n; i = end) {
         for (end = i + 1; end < b->seqs.n && same_uses(b, i, end);) end++;
         for (int u = b->use0[i]; u < b->use0[i + 1]; u++) {
-            const gn_lora_pair *pair = &b->uses[u].adapter->pairs[layer][proj];
-            if (pair->rank == 0) continue;
-            terms[n++] = (gn_lora){.row0 = b->seqs.row0[i],
-                                   .rows = b->seqs.row0[end] - b->seqs.row0[i],
-                                   .scale = pair->scale * b->uses[u].scale,
-                                   .a = pair->a,
-                                   .b = pair->b};
+            gn_lora *term = &f->terms[f->n_terms++];
+            *term = (gn_lora){.row0 = b->seqs.row0[i],
+                              .rows = b->seqs.row0[end] - b->seqs.row0[i],
+                              .scale = b->uses[u].scale};
+            gn_adapter_memory_find(f->adapters, b->uses[u].adapter, &term->pairs, &term->placed);
         }
     }
-    return n;
 }
 
 /* Products of x with the projections first, first+1, ... first+n_parts-1 of a layer. */
-static gn_status project(gn_forward *f, const gn_batch *b, int layer, gn_proj first, int n_parts,
-                         gn_tensor x, const gn_tensor *norm, gn_epilogue epilogue,
-                         const gn_tensor *y) {
+static gn_status project(gn_forward *f, int layer, gn_proj first, int n_parts, gn_tensor x,
+                         const gn_tensor *norm, gn_epilogue epilogue, const gn_tensor *y) {
     gn_linear_args args = {.x = x,
                            .norm = norm,
                            .eps = f->model->config.rms_eps,
                            .epilogue = epilogue,
+                           .lora = f->terms,
+                           .n_lora = f->n_terms,
+                           .pair = layer * GN_PROJ_COUNT + (int)first,
                            .n_parts = n_parts};
     for (int i = 0; i < n_parts; i++) {
-        gn_lora *terms = f->terms + (size_t)i * (size_t)f->max_terms;
-        const gn_proj proj = (gn_proj)(first + i);
         args.part[i].y = y[i];
-        args.part[i].w = &f->model->layers[layer].proj[proj];
-        args.part[i].lora = terms;
-        args.part[i].n_lora = gather_terms(b, layer, proj, terms);
+        args.part[i].w = &f->model->layers[layer].proj[(int)first + i];
     }
     return gn_linear(f->model->ctx, &args);
 }
@@ -203,19 +235,24 @@ static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
     const gn_tensor k = heads_of(&f->k, n, c->kv_heads), v = heads_of(&f->v, n, c->kv_heads);
     const gn_tensor cos = rows_of(&f->cos, n), sin = rows_of(&f->sin, n);
 
-    gn_status status = project(f, b, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
+    gn_status status = project(f, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
     if (status == GN_OK) status = gn_rope_store(ctx, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
     if (status == GN_OK) status = gn_attention(ctx, &y, &q, &f->kv[i], &b->seqs);
-    if (status == GN_OK) status = project(f, b, i, GN_O, 1, a, NULL, GN_ADD, &x);
+    if (status == GN_OK) status = project(f, i, GN_O, 1, a, NULL, GN_ADD, &x);
     if (status == GN_OK)
-        status = project(f, b, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
-    if (status == GN_OK) status = project(f, b, i, GN_DOWN, 1, h, NULL, GN_ADD, &x);
+        status = project(f, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
+    if (status == GN_OK) status = project(f, i, GN_DOWN, 1, h, NULL, GN_ADD, &x);
     return status;
 }
 
-gn_status gn_forward_run(gn_forward *f, const gn_batch *b) {
-    if (b->rows < 1 || b->rows > f->limits.max_rows || b->seqs.n > f->limits.max_seqs)
-        return GN_EINVAL;
+typedef struct pass {
+    gn_forward *f;
+    const gn_batch *batch;
+} pass;
+
+static gn_status run_layers(void *arg) {
+    gn_forward *f = ((pass *)arg)->f;
+    const gn_batch *b = ((pass *)arg)->batch;
     gn_tensor x = rows_of(&f->x, b->rows), cos = rows_of(&f->cos, b->rows),
               sin = rows_of(&f->sin, b->rows);
     gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids);
@@ -226,20 +263,70 @@ gn_status gn_forward_run(gn_forward *f, const gn_batch *b) {
     return status;
 }
 
+/* One token of each sequence. */
+static bool is_decoding(const gn_batch *b) {
+    return b->rows == b->seqs.n;
+}
+
+/* All that decides what a step of decoding launches: how many rows and terms, of which ranks, and
+ * the longest context, to the next power of two. */
+static uint64_t key_of(const gn_forward *f, const gn_batch *b) {
+    int32_t longest = 0;
+    for (int32_t i = 0; i < b->seqs.n; i++)
+        if (b->seqs.pos0[i] > longest) longest = b->seqs.pos0[i];
+    int32_t bucket = 256;
+    while (bucket < longest + 1) bucket *= 2;
+    const int32_t sizes[] = {b->rows, bucket, b->seqs.max_blocks, f->n_terms};
+    gn_hash key = GN_HASH_INIT;
+    gn_hash_add(&key, sizes, sizeof sizes);
+    for (int32_t i = 0; b->use0 && i < b->use0[b->seqs.n]; i++)
+        gn_hash_add(&key, &b->uses[i].adapter->ranks_hash, sizeof(uint64_t));
+    return key.h[0];
+}
+
+gn_status gn_forward_run(gn_forward *f, const gn_batch *b) {
+    if (b->rows < 1 || b->rows > f->limits.max_rows || b->seqs.n > f->limits.max_seqs)
+        return GN_EINVAL;
+    gather_terms(f, b);
+    const gn_status status = gn_stage(f->model->ctx, b->ids, &b->seqs, f->terms, f->n_terms);
+    if (status) return status;
+    pass p = {f, b};
+    return is_decoding(b) ? gn_ctx_replay(f->model->ctx, key_of(f, b), run_layers, &p)
+                          : run_layers(&p);
+}
+
+/* The hidden states of some rows, one after another: where they stand, or copied. */
+static gn_status gather_rows(gn_forward *f, const int32_t *rows, int32_t n, gn_tensor *x) {
+    const int64_t hidden = f->model->config.hidden;
+    const float *from = f->x.data;
+    bool neighbours = true;
+    for (int32_t i = 1; i < n; i++) neighbours &= rows[i] == rows[0] + i;
+    *x = rows_of(neighbours ? &f->x : &f->last, n);
+    if (neighbours) {
+        x->data = (float *)f->x.data + rows[0] * hidden;
+        return GN_OK;
+    }
+    gn_status status = GN_OK;
+    for (int32_t i = 0; i < n && !status; i++)
+        status = gn_ctx_copy(f->model->ctx, (float *)f->last.data + i * hidden,
+                             from + rows[i] * hidden, (size_t)hidden * sizeof *from);
+    return status;
+}
+
 gn_status gn_forward_logits(gn_forward *f, const int32_t *rows, int32_t n, const float **logits) {
     if (n < 1 || n > f->limits.max_logits) return GN_EINVAL;
-    const int64_t hidden = f->model->config.hidden;
-    float *last = f->last.data;
-    const float *x = f->x.data;
-    for (int32_t i = 0; i < n; i++)
-        memcpy(last + i * hidden, x + rows[i] * hidden, (size_t)hidden * sizeof *x);
-    gn_linear_args args = {.x = rows_of(&f->last, n),
-                           .norm = &f->model->norm,
+    gn_ctx *ctx = f->model->ctx;
+    gn_linear_args args = {.norm = &f->model->norm,
                            .eps = f->model->config.rms_eps,
                            .epilogue = GN_STORE,
                            .n_parts = 1};
     args.part[0].y = rows_of(&f->logits, n);
     args.part[0].w = &f->model->lm_head;
+    gn_status status = gather_rows(f, rows, n, &args.x);
+    if (!status) status = gn_linear(ctx, &args);
     *logits = f->logits.data;
-    return gn_linear(f->model->ctx, &args);
+    if (status || !f->host_logits) return status;
+    *logits = f->host_logits;
+    return gn_ctx_read(ctx, f->host_logits, f->logits.data,
+                       (size_t)n * (size_t)f->model->config.vocab * sizeof **logits);
 }

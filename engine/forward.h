@@ -19,6 +19,7 @@ typedef struct gn_forward_options {
     int32_t max_logits; /* rows of one gn_forward_logits */
     int32_t kv_blocks;  /* of GN_KV_BLOCK_TOKENS tokens each */
     int32_t context;    /* tokens of the longest sequence */
+    int64_t adapter_bytes; /* of device memory for adapters; 0: no limit */
 } gn_forward_options;
 
 GN_CHECKED gn_status gn_forward_open(gn_forward **out, gn_model *model,
@@ -28,14 +29,16 @@ void gn_forward_close(gn_forward *f);
 /* Bytes of KV cache a block takes, over all layers. */
 size_t gn_forward_kv_block_bytes(const gn_model *model);
 
-/* Makes room for LoRA terms of up to `rank`; call when an adapter is about to be used. */
-GN_CHECKED gn_status gn_forward_reserve(gn_forward *f, int rank);
+/* Makes an adapter ready for batches, until as many releases. GN_EBUSY: adapters in use fill the
+ * device memory that is theirs; try again after a release. */
+GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, gn_adapter *adapter);
+void gn_forward_release(gn_forward *f, const gn_adapter *adapter);
 
 typedef struct gn_batch {
     int32_t rows;
     const int32_t *ids; /* (rows) */
     gn_seqs seqs;       /* seqs.row0[seqs.n] == rows */
-    /* Adapters of sequence i: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
+    /* Adapters of sequence i, acquired: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
      * adapters and scales share one LoRA term. */
     const gn_adapter_use *uses;
     const int32_t *use0; /* (seqs.n + 1), or NULL: no adapters at all */

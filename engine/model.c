@@ -12,6 +12,7 @@
 
 #include "engine/bnb.h"
 #include "engine/model_internal.h"
+#include "kernels/ops.h"
 
 enum { MAX_NAME = 256 };
 
@@ -23,13 +24,54 @@ typedef struct loader {
     gn_error *err;
 } loader;
 
-void *gn_model_own(gn_model *m, size_t bytes) {
-    void **grown = realloc(m->owned, (m->n_owned + 1) * sizeof *grown);
+/* Adds memory to a list; NULL, and nothing happens, when there is none for the list. */
+static void *keep(void ***list, size_t *n, void *memory) {
+    void **grown = realloc(*list, (*n + 1) * sizeof *grown);
     if (!grown) return NULL;
-    m->owned = grown;
-    void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
-    if (memory) m->owned[m->n_owned++] = memory;
+    *list = grown;
+    grown[(*n)++] = memory;
     return memory;
+}
+
+void *gn_model_own(gn_model *m, size_t bytes) {
+    void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
+    if (memory && keep(&m->owned, &m->n_owned, memory)) return memory;
+    gn_ctx_free(m->ctx, memory);
+    return NULL;
+}
+
+void *gn_model_own_host(gn_model *m, size_t bytes) {
+    if (gn_ctx_is_host(m->ctx)) return gn_model_own(m, bytes);
+    void *memory = malloc(bytes ? bytes : 1);
+    if (memory && keep(&m->staging, &m->n_staging, memory)) return memory;
+    free(memory);
+    return NULL;
+}
+
+static void free_staging(gn_model *m) {
+    for (size_t i = 0; i < m->n_staging; i++) free(m->staging[i]);
+    m->n_staging = 0;
+}
+
+gn_status gn_model_place(gn_model *m, gn_matrix *w, gn_error *err) {
+    const gn_matrix host = *w;
+    const size_t bytes = gn_place_bytes(m->ctx, &host);
+    void *memory = bytes ? gn_model_own(m, bytes) : NULL;
+    const gn_status status = bytes && !memory ? GN_ENOMEM : gn_place(m->ctx, w, &host, memory);
+    free_staging(m);
+    return status ? gn_fail(err, status, "%s: %s for a weight of %lld by %lld", m->dir,
+                            gn_status_text(status), (long long)host.rows, (long long)host.cols)
+                  : GN_OK;
+}
+
+gn_status gn_model_place_vector(gn_model *m, gn_tensor *out, const float *values, int64_t n,
+                                gn_error *err) {
+    float *w = gn_model_own(m, (size_t)n * sizeof *w);
+    const gn_status status = w ? gn_ctx_write(m->ctx, w, values, (size_t)n * sizeof *w) : GN_ENOMEM;
+    *out = gn_tensor_1d(w, GN_F32, n);
+    return status ? gn_fail(err, status, "%s: %s for a vector of %lld", m->dir,
+                            gn_status_text(status), (long long)n)
+                  : GN_OK;
 }
 
 gn_status gn_model_new(gn_model **out, const char *dir, const gn_config *config,
@@ -56,6 +98,8 @@ void gn_model_close(gn_model *m) {
     if (!m) return;
     for (size_t i = 0; i < m->n_owned; i++) gn_ctx_free(m->ctx, m->owned[i]);
     free(m->owned);
+    free_staging(m);
+    free(m->staging);
     gn_ctx_close(m->ctx);
     gn_tokenizer_close(m->tokenizer);
     gn_chat_template_close(m->chat);
@@ -72,10 +116,10 @@ static void count(gn_model *m, const gn_matrix *w) {
 
 gn_status gn_model_finish(gn_model *m, gn_error *err) {
     const gn_config *c = &m->config;
-    float *inv_freq = gn_model_own(m, (size_t)c->head_dim / 2 * sizeof *inv_freq);
-    if (!inv_freq) return gn_fail(err, GN_ENOMEM, "out of memory");
+    float inv_freq[GN_MAX_HEAD_DIM / 2];
     gn_config_inv_freq(c, inv_freq);
-    m->inv_freq = gn_tensor_1d(inv_freq, GN_F32, c->head_dim / 2);
+    const gn_status status = gn_model_place_vector(m, &m->inv_freq, inv_freq, c->head_dim / 2, err);
+    if (status) return status;
     count(m, &m->embed);
     if (m->lm_head.data != m->embed.data) count(m, &m->lm_head);
     for (int i = 0; i < c->layers; i++) {
@@ -122,10 +166,10 @@ static void advance(loader *l, const gn_file_tensor *t) {
 }
 
 /* The tensor's data for typed access: in the mapping, or an aligned copy. */
-static gn_status place(loader *l, const gn_file_tensor *t, const void **data) {
+static gn_status find_data(loader *l, const gn_file_tensor *t, const void **data) {
     *data = t->data;
     if ((uintptr_t)t->data % gn_dtype_size(t->dtype) != 0) {
-        void *copy = gn_model_own(l->m, t->bytes);
+        void *copy = gn_model_own_host(l->m, t->bytes);
         if (!copy) return gn_fail(l->err, GN_ENOMEM, "out of memory for %s", t->name);
         memcpy(copy, t->data, t->bytes);
         *data = copy;
@@ -139,12 +183,13 @@ static gn_status load_norm(loader *l, const char *name, gn_tensor *out) {
     const int64_t n = l->m->config.hidden;
     const gn_status status = gn_model_find_weight(&t, l->m->file, l->m->dir, name, 1, n, 0, l->err);
     if (status) return status;
-    float *w = gn_model_own(l->m, (size_t)n * sizeof *w);
+    float *w = malloc((size_t)n * sizeof *w);
     if (!w) return gn_fail(l->err, GN_ENOMEM, "out of memory for %s", name);
     gn_widen(w, t->data, t->dtype, n);
-    *out = gn_tensor_1d(w, GN_F32, n);
+    const gn_status placed = gn_model_place_vector(l->m, out, w, n, l->err);
+    free(w);
     advance(l, t);
-    return GN_OK;
+    return placed;
 }
 
 static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
@@ -153,7 +198,8 @@ static gn_status load_plain(loader *l, const char *name, int64_t rows, int64_t c
         gn_model_find_weight(&t, l->m->file, l->m->dir, name, 2, rows, cols, l->err);
     if (status) return status;
     *w = (gn_matrix){.qtype = GN_Q_NONE, .dtype = t->dtype, .rows = rows, .cols = cols};
-    return place(l, t, &w->data);
+    const gn_status found = find_data(l, t, &w->data);
+    return found ? found : gn_model_place(l->m, w, l->err);
 }
 
 static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t cols, gn_matrix *w) {
@@ -169,42 +215,34 @@ static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t col
     *w = (gn_matrix){.qtype = b.qtype, .dtype = b.dtype, .rows = rows, .cols = cols};
     w->offset = b.offset;
     advance(l, b.state);
-    status = place(l, b.codes, &w->data);
-    if (!status) status = place(l, b.quant_map, (const void **)&w->code);
-    if (!status && !b.nested_absmax) return place(l, b.absmax, (const void **)&w->absmax);
-    if (!status) status = place(l, b.absmax, (const void **)&w->absmax_u8);
-    if (!status) status = place(l, b.nested_absmax, (const void **)&w->nested_absmax);
-    if (!status) status = place(l, b.nested_quant_map, (const void **)&w->nested_code);
-    return status;
+    status = find_data(l, b.codes, &w->data);
+    if (!status) status = find_data(l, b.quant_map, (const void **)&w->code);
+    if (!status)
+        status =
+            find_data(l, b.absmax,
+                      b.nested_absmax ? (const void **)&w->absmax_u8 : (const void **)&w->absmax);
+    if (!status && b.nested_absmax) {
+        status = find_data(l, b.nested_absmax, (const void **)&w->nested_absmax);
+        if (!status) status = find_data(l, b.nested_quant_map, (const void **)&w->nested_code);
+    }
+    return status ? status : gn_model_place(l->m, w, l->err);
 }
 
 static gn_status quantize(loader *l, const gn_file_tensor *t, gn_matrix *w) {
     const gn_qtype type = l->options.quant == GN_Q_NONE ? GN_Q_NF4 : l->options.quant;
     const bool nested = gn_qtype_is_4bit(type) && !l->options.no_double_quant;
-    const gn_quant_sizes size = gn_quant_sizes_of(type, nested, w->rows, w->cols);
     gn_model *m = l->m;
-    gn_quant_out out = {.data = gn_model_own(m, size.data)};
-    float *scratch = nested ? malloc(size.absmax) : NULL;
-    out.absmax = nested ? scratch : gn_model_own(m, size.absmax);
-    out.absmax_u8 = nested ? gn_model_own(m, size.absmax_u8) : NULL;
-    out.nested_absmax = nested ? gn_model_own(m, size.nested_absmax) : NULL;
+    const gn_matrix shape = *w;
+    void *memory =
+        gn_model_own(m, gn_quantize_place_bytes(m->ctx, type, nested, shape.rows, shape.cols));
     gn_error cause = {0};
-    gn_status status = GN_ENOMEM;
-    if (out.data && out.absmax && (!nested || (out.absmax_u8 && out.nested_absmax)))
-        status = gn_quantize(&out, type, t->data, t->dtype, w->rows, w->cols,
-                             gn_ctx_threads(m->ctx), &cause);
-    free(scratch);
+    const gn_status status = memory ? gn_quantize_place(m->ctx, w, type, nested, t->data, t->dtype,
+                                                        shape.rows, shape.cols, memory, &cause)
+                                    : GN_ENOMEM;
     if (status)
         return gn_fail(l->err, status, "%s: tensor %s: %s", t->path, t->name,
-                       status == GN_ENOMEM ? "out of memory" : cause.message);
-    m->quant = w->qtype = type;
-    w->data = out.data;
-    w->code = gn_qtype_is_4bit(type) ? gn_code_values(type) : NULL;
-    w->absmax = nested ? NULL : out.absmax;
-    w->absmax_u8 = out.absmax_u8;
-    w->nested_absmax = out.nested_absmax;
-    w->nested_code = gn_dynamic_map();
-    w->offset = out.offset;
+                       cause.status ? cause.message : gn_status_text(status));
+    m->quant = type;
     gn_file_tensor_release(t);
     advance(l, t);
     return GN_OK;

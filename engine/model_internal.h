@@ -7,8 +7,16 @@
 /* A zeroed model with its context open and room for its layers; gn_model_close frees it. */
 GN_CHECKED gn_status gn_model_new(gn_model **out, const char *dir, const gn_config *config,
                                   const gn_model_options *options, gn_error *err);
-/* Memory that lives as long as the model; NULL when there is none left. */
+/* Device memory that lives as long as the model; NULL when there is none left. */
 void *gn_model_own(gn_model *model, size_t bytes);
+/* The same in the host's reach, to be filled; where the device's memory is not, it lives until the
+ * next gn_model_place. */
+void *gn_model_own_host(gn_model *model, size_t bytes);
+/* Moves a weight made of host memory to the device, where it lives as long as the model. */
+GN_CHECKED gn_status gn_model_place(gn_model *model, gn_matrix *w, gn_error *err);
+/* The same for n floats. */
+GN_CHECKED gn_status gn_model_place_vector(gn_model *model, gn_tensor *out, const float *values,
+                                           int64_t n, gn_error *err);
 /* The weight `name` of a folder, a float tensor of the shape that config.json gives it: (rows), or
  * (rows, cols) when ndim is 2. `where` names the folder. */
 GN_CHECKED gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_tensor_file *file,

@@ -59,16 +59,10 @@ static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
     return GN_OK;
 }
 
-gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
-                        int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
-                        void *user) {
-    if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
+static gn_status run_chunks(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
+                            int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
+                            void *user) {
     gn_status status = GN_OK;
-    for (int32_t i = 0; !status && i < n; i++) {
-        if (ids[i] < 0 || ids[i] >= s->model->config.vocab) status = GN_EINVAL;
-    }
-    for (int32_t i = 0; !status && i < n_uses; i++)
-        status = gn_forward_reserve(s->forward, gn_adapter_max_rank(uses[i].adapter));
     for (int32_t at = 0, rows; !status && at < n; at += rows) {
         rows = n - at < CHUNK_ROWS ? n - at : CHUNK_ROWS;
         const int32_t row0[] = {0, rows}, pos0[] = {at}, use0[] = {0, n_uses};
@@ -80,6 +74,23 @@ gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_ad
         status = gn_forward_run(s->forward, &batch);
         if (!status) status = visit_rows(s, rows, at, on_row, user);
     }
+    return status;
+}
+
+gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
+                        int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
+                        void *user) {
+    if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= s->model->config.vocab) return GN_EINVAL;
+    gn_status status = GN_OK;
+    int32_t acquired = 0;
+    while (!status && acquired < n_uses) {
+        status = gn_forward_acquire(s->forward, uses[acquired].adapter);
+        if (!status) acquired++;
+    }
+    if (!status) status = run_chunks(s, ids, n, uses, n_uses, on_row, user);
+    while (acquired > 0) gn_forward_release(s->forward, uses[--acquired].adapter);
     return status;
 }
 

@@ -27,7 +27,7 @@ struct gn_sequence {
     int32_t rows;          /* in the step being planned */
 
     gn_adapter_use uses[GN_MAX_ADAPTERS];
-    int32_t n_uses;
+    int32_t n_uses, n_acquired; /* acquired from the forward pass, the first so many */
     gn_hash adapters; /* content of uses */
 
     gn_sampler *sampler;

@@ -4,6 +4,7 @@
  * ones. Values come out with a standard deviation of about 0.02. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "engine/model_internal.h"
@@ -65,7 +66,7 @@ static void fill_random(const gn_model *m, void *memory, size_t bytes, uint64_t 
 /* Uniform in +-0.035, a standard deviation of 0.02. */
 static gn_status random_plain(gn_model *m, gn_matrix *w, int64_t rows, int64_t cols, uint64_t seed,
                               gn_error *err) {
-    uint16_t *values = gn_model_own(m, (size_t)(rows * cols) * sizeof *values);
+    uint16_t *values = gn_model_own_host(m, (size_t)(rows * cols) * sizeof *values);
     if (!values) return gn_fail(err, GN_ENOMEM, "out of memory");
 #pragma omp parallel for schedule(static) num_threads(gn_ctx_threads(m->ctx))
     for (int64_t i = 0; i < rows * cols; i++)
@@ -73,22 +74,22 @@ static gn_status random_plain(gn_model *m, gn_matrix *w, int64_t rows, int64_t c
             ((float)(random_bits(seed + (uint64_t)i) >> 40) * 0x1p-24f - 0.5f) * 0.07f);
     *w = (gn_matrix){.qtype = GN_Q_NONE, .dtype = GN_BF16, .rows = rows, .cols = cols};
     w->data = values;
-    return GN_OK;
+    return gn_model_place(m, w, err);
 }
 
 /* Scales of 0.03 to 0.05; uniform NF4 codes have a deviation near half of one. */
 static gn_status random_scales(gn_model *m, gn_matrix *w, uint64_t seed, bool nest, gn_error *err) {
     const gn_quant_sizes size = gn_quant_sizes_of(GN_Q_NF4, nest, w->rows, w->cols);
     if (!nest) {
-        float *absmax = gn_model_own(m, size.absmax);
+        float *absmax = gn_model_own_host(m, size.absmax);
         if (!absmax) return gn_fail(err, GN_ENOMEM, "out of memory");
         for (size_t i = 0; i < size.absmax / sizeof *absmax; i++)
             absmax[i] = 0.03f + 0.02f * (float)(random_bits(seed + i) >> 40) * 0x1p-24f;
         w->absmax = absmax;
         return GN_OK;
     }
-    void *scales = gn_model_own(m, size.absmax_u8);
-    float *nested = gn_model_own(m, size.nested_absmax);
+    void *scales = gn_model_own_host(m, size.absmax_u8);
+    float *nested = gn_model_own_host(m, size.nested_absmax);
     if (!scales || !nested) return gn_fail(err, GN_ENOMEM, "out of memory");
     fill_random(m, scales, size.absmax_u8, seed);
     for (size_t i = 0; i < size.nested_absmax / sizeof *nested; i++) nested[i] = 0.01f;
@@ -102,21 +103,23 @@ static gn_status random_scales(gn_model *m, gn_matrix *w, uint64_t seed, bool ne
 static gn_status random_nf4(gn_model *m, gn_matrix *w, int64_t rows, int64_t cols, uint64_t seed,
                             bool nest, gn_error *err) {
     const size_t bytes = gn_quant_sizes_of(GN_Q_NF4, nest, rows, cols).data;
-    void *codes = gn_model_own(m, bytes);
+    void *codes = gn_model_own_host(m, bytes);
     if (!codes) return gn_fail(err, GN_ENOMEM, "out of memory");
     fill_random(m, codes, bytes, seed);
     *w = (gn_matrix){.qtype = GN_Q_NF4, .dtype = GN_BF16, .rows = rows, .cols = cols};
     w->data = codes;
     w->code = gn_code_values(GN_Q_NF4);
-    return random_scales(m, w, seed ^ 1ULL << 60, nest, err);
+    const gn_status status = random_scales(m, w, seed ^ 1ULL << 60, nest, err);
+    return status ? status : gn_model_place(m, w, err);
 }
 
 static gn_status ones(gn_model *m, gn_tensor *norm, gn_error *err) {
-    float *w = gn_model_own(m, (size_t)m->config.hidden * sizeof *w);
+    float *w = malloc((size_t)m->config.hidden * sizeof *w);
     if (!w) return gn_fail(err, GN_ENOMEM, "out of memory");
     for (int i = 0; i < m->config.hidden; i++) w[i] = 1.0f;
-    *norm = gn_tensor_1d(w, GN_F32, m->config.hidden);
-    return GN_OK;
+    const gn_status status = gn_model_place_vector(m, norm, w, m->config.hidden, err);
+    free(w);
+    return status;
 }
 
 static gn_status fill(gn_model *m, bool plain, bool nest, gn_error *err) {

@@ -79,7 +79,8 @@ static gn_status parse_device(const char *name, int *device, gn_error *err) {
         if (*end == 0 && n <= 1023) return GN_OK;
     }
     return gn_fail(err, GN_EINVAL,
-                   "unknown device \"%s\"; expected \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"", name);
+                   "unknown device \"%s\"; expected \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"",
+                   name);
 }
 
 static void open_cpu(gn_ctx *ctx, const gn_ctx_options *options) {

@@ -183,8 +183,7 @@ gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_te
 gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
                         const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
                         gn_kv *kv) {
-    if (!ctx || !is_activation(ctx, q, 3) || !is_activation(ctx, k, 3) ||
-        !is_activation(ctx, v, 3))
+    if (!ctx || !is_activation(ctx, q, 3) || !is_activation(ctx, k, 3) || !is_activation(ctx, v, 3))
         return GN_EINVAL;
     const int64_t T = q->shape[0], kv_heads = k->shape[1], D = q->shape[2];
     if (k->shape[0] != T || k->shape[2] != D || v->shape[0] != T || v->shape[1] != kv_heads ||

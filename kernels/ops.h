@@ -130,14 +130,15 @@ GN_CHECKED gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin,
                                    const gn_tensor *inv_freq, const gn_seqs *seqs);
 
 /* Rotates q (T, heads, head_dim) in place and k (T, kv_heads, head_dim) on its way into the
- * cache, with halves paired (x_i, x_{i+D/2}); stores v (T, kv_heads, head_dim) beside it. All activations. */
+ * cache, with halves paired (x_i, x_{i+D/2}); stores v (T, kv_heads, head_dim) beside it. All
+ * activations. */
 GN_CHECKED gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k,
                                    const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
                                    const gn_seqs *seqs, gn_kv *kv);
 
 /* Causal attention of each row over its sequence's cache, up to and including its own
- * position. q, y: (T, heads, head_dim) activations; heads is a multiple of kv_heads (GQA). Scores are
- * scaled by 1/sqrt(head_dim). */
+ * position. q, y: (T, heads, head_dim) activations; heads is a multiple of kv_heads (GQA). Scores
+ * are scaled by 1/sqrt(head_dim). */
 GN_CHECKED gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
                                   const gn_seqs *seqs);
 /* Working memory for sequences of up to `context` tokens. */

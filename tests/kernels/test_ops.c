@@ -150,10 +150,14 @@ static void make_calls(calls *c) { /* T 4, K 64, N 64; 2 heads of 2 on 1 kv head
         c->pairs[i] = (gn_lora_pair){2, 1.0f, gn_tensor_2d(c->a, GN_F32, 2, 64),
                                      gn_tensor_2d(c->b, GN_F32, 64, 2)};
     c->lora = (gn_lora){.row0 = 1, .rows = 3, .scale = 1.0f, .pairs = c->pairs};
-    c->args = (gn_linear_args){.x = c->tx, .norm = &c->tw, .epilogue = GN_SWIGLU, .lora = &c->lora, .n_lora = 1, .n_parts = 2};
+    c->args = (gn_linear_args){.x = c->tx,
+                               .norm = &c->tw,
+                               .epilogue = GN_SWIGLU,
+                               .lora = &c->lora,
+                               .n_lora = 1,
+                               .n_parts = 2};
     for (int i = 0; i < 2; i++)
-        c->args.part[i] =
-            (struct gn_linear_part){gn_tensor_2d(c->y[i], GN_F32, 4, 64), &c->m[i]};
+        c->args.part[i] = (struct gn_linear_part){gn_tensor_2d(c->y[i], GN_F32, 4, 64), &c->m[i]};
     c->row0[1] = 4;
     c->pos0[0] = 3;
     for (int i = 0; i < 4; i++) c->blocks[i] = 3 - i;
@@ -246,13 +250,13 @@ static gn_status attention(calls *c) {
     X(linear, c->lora.rows = -1)                                                                   \
     X(linear, c->lora.rows = 4)                                                                    \
     X(linear, c->lora.row0 = INT32_MAX)                                                            \
-    X(linear, c->pairs[1].a.shape[1] = 63)                                                             \
-    X(linear, c->pairs[0].rank = -1)                                      \
-    X(linear, c->pairs[1].a.shape[0] = 1)                                                              \
-    X(linear, c->pairs[1].b.shape[0] = 63)                                                             \
-    X(linear, c->pairs[1].a.dtype = GN_BF16)                                                           \
-    X(linear, c->pairs[1].a.dtype = c->pairs[1].b.dtype = GN_F16)                                          \
-    X(linear, c->pairs[1].b.data = NULL)                                                               \
+    X(linear, c->pairs[1].a.shape[1] = 63)                                                         \
+    X(linear, c->pairs[0].rank = -1)                                                               \
+    X(linear, c->pairs[1].a.shape[0] = 1)                                                          \
+    X(linear, c->pairs[1].b.shape[0] = 63)                                                         \
+    X(linear, c->pairs[1].a.dtype = GN_BF16)                                                       \
+    X(linear, c->pairs[1].a.dtype = c->pairs[1].b.dtype = GN_F16)                                  \
+    X(linear, c->pairs[1].b.data = NULL)                                                           \
     X(rope_table, c->tc.shape[1] = 2)                                                              \
     X(rope_table, c->ts.shape[0] = 3)                                                              \
     X(rope_table, c->tf.shape[0] = 2)                                                              \
