@@ -10,6 +10,7 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -lineinfo")
 file(GLOB CUDA_SOURCES CONFIGURE_DEPENDS kernels/cuda/*.cu)
 target_sources(gn_kernels PRIVATE ${CUDA_SOURCES})
+set_target_properties(gn_kernels PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 set_source_files_properties(kernels/no_cuda.c PROPERTIES HEADER_FILE_ONLY ON)
 target_compile_options(gn_kernels PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Werror --threads=2>)

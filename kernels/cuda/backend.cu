@@ -110,9 +110,12 @@ static gn_status open_parts(struct gn_cuda *cuda) {
 gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
-    if (error != cudaSuccess)
+    if (error != cudaSuccess) {
+        int driver = 0;
+        const bool missing = cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0;
         return gn_fail(err, GN_EDEVICE, "device cuda:%d: %s; use \"cpu\" or \"auto\"", index,
-                       cudaGetErrorString(error));
+                       missing ? "this machine has no NVIDIA driver" : cudaGetErrorString(error));
+    }
     if (index >= count)
         return gn_fail(err, GN_EDEVICE, "device cuda:%d: this machine has %d GPU%s, from cuda:0 on",
                        index, count, count == 1 ? "" : "s");
