@@ -13,6 +13,7 @@
 
 #include "engine/adapter_memory.h"
 #include "engine/hash.h"
+#include "kernels/decoder.h"
 
 struct gn_forward {
     gn_model *model;
@@ -22,6 +23,7 @@ struct gn_forward {
     gn_tensor cos, sin;      /* (max_rows, head_dim/2) */
     gn_tensor last, logits;  /* (max_logits, hidden), (max_logits, vocab) */
     gn_kv *kv;               /* one a layer */
+    gn_decoder *decoder;     /* NULL: this device has none */
     float *host_logits;      /* (max_logits, vocab), where the device's are out of reach */
     gn_adapter_memory *adapters;
     gn_lora *terms; /* (max_terms) */
@@ -117,6 +119,25 @@ void gn_forward_release(gn_forward *f, const gn_adapter *adapter) {
     gn_adapter_memory_release(f->adapters, adapter);
 }
 
+/* All layers at once, where the device can. */
+static gn_status open_decoder(gn_forward *f) {
+    const gn_config *c = &f->model->config;
+    gn_decoder_layer *layers = calloc((size_t)c->layers, sizeof *layers);
+    if (!layers) return GN_ENOMEM;
+    for (int i = 0; i < c->layers; i++) {
+        const gn_layer *layer = &f->model->layers[i];
+        const gn_matrix *w = layer->proj;
+        layers[i] = (gn_decoder_layer){&layer->attn_norm, &layer->mlp_norm, &w[GN_Q],  &w[GN_K],
+                                       &w[GN_V],          &w[GN_O],         &w[GN_GATE], &w[GN_UP],
+                                       &w[GN_DOWN],       &f->kv[i]};
+    }
+    const gn_decoder_options options = {layers, c->layers, c->heads, c->kv_heads, c->head_dim,
+                                        c->rms_eps};
+    const gn_status status = gn_decoder_open(&f->decoder, f->model->ctx, &options);
+    free(layers);
+    return status == GN_EUNSUPPORTED ? GN_OK : status;
+}
+
 static gn_status open_parts(gn_forward *f) {
     gn_ctx *ctx = f->model->ctx;
     const gn_stage_limits limits = {
@@ -130,6 +151,7 @@ static gn_status open_parts(gn_forward *f) {
     gn_status status = reserve(f, 1);
     if (!status) status = gn_stage_reserve(ctx, &limits);
     if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
+    if (!status) status = open_decoder(f);
     return status;
 }
 
@@ -162,6 +184,7 @@ void gn_forward_close(gn_forward *f) {
         gn_ctx_free(ctx, f->kv[i].k.data);
         gn_ctx_free(ctx, f->kv[i].v.data);
     }
+    gn_decoder_close(f->decoder);
     gn_adapter_memory_close(f->adapters);
     free(f->host_logits);
     free(f->kv);
@@ -245,6 +268,11 @@ static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
     return status;
 }
 
+/* One token of each sequence. */
+static bool is_decoding(const gn_batch *b) {
+    return b->rows == b->seqs.n;
+}
+
 typedef struct pass {
     gn_forward *f;
     const gn_batch *batch;
@@ -258,14 +286,12 @@ static gn_status run_layers(void *arg) {
     gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids);
     if (status == GN_OK)
         status = gn_rope_table(f->model->ctx, &cos, &sin, &f->model->inv_freq, &b->seqs);
+    if (status == GN_OK && f->decoder && is_decoding(b) && b->rows <= GN_DECODER_MAX_ROWS &&
+        f->n_terms == 0)
+        return gn_decoder_run(f->decoder, &x, &cos, &sin, &b->seqs);
     for (int i = 0; status == GN_OK && i < f->model->config.layers; i++)
         status = run_layer(f, b, i);
     return status;
-}
-
-/* One token of each sequence. */
-static bool is_decoding(const gn_batch *b) {
-    return b->rows == b->seqs.n;
 }
 
 /* All that decides what a step of decoding launches: how many rows and terms, of which ranks, and

@@ -1,5 +1,6 @@
 /* no_cuda.c - stands in for kernels/cuda in a build without nvcc. */
 #include "backend.h"
+#include "decoder.h"
 #include "sample.h"
 
 gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err) {
@@ -33,4 +34,19 @@ gn_status gn_cuda_sampler_wait(gn_cuda_sampler *s, const gn_sampled **results) {
 const int32_t *gn_cuda_sampler_ids(const gn_cuda_sampler *s) {
     (void)s;
     return NULL;
+}
+
+gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
+    (void)out, (void)ctx, (void)options;
+    return GN_EUNSUPPORTED;
+}
+
+void gn_cuda_decoder_close(gn_decoder *d) {
+    (void)d;
+}
+
+gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
+                              const gn_tensor *sin, const gn_seqs *seqs) {
+    (void)d, (void)x, (void)cos, (void)sin, (void)seqs;
+    return GN_EUNSUPPORTED;
 }

@@ -1,0 +1,562 @@
+/* decoder.cu - a step of decoding, through all layers, as one kernel.
+ *
+ * Decoding is bound by reading the weights once, so nothing may interrupt the reading. A layer is
+ * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
+ * five launches, each would begin and end with some microseconds in which no weights come. Here
+ * one block an SM stays for all of them and meets the others at a barrier in global memory, while
+ * the first weights of what comes next are on their way into shared memory already.
+ *
+ *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
+ *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
+ *     part of x in registers, as the mma's B operand: tokens are the mma's columns, of which there
+ *     are 8 (NT = 1) or 16; unused ones are zero and cost nothing.
+ *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way (cp.async),
+ *     150 KiB an SM, enough to span a barrier.
+ *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
+ *     lane has a copy in its own bank. Entries are 256 bytes apart: the address is then (byte << 8 |
+ *     4 lane), which one byte permutation makes. A block's scale multiplies its float32 sums.
+ *   - Warps' sums meet in shared memory in a fixed order; RMSNorm's factor, one number a row of x,
+ *     is applied there; rotation and the cache, SwiGLU, or the residual addition follow.
+ *
+ * Blocks wait for each other, so all must be resident: one an SM, and nothing else that stays. */
+#include "decoder.cuh"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "decoder_attention.cuh"
+
+/* ---- x ---- */
+
+static __device__ __forceinline__ uint32_t pack_squared(float low, float high, float2 weight,
+                                                        float *squares) {
+    *squares += low * low + high * high;
+    return pack_bf16(low * weight.x, high * weight.y);
+}
+
+/* 8 columns of a row: times the norm's weights, and the sum of their squares. */
+static __device__ __forceinline__ uint4 scale_columns(uint4 a, uint4 b, const float4 weight[2],
+                                                      float *squares) {
+    uint4 v;
+    v.x = pack_squared(__uint_as_float(a.x), __uint_as_float(a.y),
+                       make_float2(weight[0].x, weight[0].y), squares);
+    v.y = pack_squared(__uint_as_float(a.z), __uint_as_float(a.w),
+                       make_float2(weight[0].z, weight[0].w), squares);
+    v.z = pack_squared(__uint_as_float(b.x), __uint_as_float(b.y),
+                       make_float2(weight[1].x, weight[1].y), squares);
+    v.w = pack_squared(__uint_as_float(b.z), __uint_as_float(b.w),
+                       make_float2(weight[1].z, weight[1].w), squares);
+    return v;
+}
+
+static __device__ __forceinline__ uint4 pack_columns(const float y[8]) {
+    return make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
+                      pack_bf16(y[6], y[7]));
+}
+
+/* The warp's n blocks of columns from `block` on, for all rows: into the B operands' registers, 8
+ * columns a lane at first, then through the warp's scratch to the lanes that multiply them. Row t's
+ * squares are added to squares[t] of the warp. */
+template <int NT>
+static __device__ __forceinline__ void load_x(uint32_t x[NT][UNITS][8], const struct program &p,
+                                              const struct phase &ph, int block, int n,
+                                              float *squares, int warp, int lane) {
+    enum { AT_ONCE = 4 };
+    const int g = lane / 4, c = lane % 4, col = block * GN_BLOCK + lane * 8;
+    const bool has_columns = lane * 8 < n * GN_BLOCK;
+    uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
+    float4 weight[2] = {};
+    if (ph.norm && has_columns) {
+        weight[0] = __ldg((const float4 *)(ph.norm + col));
+        weight[1] = __ldg((const float4 *)(ph.norm + col) + 1);
+    }
+#pragma unroll
+    for (int t0 = 0; t0 < 8 * NT; t0 += AT_ONCE) {
+        if (t0 >= p.T) break;
+        uint4 a[AT_ONCE] = {}, b[AT_ONCE] = {};
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int t = t0 + i;
+            if (t >= p.T || !has_columns || ph.x_is_attention) continue;
+            if (ph.norm) {
+                a[i] = load_fresh16(p.x + t * p.x_ld + col);
+                b[i] = load_fresh16(p.x + t * p.x_ld + col + 4);
+            } else {
+                a[i] = load_fresh16(p.h + (int64_t)t * p.intermediate + col);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int t = t0 + i;
+            if (t >= p.T) break;
+            if (ph.norm) {
+                float sum = 0.0f;
+                a[i] = scale_columns(a[i], b[i], weight, &sum);
+                sum = warp_sum(sum);
+                if (squares && lane == 0) squares[t] += sum;
+            } else if (ph.x_is_attention && has_columns) {
+                float y[8];
+                read_attention(y, p, t, col);
+                a[i] = pack_columns(y);
+            }
+            __syncwarp();
+            *(uint4 *)(scratch + lane * 16) = a[i];
+            __syncwarp();
+            if (g != t % 8) continue;
+#pragma unroll
+            for (int j = 0; j < UNITS; j++) {
+                const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + c * 32);
+                const uint4 low = from[0], high = from[1];
+                uint32_t *to = x[t0 / 8][j];
+                to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+                to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+            }
+        }
+    }
+}
+
+/* ---- the product ---- */
+
+/* The table, and what decodes scales. Lanes' copies are written 16 bytes at a time, turned by the
+ * entry so that a warp's stores do not meet in a bank. */
+static __device__ void fill_tables(const struct program &p) {
+    const int entry = (int)threadIdx.x / 2, half = (int)threadIdx.x % 2;
+    const uint32_t pair = pack_bf16(__ldg(p.code + entry / 16), __ldg(p.code + entry % 16));
+    for (int i = 0; i < 4; i++)
+        *(uint4 *)(shared + entry * ENTRY_BYTES + half * 64 + (i + entry) % 4 * 16) =
+            make_uint4(pair, pair, pair, pair);
+    if (p.nested_code && threadIdx.x < 256)
+        ((float *)(shared + NESTED_AT))[threadIdx.x] = __ldg(p.nested_code + threadIdx.x);
+}
+
+static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t lane4) {
+    return *(const uint32_t *)(shared + __byte_perm(word, lane4, 0x5504 | byte << 4));
+}
+
+/* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c. */
+static __device__ __forceinline__ float scale_of(const struct program &p, const uint8_t *stage,
+                                                 int h, float offset, int lane) {
+    const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
+    const float *floats = (const float *)(stage + STAGE_ABSMAX);
+    if (!p.nested_code) return floats[at];
+    const float *nested = (const float *)(shared + NESTED_AT);
+    return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]), offset);
+}
+
+/* acc += block j of a step. */
+template <int NT>
+static __device__ __forceinline__ void multiply_unit(float acc[NT][4],
+                                                     const uint32_t x[NT][UNITS][8],
+                                                     const uint8_t *stage, int j,
+                                                     const float scale[2], int lane) {
+    const uint8_t *at = stage + j * GN_CUDA_TILE_BYTES + lane * 8;
+    const uint2 top = *(const uint2 *)at,
+                bottom = *(const uint2 *)(at + UNITS * GN_CUDA_TILE_BYTES);
+    const uint32_t lane4 = lane * 4;
+    float sum[NT][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const uint32_t up = k < 2 ? top.x : top.y, down = k < 2 ? bottom.x : bottom.y;
+        const int byte = k % 2 * 2;
+        const uint32_t a[4] = {look_up(up, byte, lane4), look_up(down, byte, lane4),
+                               look_up(up, byte + 1, lane4), look_up(down, byte + 1, lane4)};
+#pragma unroll
+        for (int n = 0; n < NT; n++) mma_bf16(sum[n], a, &x[n][j][2 * k]);
+    }
+    const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
+                s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[n][i] += (i < 2 ? s0 : s1) * sum[n][i];
+}
+
+/* A warp's sums of a group, (GROUP_ROWS, T), in the gaps. */
+static __device__ __forceinline__ float *sum_at(const struct program &p, int group, int warp, int at) {
+    return gap((group * WARPS + warp) * GROUP_ROWS * p.T + at);
+}
+
+template <int NT>
+static __device__ __forceinline__ void leave_sums(const struct program &p, const float acc[NT][4],
+                                                  int group, bool add, int warp, int lane) {
+    const int g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int t = 8 * n + 2 * c + i % 2, row = g + i / 2 * GN_CUDA_TILE_ROWS;
+            if (t >= p.T) continue;
+            float *to = sum_at(p, group, warp, row * p.T + t);
+            *to = add ? *to + acc[n][i] : acc[n][i];
+        }
+}
+
+static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += *sum_at(p, group, w, row * p.T + t);
+    return sum;
+}
+
+/* RMSNorm's factor of a row. */
+static __device__ __forceinline__ float factor_of(const struct program &p, const struct phase &ph,
+                                                  int t) {
+    if (!ph.norm) return 1.0f;
+    const float *squares = (const float *)(shared + SQUARES_AT);
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += squares[w * MAX_T + t];
+    return rsqrtf(sum / (float)p.hidden + p.eps);
+}
+
+/* Rows j and j + D/2 of a head: q rotated, k rotated into the cache, v into the cache. */
+static __device__ __forceinline__ void finish_heads(const struct program &p, const struct phase &ph,
+                                                    int group, int row, int t, float low,
+                                                    float high) {
+    const struct pair pair = pair_of(p, ph, group);
+    const int tiles = p.D / GN_CUDA_TILE_ROWS, half = p.D / 2;
+    const int head = pair.tile[0] / tiles, j = pair.tile[0] % tiles * GN_CUDA_TILE_ROWS + row;
+    if (pair.w[0] < 2) {
+        const float c = p.cosines[t * p.cos_ld + j], s = p.sines[t * p.sin_ld + j], x = low;
+        low = x * c - high * s;
+        high = high * c + x * s;
+    }
+    bf16 *to = p.q + ((int64_t)t * p.heads + head) * p.D;
+    if (pair.w[0] > 0) {
+        const int position = p.batch.row_pos[t];
+        const int64_t block =
+            p.batch.blocks[p.batch.row_seq[t] * (int64_t)p.max_blocks + position / TOKENS];
+        to = pair.w[0] == 1 ? ph.keys + block * p.k_ld : ph.values + block * p.v_ld;
+        to += (head * TOKENS + position % TOKENS) * p.D;
+    }
+    to[j] = __float2bfloat16(low);
+    to[j + half] = __float2bfloat16(high);
+}
+
+/* Results of groups first ... first + n - 1, whose sums are in the gaps. */
+static __device__ __forceinline__ void finish(const struct program &p, const struct phase &ph,
+                                              int first, int n) {
+    const int rows = ph.kind == ADD ? GROUP_ROWS : GN_CUDA_TILE_ROWS;
+    for (int i = threadIdx.x; i < n * rows * p.T; i += THREADS) {
+        const int row = i % rows, t = i / rows % p.T, group = i / rows / p.T;
+        const float factor = factor_of(p, ph, t), v = total(p, group, row, t) * factor;
+        if (ph.kind == ADD) {
+            float *x = p.x + t * p.x_ld + (first + group) * GROUP_ROWS + row;
+            *x = __ldcg(x) + v;
+            continue;
+        }
+        const float other = total(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
+        if (ph.kind == SWIGLU)
+            p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
+                __float2bfloat16(v / (1.0f + __expf(-v)) * other);
+        else
+            finish_heads(p, ph, first + group, row, t, v, other);
+    }
+}
+
+/* Steps done so far, which says where the next one is. */
+static __device__ __forceinline__ uint8_t *stage_of(uint32_t steps, int warp) {
+    return shared + STAGES_AT + (warp * STAGES + steps % STAGES) * STAGE_BYTES;
+}
+
+/* One step: multiplies it, and asks for another in its place. */
+template <int NT>
+static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_t x[NT][UNITS][8],
+                                                 const struct program &p, const struct phase &ph,
+                                                 int group, int n, struct cursor *cur,
+                                                 uint32_t *steps, int warp, int lane) {
+    await_step();
+    uint8_t *stage = stage_of(*steps, warp);
+    const struct pair pair = pair_of(p, ph, group);
+    const float scale[2] = {scale_of(p, stage, 0, ph.w[pair.w[0]].offset, lane),
+                            scale_of(p, stage, 1, ph.w[pair.w[1]].offset, lane)};
+    if (n == UNITS) {
+#pragma unroll
+        for (int j = 0; j < UNITS; j++) multiply_unit<NT>(acc, x, stage, j, scale, lane);
+    } else {
+#pragma unroll
+        for (int j = 0; j < UNITS - 1; j++)
+            if (j < n) multiply_unit<NT>(acc, x, stage, j, scale, lane);
+    }
+    __syncwarp();
+    load_step(cur, p, stage, warp, lane);
+    ++*steps;
+}
+
+template <int NT>
+static __device__ __forceinline__ void multiply(const struct program &p, const struct phase &ph,
+                                                struct cursor *cur, uint32_t *steps, int warp,
+                                                int lane) {
+    const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
+    float *squares = (float *)(shared + SQUARES_AT) + warp * MAX_T;
+    uint32_t x[NT][UNITS][8] = {};
+    if (lane < MAX_T) squares[lane] = 0.0f;
+    __syncwarp();
+    for (int begin = groups.begin; begin < groups.end; begin += batch_groups(p.T)) {
+        const int end = min(begin + batch_groups(p.T), groups.end);
+        const bool is_first = begin == groups.begin, once = blocks.end - blocks.begin <= UNITS;
+        for (int block = blocks.begin; block < blocks.end; block += UNITS) {
+            const int n = min(UNITS, blocks.end - block);
+            if (is_first || !once)
+                load_x<NT>(x, p, ph, block, n, is_first ? squares : NULL, warp, lane);
+#pragma unroll 1
+            for (int group = begin; group < end; group++) {
+                float acc[NT][4] = {};
+                take_step<NT>(acc, x, p, ph, group, n, cur, steps, warp, lane);
+                leave_sums<NT>(p, acc, group - begin, block > blocks.begin, warp, lane);
+            }
+        }
+        if (blocks.begin == blocks.end) {
+            const float none[NT][4] = {};
+            for (int group = begin; group < end; group++)
+                leave_sums<NT>(p, none, group - begin, false, warp, lane);
+        }
+        __syncthreads();
+        finish(p, ph, begin, end - begin);
+        __syncthreads();
+    }
+}
+
+/* ---- the grid ---- */
+
+/* Everything that all blocks wrote before is to be seen after. `meetings`: of the program so far,
+ * with this one. */
+static __device__ __forceinline__ void meet(const struct program &p, uint32_t meetings) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(&p.sync[0], 1u);
+        while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {}
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+/* The last block to leave makes the counters ready for the next program. */
+static __device__ __forceinline__ void leave(const struct program &p) {
+    if (threadIdx.x != 0 || atomicAdd(&p.sync[1], 1u) != gridDim.x - 1) return;
+    p.sync[0] = p.sync[1] = 0;
+}
+
+template <int NT>
+static __global__ void __launch_bounds__(THREADS, 1)
+    decoder_kernel(const __grid_constant__ struct program p) {
+    pdl_trigger();
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
+    struct phase *current = (struct phase *)(shared + PHASES_AT);
+    struct cursor cur;
+    uint32_t steps = 0;
+    enter(&cur, p, 0, warp, lane);
+    for (int i = 0; i < STAGES; i++) load_step(&cur, p, stage_of(i, warp), warp, lane);
+    fill_tables(p);
+    if (warp == 0) copy_phase(&current[0], p.phases, lane);
+    __syncthreads();
+    pdl_wait();
+#pragma unroll 1
+    for (int i = 0; i < p.n_phases; i++) {
+        const struct phase &ph = current[i % 2];
+        if (warp == 0 && i + 1 < p.n_phases)
+            copy_phase(&current[(i + 1) % 2], p.phases + i + 1, lane);
+        if (i > 0) meet(p, (uint32_t)i);
+        if (ph.kind != ATTEND)
+            multiply<NT>(p, ph, &cur, &steps, warp, lane);
+        else if (p.D <= 64)
+            attend<64>(p, ph, warp, lane);
+        else
+            attend<128>(p, ph, warp, lane);
+    }
+    leave(p);
+}
+
+/* ---- the host's part ---- */
+
+struct gn_decoder {
+    gn_ctx *ctx;
+    struct program program; /* but for what a call brings */
+    void *phases;
+};
+
+static struct weight weight_of(const gn_matrix *m) {
+    struct weight w = {};
+    w.tiles = (const uint8_t *)m->data;
+    w.scales = m->absmax_u8 ? m->absmax_u8 : (const uint8_t *)m->absmax;
+    w.nested_absmax = m->nested_absmax;
+    w.offset = m->offset;
+    w.rows = (int)m->rows;
+    return w;
+}
+
+enum { LAYER_PHASES = 5, PROJECTIONS = 7 };
+
+static void list_weights(const gn_matrix *w[PROJECTIONS], const gn_decoder_layer *layer) {
+    const gn_matrix *all[] = {layer->q,    layer->k,  layer->v,   layer->o,
+                              layer->gate, layer->up, layer->down};
+    memcpy(w, all, sizeof all);
+}
+
+static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *layer) {
+    const gn_matrix *w[PROJECTIONS];
+    list_weights(w, layer);
+    memset(ph, 0, LAYER_PHASES * sizeof *ph);
+    for (int i = 0; i < LAYER_PHASES; i++) {
+        ph[i].keys = (bf16 *)layer->kv->k.data;
+        ph[i].values = (bf16 *)layer->kv->v.data;
+    }
+    ph[0].kind = QKV;
+    ph[0].norm = (const float *)layer->attn_norm->data;
+    for (int i = 0; i < 3; i++) ph[0].w[i] = weight_of(w[i]);
+    ph[0].groups = (int)((w[0]->rows + w[1]->rows + w[2]->rows) / GROUP_ROWS);
+    ph[0].blocks = (int)(w[0]->cols / GN_BLOCK);
+    ph[1].kind = ATTEND;
+    ph[2].kind = ADD;
+    ph[2].w[0] = weight_of(layer->o);
+    ph[2].groups = (int)(layer->o->rows / GROUP_ROWS);
+    ph[2].blocks = (int)(layer->o->cols / GN_BLOCK);
+    ph[2].x_is_attention = true;
+    ph[3].kind = SWIGLU;
+    ph[3].norm = (const float *)layer->mlp_norm->data;
+    ph[3].w[0] = weight_of(layer->gate);
+    ph[3].w[1] = weight_of(layer->up);
+    ph[3].groups = (int)(layer->gate->rows / GN_CUDA_TILE_ROWS);
+    ph[3].blocks = (int)(layer->gate->cols / GN_BLOCK);
+    ph[4].kind = ADD;
+    ph[4].w[0] = weight_of(layer->down);
+    ph[4].groups = (int)(layer->down->rows / GROUP_ROWS);
+    ph[4].blocks = (int)(layer->down->cols / GN_BLOCK);
+}
+
+/* Whether two device arrays hold the same floats; a failure to read them counts as no. */
+static bool same_floats(gn_ctx *ctx, const float *a, const float *b, int n) {
+    float values[2][256];
+    if (a == b) return true;
+    return a && b && gn_ctx_read(ctx, values[0], a, (size_t)n * sizeof *a) == GN_OK &&
+           gn_ctx_read(ctx, values[1], b, (size_t)n * sizeof *b) == GN_OK &&
+           memcmp(values[0], values[1], (size_t)n * sizeof *a) == 0;
+}
+
+static bool is_weight(gn_ctx *ctx, const gn_matrix *m, const gn_matrix *like) {
+    return gn_cuda_is_tiled(m) && m->rows % GROUP_ROWS == 0 && !m->absmax_u8 == !like->absmax_u8 &&
+           same_floats(ctx, m->code, like->code, 16) &&
+           same_floats(ctx, m->nested_code, like->nested_code, 256);
+}
+
+static bool is_layer(gn_ctx *ctx, const gn_decoder_layer *layer, const gn_decoder_layer *first,
+                     int D) {
+    const gn_matrix *w[PROJECTIONS];
+    list_weights(w, layer);
+    for (int i = 0; i < PROJECTIONS; i++)
+        if (!is_weight(ctx, w[i], first->q)) return false;
+    const gn_kv *kv = layer->kv;
+    return kv->k.dtype == GN_BF16 && kv->v.dtype == GN_BF16 && kv->k.shape[2] == TOKENS &&
+           kv->k.shape[3] == D && kv->k.ld == first->kv->k.ld && kv->v.ld == first->kv->v.ld &&
+           kv->k.ld % 8 == 0 && kv->v.ld % 8 == 0;
+}
+
+static bool is_supported(gn_ctx *ctx, const gn_decoder_options *o) {
+    const int D = o->head_dim;
+    if (!ctx->cuda || ctx->compute != GN_BF16 || ctx->cuda->shared_limit < SHARED_BYTES ||
+        (D != 64 && D != 80 && D != 96 && D != 128))
+        return false;
+    for (int i = 0; i < o->n_layers; i++)
+        if (!is_layer(ctx, &o->layers[i], &o->layers[0], D)) return false;
+    return true;
+}
+
+static int max_splits(const gn_ctx *ctx, const gn_decoder_options *o, int T) {
+    enum { MOST = 4 }; /* each is read by every block */
+    const int group = o->heads / o->kv_heads;
+    const int units = T * o->kv_heads * ((group + QUERIES - 1) / QUERIES);
+    const int splits = ctx->cuda->sms / units;
+    return splits < 1 ? 1 : splits > MOST ? MOST : splits;
+}
+
+static size_t partial_bytes(const gn_ctx *ctx, const gn_decoder_options *o) {
+    size_t most = 0;
+    for (int T = 1; T <= MAX_T; T++) {
+        const size_t n = (size_t)(T * max_splits(ctx, o, T));
+        if (n > most) most = n;
+    }
+    return most * (size_t)(o->heads * (o->head_dim + 4)) * sizeof(float);
+}
+
+static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
+    *out = gn_ctx_alloc(ctx, bytes);
+    return *out ? GN_OK : GN_ENOMEM;
+}
+
+static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
+    const gn_decoder_layer *first = &o->layers[0];
+    struct program *p = &d->program;
+    p->n_phases = o->n_layers * LAYER_PHASES;
+    p->heads = o->heads;
+    p->kv_heads = o->kv_heads;
+    p->D = o->head_dim;
+    p->hidden = (int)first->q->cols;
+    p->intermediate = (int)first->gate->rows;
+    p->eps = o->eps;
+    p->k_ld = first->kv->k.ld;
+    p->v_ld = first->kv->v.ld;
+    p->code = first->q->code;
+    p->nested_code = first->q->absmax_u8 ? first->q->nested_code : NULL;
+    const uint32_t zeros[2] = {0, 0};
+    const size_t rows = MAX_T, bytes = (size_t)p->n_phases * sizeof(struct phase);
+    gn_status status =
+        allocate((void **)&p->q, d->ctx, rows * (size_t)(p->heads * p->D) * sizeof *p->q);
+    if (!status)
+        status = allocate((void **)&p->h, d->ctx, rows * (size_t)p->intermediate * sizeof *p->h);
+    if (!status) status = allocate((void **)&p->partials, d->ctx, partial_bytes(d->ctx, o));
+    if (!status) status = allocate((void **)&p->sync, d->ctx, sizeof zeros);
+    if (!status) status = allocate(&d->phases, d->ctx, bytes);
+    if (status) return status;
+    p->phases = (const struct phase *)d->phases;
+    struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
+    if (!phases) return GN_ENOMEM;
+    for (int i = 0; i < o->n_layers; i++) plan_layer(phases + i * LAYER_PHASES, &o->layers[i]);
+    status = gn_ctx_write(d->ctx, d->phases, phases, bytes);
+    if (!status) status = gn_ctx_write(d->ctx, p->sync, zeros, sizeof zeros);
+    free(phases);
+    return status;
+}
+
+gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
+    if (!is_supported(ctx, options) ||
+        cudaFuncSetAttribute(decoder_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             SHARED_BYTES) != cudaSuccess ||
+        cudaFuncSetAttribute(decoder_kernel<2>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             SHARED_BYTES) != cudaSuccess)
+        return GN_EUNSUPPORTED;
+    gn_decoder *d = (gn_decoder *)calloc(1, sizeof *d);
+    if (!d) return GN_ENOMEM;
+    d->ctx = ctx;
+    const gn_status status = open_program(d, options);
+    if (status)
+        gn_cuda_decoder_close(d);
+    else
+        *out = d;
+    return status;
+}
+
+void gn_cuda_decoder_close(gn_decoder *d) {
+    if (!d) return;
+    void *memory[] = {d->program.q, d->program.h, d->program.partials, d->program.sync, d->phases};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) gn_ctx_free(d->ctx, memory[i]);
+    free(d);
+}
+
+gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
+                              const gn_tensor *sin, const gn_seqs *seqs) {
+    struct program p = d->program;
+    p.T = (int)x->shape[0];
+    p.x = (float *)x->data;
+    p.x_ld = x->ld;
+    p.cosines = (const float *)cos->data;
+    p.sines = (const float *)sin->data;
+    p.cos_ld = cos->ld;
+    p.sin_ld = sin->ld;
+    p.max_blocks = seqs->max_blocks;
+    p.batch = d->ctx->cuda->batch;
+    const gn_decoder_options shape = {NULL, 0, p.heads, p.kv_heads, p.D, p.eps};
+    p.splits = max_splits(d->ctx, &shape, p.T);
+    return launch(d->ctx, p.T <= 8 ? decoder_kernel<1> : decoder_kernel<2>,
+                  dim3((unsigned)d->ctx->cuda->sms), dim3(THREADS), SHARED_BYTES, p);
+}

@@ -1,0 +1,188 @@
+/* decoder_attention.cuh - attention within decoder.cu: one row of each sequence over its cache.
+ *
+ * An item is a row, a kv head, up to 8 of the queries that share it, and every splits-th run of
+ * cache blocks. A block takes an item at a time; its warps take cache blocks in turn and combine
+ * their results in shared memory. What remains, of each split a sum of values (D) by weights
+ * relative to their maximum, that maximum (of scores by log2 e) and the sum of the weights, goes
+ * into program.partials; who reads x for the next product combines the splits. */
+#ifndef GN_CUDA_DECODER_ATTENTION_CUH
+#define GN_CUDA_DECODER_ATTENTION_CUH
+
+#include "decoder.cuh"
+
+struct item {
+    int t, kv_head, first_query, n_queries, split;
+};
+
+static __device__ __forceinline__ struct item item_of(const struct program &p, int i) {
+    const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
+    struct item item;
+    item.split = i % p.splits;
+    i /= p.splits;
+    item.first_query = i % tiles * QUERIES;
+    i /= tiles;
+    item.kv_head = i % p.kv_heads;
+    item.t = i / p.kv_heads;
+    item.n_queries = min(QUERIES, group - item.first_query);
+    return item;
+}
+
+static __device__ __forceinline__ int n_items(const struct program &p) {
+    const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
+    return p.T * p.kv_heads * tiles * p.splits;
+}
+
+/* Outputs of one warp; out[h][j][i] is dimension 64h + 8g + 2j + i/2 of query 2c + i%2. */
+template <int P> struct result {
+    float top[2], sum[2], out[P / 64][4][4];
+};
+
+/* Cache blocks first, first + step, ... of a row at position `pos`. */
+template <int P>
+static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const struct program &p,
+                                                     const struct phase &ph, struct item item,
+                                                     int first, int step, int lane) {
+    const int g = lane / 4, c = lane % 4, group = p.heads / p.kv_heads;
+    const int length = p.batch.row_pos[item.t] + 1;
+    const int head = item.kv_head * group + item.first_query;
+    const bf16 *q = p.q + ((int64_t)item.t * p.heads + head + g) * p.D;
+    uint4 query[P / 32];
+#pragma unroll
+    for (int s = 0; s < P / 32; s++) {
+        const int d = 32 * s + 8 * c;
+        query[s] = make_uint4(0, 0, 0, 0);
+        if (g < item.n_queries && d < p.D) query[s] = load_fresh16(q + d);
+    }
+    const int32_t *table = p.batch.blocks + (int64_t)p.batch.row_seq[item.t] * p.max_blocks;
+    const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
+    const float scale = rsqrtf((float)p.D) * 1.44269504f; /* exponentials are powers of two */
+#pragma unroll 1
+    for (int b = first; b * TOKENS < length; b += step) {
+        const int64_t block = table[b];
+        const int n = length - b * TOKENS;
+        float score[4], shrink[2];
+        {
+            uint4 keys[P / 32][2];
+            load_keys<P>(keys, ph.keys + block * p.k_ld + head_at, p.D);
+            multiply_keys<P>(score, keys, query);
+        }
+        uint4 values[P / 64][4];
+        load_values<P>(values, ph.values + block * p.v_ld + head_at, n, p.D);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            score[j] = g < n ? score[j] * scale : -INFINITY;
+            score[2 + j] = g + 8 < n ? score[2 + j] * scale : -INFINITY;
+            float top = fmaxf(r->top[j], fmaxf(score[j], score[2 + j]));
+#pragma unroll
+            for (int d = 4; d < WARP; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+            shrink[j] = exp2_fast(r->top[j] - top);
+            score[j] = exp2_fast(score[j] - top);
+            score[2 + j] = exp2_fast(score[2 + j] - top);
+            r->sum[j] = r->sum[j] * shrink[j] + score[j] + score[2 + j];
+            r->top[j] = top;
+        }
+#pragma unroll
+        for (int x = 0; x < P / 64 * 16; x++) r->out[x / 16][x / 4 % 4][x % 4] *= shrink[x % 2];
+        multiply_values<P>(r->out, values, score);
+    }
+}
+
+/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
+static __device__ __forceinline__ int record_floats(int n_queries, int P) {
+    return n_queries * (P + 2);
+}
+
+template <int P>
+static __device__ __forceinline__ void leave_record(struct result<P> *r, struct item item, int warp,
+                                                    int lane) {
+    const int g = lane / 4, c = lane % 4, record = warp * record_floats(item.n_queries, P);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int d = 4; d < WARP; d *= 2) r->sum[j] += __shfl_xor_sync(~0u, r->sum[j], d);
+        const int query = 2 * c + j;
+        if (query >= item.n_queries) continue;
+#pragma unroll
+        for (int x = 0; x < P / 64 * 8; x++) {
+            const int h = x / 8, d = x % 8;
+            *gap(record + query * P + 64 * h + 8 * g + d) = r->out[h][d / 2][d % 2 * 2 + j];
+        }
+        if (g == 0) {
+            *gap(record + item.n_queries * P + 2 * query) = r->top[j];
+            *gap(record + item.n_queries * P + 2 * query + 1) = r->sum[j];
+        }
+    }
+}
+
+static __device__ __forceinline__ float *partial_at(const struct program &p, int t, int head,
+                                                    int split) {
+    return p.partials + (((int64_t)t * p.heads + head) * p.splits + split) * (p.D + 4);
+}
+
+/* The records of `n` warps, one float of a query a thread. */
+template <int P>
+static __device__ __forceinline__ void combine_records(const struct program &p, struct item item,
+                                                       int n) {
+    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+    const int size = record_floats(item.n_queries, P);
+    for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
+        const int query = i / p.D, d = i % p.D, state = item.n_queries * P + 2 * query;
+        float top = -INFINITY, sum = 0.0f, out = 0.0f;
+        for (int w = 0; w < n; w++) top = fmaxf(top, *gap(w * size + state));
+        for (int w = 0; w < n; w++) {
+            const float its = *gap(w * size + state);
+            if (its == -INFINITY) continue; /* saw no position */
+            const float by = exp2_fast(its - top);
+            sum += by * *gap(w * size + state + 1);
+            out += by * *gap(w * size + query * P + d);
+        }
+        float *to = partial_at(p, item.t, head + query, item.split);
+        to[d] = out;
+        if (d == 0) *(float2 *)(to + p.D) = make_float2(top, sum);
+    }
+}
+
+template <int P>
+static __device__ __forceinline__ void attend(const struct program &p, const struct phase &ph,
+                                              int warp, int lane) {
+    const int n = n_items(p);
+    for (int i = blockIdx.x; i < n; i += gridDim.x) {
+        const struct item item = item_of(p, i);
+        const int workers = min(WARPS, GAP_FLOATS / record_floats(item.n_queries, P));
+        if (warp < workers) {
+            struct result<P> r = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
+            attend_blocks<P>(&r, p, ph, item, item.split * workers + warp, p.splits * workers, lane);
+            leave_record<P>(&r, item, warp, lane);
+        }
+        __syncthreads();
+        combine_records<P>(p, item, workers);
+        __syncthreads();
+    }
+}
+
+/* 8 neighbouring columns of a row's attention, from its splits. */
+static __device__ __forceinline__ void read_attention(float y[8], const struct program &p, int t,
+                                                      int col) {
+    const int head = col / p.D, d = col % p.D;
+    float top = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = 0.0f;
+    for (int s = 0; s < p.splits; s++) {
+        const float *from = partial_at(p, t, head, s);
+        const float2 state = __ldcg((const float2 *)(from + p.D));
+        const float4 low = __ldcg((const float4 *)(from + d)),
+                     high = __ldcg((const float4 *)(from + d) + 1);
+        if (state.x == -INFINITY) continue; /* saw no position */
+        const float now = fmaxf(top, state.x);
+        const float old = exp2_fast(top - now), by = exp2_fast(state.x - now);
+        const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) y[i] = y[i] * old + part[i] * by;
+        sum = sum * old + state.y * by;
+        top = now;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] /= sum;
+}
+
+#endif
