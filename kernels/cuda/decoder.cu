@@ -54,64 +54,102 @@ static __device__ __forceinline__ uint4 pack_columns(const float y[8]) {
                       pack_bf16(y[6], y[7]));
 }
 
-/* The warp's n blocks of columns from `block` on, for all rows: into the B operands' registers, 8
- * columns a lane at first, then through the warp's scratch to the lanes that multiply them. Row t's
- * squares are added to squares[t] of the warp. */
+/* 8 columns a lane, through the warp's scratch, to the lanes that multiply row t: g = t % 8. */
+static __device__ __forceinline__ void deal(uint32_t x[UNITS][8], uint4 columns, int t,
+                                            uint8_t *scratch, int lane) {
+    __syncwarp();
+    *(uint4 *)(scratch + lane * 16) = columns;
+    __syncwarp();
+    if (lane / 4 != t % 8) return;
+#pragma unroll
+    for (int j = 0; j < UNITS; j++) {
+        const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + lane % 4 * 32);
+        const uint4 low = from[0], high = from[1];
+        x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
+        x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
+    }
+}
+
+/* Rows [t0, end) of up to 8, of the residual stream: times the norm's weights; row t's squares are
+ * added to squares[t] of the warp, if it is not NULL. */
+static __device__ __forceinline__ void load_stream(uint32_t x[UNITS][8], const struct program &p,
+                                                   const struct phase &ph, int t0, int end, int col,
+                                                   bool has_columns, float *squares,
+                                                   uint8_t *scratch, int lane) {
+    enum { AT_ONCE = 4 };
+    float4 weight[2] = {};
+    if (has_columns) {
+        weight[0] = __ldg((const float4 *)(ph.norm + col));
+        weight[1] = __ldg((const float4 *)(ph.norm + col) + 1);
+    }
+#pragma unroll 1
+    for (int first = t0; first < end; first += AT_ONCE) {
+        uint4 a[AT_ONCE] = {}, b[AT_ONCE] = {};
+        const float *from = p.x + first * p.x_ld + col;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i >= end || !has_columns) continue;
+            a[i] = load_fresh16(from + i * p.x_ld);
+            b[i] = load_fresh16(from + i * p.x_ld + 4);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i >= end) break;
+            float sum = 0.0f;
+            const uint4 columns = scale_columns(a[i], b[i], weight, &sum);
+            if (squares) {
+                sum = warp_sum(sum);
+                if (lane == 0) squares[first + i] += sum;
+            }
+            deal(x, columns, first + i, scratch, lane);
+        }
+    }
+}
+
+/* The same of what attention gave, or of h. */
+static __device__ __forceinline__ void load_activation(uint32_t x[UNITS][8],
+                                                       const struct program &p,
+                                                       const struct phase &ph, int t0, int end,
+                                                       int col, bool has_columns, uint8_t *scratch,
+                                                       int lane) {
+    enum { AT_ONCE = 4 };
+    if (ph.x_is_attention) {
+#pragma unroll 1
+        for (int t = t0; t < end; t++) {
+            float y[8] = {};
+            if (has_columns) read_attention(y, p, t, col);
+            deal(x, pack_columns(y), t, scratch, lane);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int first = t0; first < end; first += AT_ONCE) {
+        uint4 a[AT_ONCE] = {};
+        const bf16 *from = p.h + (int64_t)first * p.intermediate + col;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + i < end && has_columns) a[i] = load_fresh16(from + i * p.intermediate);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + i < end) deal(x, a[i], first + i, scratch, lane);
+    }
+}
+
+/* The warp's n blocks of columns from `block` on, for all rows, as the mma's B operand. */
 template <int NT>
 static __device__ __forceinline__ void load_x(uint32_t x[NT][UNITS][8], const struct program &p,
                                               const struct phase &ph, int block, int n,
                                               float *squares, int warp, int lane) {
-    enum { AT_ONCE = 4 };
-    const int g = lane / 4, c = lane % 4, col = block * GN_BLOCK + lane * 8;
+    const int col = block * GN_BLOCK + lane * 8;
     const bool has_columns = lane * 8 < n * GN_BLOCK;
     uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
-    float4 weight[2] = {};
-    if (ph.norm && has_columns) {
-        weight[0] = __ldg((const float4 *)(ph.norm + col));
-        weight[1] = __ldg((const float4 *)(ph.norm + col) + 1);
-    }
 #pragma unroll
-    for (int t0 = 0; t0 < 8 * NT; t0 += AT_ONCE) {
-        if (t0 >= p.T) break;
-        uint4 a[AT_ONCE] = {}, b[AT_ONCE] = {};
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int t = t0 + i;
-            if (t >= p.T || !has_columns || ph.x_is_attention) continue;
-            if (ph.norm) {
-                a[i] = load_fresh16(p.x + t * p.x_ld + col);
-                b[i] = load_fresh16(p.x + t * p.x_ld + col + 4);
-            } else {
-                a[i] = load_fresh16(p.h + (int64_t)t * p.intermediate + col);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int t = t0 + i;
-            if (t >= p.T) break;
-            if (ph.norm) {
-                float sum = 0.0f;
-                a[i] = scale_columns(a[i], b[i], weight, &sum);
-                sum = warp_sum(sum);
-                if (squares && lane == 0) squares[t] += sum;
-            } else if (ph.x_is_attention && has_columns) {
-                float y[8];
-                read_attention(y, p, t, col);
-                a[i] = pack_columns(y);
-            }
-            __syncwarp();
-            *(uint4 *)(scratch + lane * 16) = a[i];
-            __syncwarp();
-            if (g != t % 8) continue;
-#pragma unroll
-            for (int j = 0; j < UNITS; j++) {
-                const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + c * 32);
-                const uint4 low = from[0], high = from[1];
-                uint32_t *to = x[t0 / 8][j];
-                to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
-                to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
-            }
-        }
+    for (int i = 0; i < NT; i++) {
+        const int end = min(8 * i + 8, p.T);
+        if (ph.norm)
+            load_stream(x[i], p, ph, 8 * i, end, col, has_columns, squares, scratch, lane);
+        else
+            load_activation(x[i], p, ph, 8 * i, end, col, has_columns, scratch, lane);
     }
 }
 
@@ -171,30 +209,37 @@ static __device__ __forceinline__ void multiply_unit(float acc[NT][4],
         for (int i = 0; i < 4; i++) acc[n][i] += (i < 2 ? s0 : s1) * sum[n][i];
 }
 
-/* A warp's sums of a group, (GROUP_ROWS, T), in the gaps. */
-static __device__ __forceinline__ float *sum_at(const struct program &p, int group, int warp, int at) {
-    return gap((group * WARPS + warp) * GROUP_ROWS * p.T + at);
+/* Where sum (row, t) of a group's is, from its begin on; groups by warps follow one another. */
+static __device__ __forceinline__ int sum_offset(const struct program &p, int row, int t) {
+    const int i = row * even(p.T) + t;
+    return i / 32 * ENTRY_BYTES + ENTRY_BYTES / 2 + i % 32 * 4;
+}
+static __device__ __forceinline__ int sums_begin(const struct program &p, int group, int warp) {
+    return (group * WARPS + warp) * even(p.T) * (GROUP_ROWS * ENTRY_BYTES / 32);
 }
 
 template <int NT>
 static __device__ __forceinline__ void leave_sums(const struct program &p, const float acc[NT][4],
                                                   int group, bool add, int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
+    uint8_t *sums = shared + sums_begin(p, group, warp);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int t = 8 * n + 2 * c + i % 2, row = g + i / 2 * GN_CUDA_TILE_ROWS;
+            const int t = 8 * n + 2 * c + i % 2;
             if (t >= p.T) continue;
-            float *to = sum_at(p, group, warp, row * p.T + t);
+            float *to = (float *)(sums + sum_offset(p, g + i / 2 * GN_CUDA_TILE_ROWS, t));
             *to = add ? *to + acc[n][i] : acc[n][i];
         }
 }
 
 static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
+    const uint8_t *sums = shared + sums_begin(p, group, 0) + sum_offset(p, row, t);
+    const int step = sums_begin(p, 0, 1);
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += *sum_at(p, group, w, row * p.T + t);
+    for (int w = 0; w < WARPS; w++) sum += *(const float *)(sums + w * step);
     return sum;
 }
 
@@ -213,20 +258,20 @@ static __device__ __forceinline__ float factor_of(const struct program &p, const
 static __device__ __forceinline__ void finish_heads(const struct program &p, const struct phase &ph,
                                                     int group, int row, int t, float low,
                                                     float high) {
-    const struct pair pair = pair_of(p, ph, group);
+    const int which = weight_of(p, ph, group, 0), tile = first_tile(p, ph, group);
     const int tiles = p.D / GN_CUDA_TILE_ROWS, half = p.D / 2;
-    const int head = pair.tile[0] / tiles, j = pair.tile[0] % tiles * GN_CUDA_TILE_ROWS + row;
-    if (pair.w[0] < 2) {
+    const int head = tile / tiles, j = tile % tiles * GN_CUDA_TILE_ROWS + row;
+    if (which < 2) {
         const float c = p.cosines[t * p.cos_ld + j], s = p.sines[t * p.sin_ld + j], x = low;
         low = x * c - high * s;
         high = high * c + x * s;
     }
     bf16 *to = p.q + ((int64_t)t * p.heads + head) * p.D;
-    if (pair.w[0] > 0) {
+    if (which > 0) {
         const int position = p.batch.row_pos[t];
         const int64_t block =
             p.batch.blocks[p.batch.row_seq[t] * (int64_t)p.max_blocks + position / TOKENS];
-        to = pair.w[0] == 1 ? ph.keys + block * p.k_ld : ph.values + block * p.v_ld;
+        to = which == 1 ? ph.keys + block * p.k_ld : ph.values + block * p.v_ld;
         to += (head * TOKENS + position % TOKENS) * p.D;
     }
     to[j] = __float2bfloat16(low);
@@ -254,22 +299,17 @@ static __device__ __forceinline__ void finish(const struct program &p, const str
     }
 }
 
-/* Steps done so far, which says where the next one is. */
-static __device__ __forceinline__ uint8_t *stage_of(uint32_t steps, int warp) {
-    return shared + STAGES_AT + (warp * STAGES + steps % STAGES) * STAGE_BYTES;
-}
-
-/* One step: multiplies it, and asks for another in its place. */
+/* The oldest step: multiplies it, and asks for another in its place. */
 template <int NT>
 static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_t x[NT][UNITS][8],
                                                  const struct program &p, const struct phase &ph,
-                                                 int group, int n, struct cursor *cur,
-                                                 uint32_t *steps, int warp, int lane) {
-    await_step();
-    uint8_t *stage = stage_of(*steps, warp);
-    const struct pair pair = pair_of(p, ph, group);
-    const float scale[2] = {scale_of(p, stage, 0, ph.w[pair.w[0]].offset, lane),
-                            scale_of(p, stage, 1, ph.w[pair.w[1]].offset, lane)};
+                                                 int current, int group, int n, struct cursor *cur,
+                                                 int warp, int lane) {
+    await(cur);
+    const uint8_t *stage = stage_at(cur->taken, warp);
+    const float scale[2] = {
+        scale_of(p, stage, 0, ph.w[weight_of(p, ph, group, 0)].offset, lane),
+        scale_of(p, stage, 1, ph.w[weight_of(p, ph, group, 1)].offset, lane)};
     if (n == UNITS) {
 #pragma unroll
         for (int j = 0; j < UNITS; j++) multiply_unit<NT>(acc, x, stage, j, scale, lane);
@@ -279,14 +319,14 @@ static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_
             if (j < n) multiply_unit<NT>(acc, x, stage, j, scale, lane);
     }
     __syncwarp();
-    load_step(cur, p, stage, warp, lane);
-    ++*steps;
+    cur->taken++;
+    ask(cur, p, current, warp, lane);
 }
 
 template <int NT>
-static __device__ __forceinline__ void multiply(const struct program &p, const struct phase &ph,
-                                                struct cursor *cur, uint32_t *steps, int warp,
-                                                int lane) {
+static __device__ __forceinline__ void multiply(const struct program &p, int current,
+                                                struct cursor *cur, int warp, int lane) {
+    const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
     float *squares = (float *)(shared + SQUARES_AT) + warp * MAX_T;
     uint32_t x[NT][UNITS][8] = {};
@@ -302,7 +342,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, const s
 #pragma unroll 1
             for (int group = begin; group < end; group++) {
                 float acc[NT][4] = {};
-                take_step<NT>(acc, x, p, ph, group, n, cur, steps, warp, lane);
+                take_step<NT>(acc, x, p, ph, current, group, n, cur, warp, lane);
                 leave_sums<NT>(p, acc, group - begin, block > blocks.begin, warp, lane);
             }
         }
@@ -338,32 +378,43 @@ static __device__ __forceinline__ void leave(const struct program &p) {
     p.sync[0] = p.sync[1] = 0;
 }
 
+/* A lane's part of phase i, on its way to its place. */
+static __device__ __forceinline__ uint4 load_phase(const struct program &p, int i, int lane) {
+    if (i >= p.n_phases || lane >= (int)sizeof(struct phase) / 16) return make_uint4(0, 0, 0, 0);
+    return __ldg((const uint4 *)(p.phases + i) + lane);
+}
+static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) {
+    if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
+}
+
 template <int NT>
 static __global__ void __launch_bounds__(THREADS, 1)
     decoder_kernel(const __grid_constant__ struct program p) {
     pdl_trigger();
     const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
-    struct phase *current = (struct phase *)(shared + PHASES_AT);
-    struct cursor cur;
-    uint32_t steps = 0;
-    enter(&cur, p, 0, warp, lane);
-    for (int i = 0; i < STAGES; i++) load_step(&cur, p, stage_of(i, warp), warp, lane);
+    struct cursor cur = {};
+    cur.at = -1;
+    for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
+        store_phase(i, load_phase(p, i, lane), lane);
+    __syncthreads();
+    ask(&cur, p, 0, warp, lane);
     fill_tables(p);
-    if (warp == 0) copy_phase(&current[0], p.phases, lane);
     __syncthreads();
     pdl_wait();
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
-        const struct phase &ph = current[i % 2];
-        if (warp == 0 && i + 1 < p.n_phases)
-            copy_phase(&current[(i + 1) % 2], p.phases + i + 1, lane);
         if (i > 0) meet(p, (uint32_t)i);
-        if (ph.kind != ATTEND)
-            multiply<NT>(p, ph, &cur, &steps, warp, lane);
+        const int coming = i + PHASES - 1;
+        uint4 phase;
+        if (warp == 0) phase = load_phase(p, coming, lane);
+        ask(&cur, p, i, warp, lane);
+        if (phase_at(i)->kind != ATTEND)
+            multiply<NT>(p, i, &cur, warp, lane);
         else if (p.D <= 64)
-            attend<64>(p, ph, warp, lane);
+            attend<64>(p, *phase_at(i), warp, lane);
         else
-            attend<128>(p, ph, warp, lane);
+            attend<128>(p, *phase_at(i), warp, lane);
+        if (warp == 0) store_phase(coming, phase, lane);
     }
     leave(p);
 }
@@ -376,7 +427,7 @@ struct gn_decoder {
     void *phases;
 };
 
-static struct weight weight_of(const gn_matrix *m) {
+static struct weight placed_weight(const gn_matrix *m) {
     struct weight w = {};
     w.tiles = (const uint8_t *)m->data;
     w.scales = m->absmax_u8 ? m->absmax_u8 : (const uint8_t *)m->absmax;
@@ -404,23 +455,23 @@ static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *la
     }
     ph[0].kind = QKV;
     ph[0].norm = (const float *)layer->attn_norm->data;
-    for (int i = 0; i < 3; i++) ph[0].w[i] = weight_of(w[i]);
+    for (int i = 0; i < 3; i++) ph[0].w[i] = placed_weight(w[i]);
     ph[0].groups = (int)((w[0]->rows + w[1]->rows + w[2]->rows) / GROUP_ROWS);
     ph[0].blocks = (int)(w[0]->cols / GN_BLOCK);
     ph[1].kind = ATTEND;
     ph[2].kind = ADD;
-    ph[2].w[0] = weight_of(layer->o);
+    ph[2].w[0] = placed_weight(layer->o);
     ph[2].groups = (int)(layer->o->rows / GROUP_ROWS);
     ph[2].blocks = (int)(layer->o->cols / GN_BLOCK);
     ph[2].x_is_attention = true;
     ph[3].kind = SWIGLU;
     ph[3].norm = (const float *)layer->mlp_norm->data;
-    ph[3].w[0] = weight_of(layer->gate);
-    ph[3].w[1] = weight_of(layer->up);
+    ph[3].w[0] = placed_weight(layer->gate);
+    ph[3].w[1] = placed_weight(layer->up);
     ph[3].groups = (int)(layer->gate->rows / GN_CUDA_TILE_ROWS);
     ph[3].blocks = (int)(layer->gate->cols / GN_BLOCK);
     ph[4].kind = ADD;
-    ph[4].w[0] = weight_of(layer->down);
+    ph[4].w[0] = placed_weight(layer->down);
     ph[4].groups = (int)(layer->down->rows / GROUP_ROWS);
     ph[4].blocks = (int)(layer->down->cols / GN_BLOCK);
 }

@@ -70,9 +70,9 @@ enum {
     SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float),
     SCRATCH_BYTES = UNITS * GN_BLOCK * 2,
     SCRATCH_AT = SQUARES_AT + WARPS * MAX_T * (int)sizeof(float),
-    CURSORS_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
-    PHASES_AT = CURSORS_AT + WARPS * (int)sizeof(struct phase),
-    SHARED_BYTES = PHASES_AT + 2 * (int)sizeof(struct phase),
+    PHASES_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
+    PHASES = 4, /* at hand: the current one, two more, and one that is on its way */
+    SHARED_BYTES = PHASES_AT + PHASES * (int)sizeof(struct phase),
 };
 
 extern __shared__ __align__(1024) uint8_t shared[];
@@ -81,8 +81,8 @@ static __device__ __forceinline__ float *gap(int i) {
     return (float *)(shared + i / 32 * ENTRY_BYTES + ENTRY_BYTES / 2 + i % 32 * 4);
 }
 
-static __device__ __forceinline__ void copy_phase(void *to, const struct phase *from, int lane) {
-    if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)to)[lane] = __ldg((const uint4 *)from + lane);
+static __device__ __forceinline__ struct phase *phase_at(int i) {
+    return (struct phase *)(shared + PHASES_AT) + i % PHASES;
 }
 
 /* ---- memory ---- */
@@ -116,7 +116,7 @@ struct range {
 };
 
 static __device__ __forceinline__ struct range share(int n, int i, int of) {
-    return {(int)((int64_t)n * i / of), (int)((int64_t)n * (i + 1) / of)};
+    return {n * i / of, n * (i + 1) / of};
 }
 
 static __device__ __forceinline__ struct range groups_of(const struct phase &ph) {
@@ -127,25 +127,35 @@ static __device__ __forceinline__ struct range blocks_of(const struct phase &ph,
     return share(ph.blocks, warp, WARPS);
 }
 
-/* Groups whose sums fit in the gaps together. */
-static __device__ __forceinline__ int batch_groups(int T) {
-    return GAP_FLOATS / (WARPS * GROUP_ROWS * T);
+/* A warp's sums of a group, (GROUP_ROWS, T), fill whole gaps: T counts as even. */
+static __host__ __device__ __forceinline__ int even(int T) {
+    return (T + 1) / 2 * 2;
 }
 
-/* A group's two tiles. */
-struct pair {
-    int w[2], tile[2];
-};
+/* Groups whose sums fit in the gaps together. */
+static __device__ __forceinline__ int batch_groups(int T) {
+    return GAP_FLOATS / (WARPS * GROUP_ROWS * even(T));
+}
 
-static __device__ __forceinline__ struct pair pair_of(const struct program &p,
-                                                      const struct phase &ph, int group) {
-    if (ph.kind == SWIGLU) return {{0, 1}, {group, group}};
-    if (ph.kind == ADD) return {{0, 0}, {2 * group, 2 * group + 1}};
-    const int half = p.D / GROUP_ROWS, q = p.heads * half, kv = p.kv_heads * half;
-    const int w = group < q ? 0 : group < q + kv ? 1 : 2;
-    const int i = group - (w == 0 ? 0 : w == 1 ? q : q + kv);
-    const int tile = i / half * 2 * half + i % half;
-    return {{w, w}, {tile, tile + half}};
+/* Which of the phase's weights a group's tile h is of. */
+static __device__ __forceinline__ int weight_of(const struct program &p, const struct phase &ph,
+                                                int group, int h) {
+    if (ph.kind == SWIGLU) return h;
+    if (ph.kind == ADD) return 0;
+    const int half = p.D / GROUP_ROWS, first_k = p.heads * half;
+    return group < first_k ? 0 : group < first_k + p.kv_heads * half ? 1 : 2;
+}
+
+/* Its tile 0, and how many further its tile 1 is. */
+static __device__ __forceinline__ int first_tile(const struct program &p, const struct phase &ph,
+                                                 int group) {
+    if (ph.kind != QKV) return ph.kind == ADD ? 2 * group : group;
+    const int half = p.D / GROUP_ROWS, w = weight_of(p, ph, group, 0);
+    const int i = group - (w == 0 ? 0 : w == 1 ? p.heads : p.heads + p.kv_heads) * half;
+    return i / half * 2 * half + i % half;
+}
+static __device__ __forceinline__ int tile_step(const struct program &p, const struct phase &ph) {
+    return ph.kind == QKV ? p.D / GROUP_ROWS : ph.kind == ADD ? 1 : 0;
 }
 
 /* ---- the stream of weights ---- */
@@ -154,92 +164,100 @@ static __device__ __forceinline__ struct pair pair_of(const struct program &p,
  * blocks of columns, for each group. The cursor is at the next step to ask for, up to STAGES ahead
  * of the one being multiplied, also across barriers. */
 struct cursor {
-    int at; /* phase */
-    struct range groups; /* of the phase that are not done */
-    int batch_end, block, group;
+    int at; /* phase, or the number of phases */
+    struct range groups, blocks;
+    int batch_begin, batch_end, block, group;
+    uint32_t asked, taken; /* steps so far */
 };
 
-static __device__ __forceinline__ const struct phase &cursor_phase(int warp) {
-    return *(const struct phase *)(shared + CURSORS_AT + warp * (int)sizeof(struct phase));
+static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
+                                                   int group) {
+    cur->batch_begin = cur->group = group;
+    cur->batch_end = min(group + batch_groups(p.T), cur->groups.end);
+    cur->block = cur->blocks.begin;
 }
 
-/* To the first step of phase `from` or, where it has none for this warp, of a later one. */
-static __device__ __forceinline__ void enter(struct cursor *cur, const struct program &p, int from,
-                                             int warp, int lane) {
-    for (cur->at = from; cur->at < p.n_phases; cur->at++) {
-        __syncwarp();
-        copy_phase((void *)&cursor_phase(warp), p.phases + cur->at, lane);
-        __syncwarp();
-        const struct phase &ph = cursor_phase(warp);
+/* Whether there is a step to ask for: of the cursor's phase or, where it has none for this warp, of
+ * a later one. Phases up to current + 2 are at hand. */
+static __device__ __forceinline__ bool find_step(struct cursor *cur, const struct program &p,
+                                                 int current, int warp) {
+    while (cur->group >= cur->groups.end) {
+        if (cur->at >= p.n_phases - 1 || cur->at >= current + 2) return false;
+        const struct phase &ph = *phase_at(++cur->at);
         cur->groups = groups_of(ph);
-        const struct range blocks = blocks_of(ph, warp);
-        if (ph.kind == ATTEND || cur->groups.begin == cur->groups.end || blocks.begin == blocks.end)
-            continue;
-        cur->block = blocks.begin;
-        cur->group = cur->groups.begin;
-        cur->batch_end = min(cur->groups.begin + batch_groups(p.T), cur->groups.end);
-        return;
+        cur->blocks = blocks_of(ph, warp);
+        if (ph.kind == ATTEND || cur->blocks.begin == cur->blocks.end)
+            cur->groups.begin = cur->groups.end;
+        begin_batch(cur, p, cur->groups.begin);
     }
+    return true;
 }
 
-static __device__ __forceinline__ void advance(struct cursor *cur, const struct program &p, int warp,
-                                               int lane) {
+static __device__ __forceinline__ void advance(struct cursor *cur, const struct program &p) {
     if (++cur->group < cur->batch_end) return;
-    const struct range blocks = blocks_of(cursor_phase(warp), warp);
     cur->block += UNITS;
-    if (cur->block >= blocks.end) {
-        if (cur->batch_end == cur->groups.end) {
-            enter(cur, p, cur->at + 1, warp, lane);
-            return;
-        }
-        cur->block = blocks.begin;
-        cur->groups.begin = cur->batch_end;
-        cur->batch_end = min(cur->batch_end + batch_groups(p.T), cur->groups.end);
-    }
-    cur->group = cur->groups.begin;
+    if (cur->block < cur->blocks.end)
+        cur->group = cur->batch_begin;
+    else
+        begin_batch(cur, p, cur->batch_end);
 }
 
-/* Asks for the cursor's step. Codes: (2 tiles, UNITS, 256 bytes). With double quantization, scales
- * (2, UNITS, 8 rows) bytes, and what each scale of (row g, block c) is multiplied with, a float for
- * lane 4g + c. Without it, scales (2, UNITS, 8 rows) floats. */
-static __device__ __forceinline__ void load_step(struct cursor *cur, const struct program &p,
-                                                 uint8_t *stage, int warp, int lane) {
-    if (cur->at < p.n_phases) {
-        const struct phase &ph = cursor_phase(warp);
-        const struct pair pair = pair_of(p, ph, cur->group);
-        const int n = min(UNITS, blocks_of(ph, warp).end - cur->block);
-        const int g = lane / 4, c = lane % 4;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const struct weight &w = ph.w[pair.w[h]];
-            const int64_t at = (int64_t)pair.tile[h] * ph.blocks + cur->block;
-            const uint8_t *tiles = w.tiles + at * GN_CUDA_TILE_BYTES;
-            uint8_t *codes = stage + h * UNITS * GN_CUDA_TILE_BYTES;
-#pragma unroll
-            for (int i = lane * 16; i < UNITS * GN_CUDA_TILE_BYTES; i += WARP * 16)
-                if (i < n * GN_CUDA_TILE_BYTES) copy_async<16>(codes + i, tiles + i);
-            if (p.nested_code) {
-                if (lane < n)
-                    copy_async<8>(stage + STAGE_CODES + (h * UNITS + lane) * GN_CUDA_TILE_ROWS,
-                                  w.scales + (at + lane) * GN_CUDA_TILE_ROWS);
-                const int block =
-                    (pair.tile[h] * GN_CUDA_TILE_ROWS + g) * ph.blocks + cur->block + c;
-                if (c < n)
-                    copy_async<4>(stage + STAGE_ABSMAX + (h * WARP + lane) * 4,
-                                  w.nested_absmax + block / GN_NESTED_BLOCK);
-            } else if (lane < 2 * n) {
-                copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + lane) * 16,
-                               w.scales + (at * 2 + lane) * 16);
-            }
-        }
-        advance(cur, p, warp, lane);
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+static __device__ __forceinline__ uint8_t *stage_at(uint32_t step, int warp) {
+    return shared + STAGES_AT + (warp * STAGES + step % STAGES) * STAGE_BYTES;
 }
 
-/* The oldest step is here, for all lanes. */
-static __device__ __forceinline__ void await_step(void) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+/* Asks for one half of a step, its blocks [0, n) of tile `tile`. Codes: (2 halves, UNITS, 256
+ * bytes). With double quantization, scales (2, UNITS, 8 rows) bytes, and what the scale of (row g,
+ * block c) is multiplied with, a float for lane 4g + c. Without it, scales (2, UNITS, 8 rows)
+ * floats. */
+static __device__ __forceinline__ void load_half(uint8_t *stage, const struct program &p,
+                                                 const struct weight &w, int h, int tile, int blocks,
+                                                 int block, int n, int lane) {
+    const int at = tile * blocks + block;
+    const uint8_t *tiles = w.tiles + (int64_t)at * GN_CUDA_TILE_BYTES + lane * 16;
+    uint8_t *codes = stage + h * UNITS * GN_CUDA_TILE_BYTES + lane * 16;
+#pragma unroll
+    for (int i = 0; i < UNITS / 2; i++)
+        if (lane * 16 + i * WARP * 16 < n * GN_CUDA_TILE_BYTES)
+            copy_async<16>(codes + i * WARP * 16, tiles + i * WARP * 16);
+    if (p.nested_code) {
+        if (lane < n)
+            copy_async<8>(stage + STAGE_CODES + (h * UNITS + lane) * GN_CUDA_TILE_ROWS,
+                          w.scales + (int64_t)(at + lane) * GN_CUDA_TILE_ROWS);
+        const int in_file = (tile * GN_CUDA_TILE_ROWS + lane / 4) * blocks + block + lane % 4;
+        if (lane % 4 < n)
+            copy_async<4>(stage + STAGE_ABSMAX + (h * WARP + lane) * 4,
+                          w.nested_absmax + in_file / GN_NESTED_BLOCK);
+    } else if (lane < 2 * n) {
+        copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + lane) * 16,
+                       w.scales + ((int64_t)at * 2 + lane) * 16);
+    }
+}
+
+/* Asks for steps until STAGES are under way or there are no more. */
+static __device__ __forceinline__ void ask(struct cursor *cur, const struct program &p, int current,
+                                           int warp, int lane) {
+    while (cur->asked - cur->taken < STAGES && find_step(cur, p, current, warp)) {
+        const struct phase &ph = *phase_at(cur->at);
+        const int n = min(UNITS, cur->blocks.end - cur->block);
+        const int tile = first_tile(p, ph, cur->group);
+        uint8_t *stage = stage_at(cur->asked, warp);
+        load_half(stage, p, ph.w[weight_of(p, ph, cur->group, 0)], 0, tile, ph.blocks, cur->block,
+                  n, lane);
+        load_half(stage, p, ph.w[weight_of(p, ph, cur->group, 1)], 1, tile + tile_step(p, ph),
+                  ph.blocks, cur->block, n, lane);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        cur->asked++;
+        advance(cur, p);
+    }
+}
+
+/* Until the oldest step is here, for all lanes. */
+static __device__ __forceinline__ void await(const struct cursor *cur) {
+    if (cur->asked - cur->taken == STAGES)
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    else
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncwarp();
 }
 
