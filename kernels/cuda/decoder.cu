@@ -173,12 +173,13 @@ static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint
 
 /* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c. */
 static __device__ __forceinline__ float scale_of(const struct program &p, const uint8_t *stage,
-                                                 int h, float offset, int lane) {
+                                                 int h, int lane) {
     const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
     const float *floats = (const float *)(stage + STAGE_ABSMAX);
     if (!p.nested_code) return floats[at];
     const float *nested = (const float *)(shared + NESTED_AT);
-    return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]), offset);
+    return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]),
+                     ((const float *)(stage + STAGE_OFFSETS))[h]);
 }
 
 /* acc += block j of a step. */
@@ -244,9 +245,7 @@ static __device__ __forceinline__ float total(const struct program &p, int group
 }
 
 /* RMSNorm's factor of a row. */
-static __device__ __forceinline__ float factor_of(const struct program &p, const struct phase &ph,
-                                                  int t) {
-    if (!ph.norm) return 1.0f;
+static __device__ __forceinline__ float factor_of(const struct program &p, int t) {
     const float *squares = (const float *)(shared + SQUARES_AT);
     float sum = 0.0f;
 #pragma unroll
@@ -258,9 +257,9 @@ static __device__ __forceinline__ float factor_of(const struct program &p, const
 static __device__ __forceinline__ void finish_heads(const struct program &p, const struct phase &ph,
                                                     int group, int row, int t, float low,
                                                     float high) {
-    const int which = weight_of(p, ph, group, 0), tile = first_tile(p, ph, group);
-    const int tiles = p.D / GN_CUDA_TILE_ROWS, half = p.D / 2;
-    const int head = tile / tiles, j = tile % tiles * GN_CUDA_TILE_ROWS + row;
+    int first;
+    const int which = head_weight(p, group, &first), half = p.D / 2;
+    const int i = (group - first) * GN_CUDA_TILE_ROWS + row, head = i / half, j = i % half;
     if (which < 2) {
         const float c = p.cosines[t * p.cos_ld + j], s = p.sines[t * p.sin_ld + j], x = low;
         low = x * c - high * s;
@@ -278,18 +277,29 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
     to[j + half] = __float2bfloat16(high);
 }
 
-/* Results of groups first ... first + n - 1, whose sums are in the gaps. */
+/* What ADD adds to: output i of the groups from `first` on. */
+static __device__ __forceinline__ float *stream_at(const struct program &p, int first, int i) {
+    const int t = i / GROUP_ROWS % p.T, group = i / GROUP_ROWS / p.T;
+    return p.x + t * p.x_ld + (first + group) * GROUP_ROWS + i % GROUP_ROWS;
+}
+
+/* Results of groups first ... first + n - 1, whose sums are in the gaps. `before` is what the
+ * thread's first output is added to. */
 static __device__ __forceinline__ void finish(const struct program &p, const struct phase &ph,
-                                              int first, int n) {
-    const int rows = ph.kind == ADD ? GROUP_ROWS : GN_CUDA_TILE_ROWS;
-    for (int i = threadIdx.x; i < n * rows * p.T; i += THREADS) {
-        const int row = i % rows, t = i / rows % p.T, group = i / rows / p.T;
-        const float factor = factor_of(p, ph, t), v = total(p, group, row, t) * factor;
-        if (ph.kind == ADD) {
-            float *x = p.x + t * p.x_ld + (first + group) * GROUP_ROWS + row;
-            *x = __ldcg(x) + v;
-            continue;
+                                              int first, int n, float before) {
+    if (ph.kind == ADD) {
+        for (int i = threadIdx.x; i < n * GROUP_ROWS * p.T; i += THREADS) {
+            const int t = i / GROUP_ROWS % p.T, group = i / GROUP_ROWS / p.T;
+            float *x = stream_at(p, first, i);
+            *x = (i < THREADS ? before : __ldcg(x)) + total(p, group, i % GROUP_ROWS, t);
         }
+        return;
+    }
+    for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * p.T; i += THREADS) {
+        const int row = i % GN_CUDA_TILE_ROWS, t = i / GN_CUDA_TILE_ROWS % p.T;
+        const int group = i / GN_CUDA_TILE_ROWS / p.T;
+        const float factor = factor_of(p, t);
+        const float v = total(p, group, row, t) * factor;
         const float other = total(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
             p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
@@ -302,14 +312,11 @@ static __device__ __forceinline__ void finish(const struct program &p, const str
 /* The oldest step: multiplies it, and asks for another in its place. */
 template <int NT>
 static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_t x[NT][UNITS][8],
-                                                 const struct program &p, const struct phase &ph,
-                                                 int current, int group, int n, struct cursor *cur,
-                                                 int warp, int lane) {
+                                                 const struct program &p, int current, int n,
+                                                 struct cursor *cur, int warp, int lane) {
     await(cur);
     const uint8_t *stage = stage_at(cur->taken, warp);
-    const float scale[2] = {
-        scale_of(p, stage, 0, ph.w[weight_of(p, ph, group, 0)].offset, lane),
-        scale_of(p, stage, 1, ph.w[weight_of(p, ph, group, 1)].offset, lane)};
+    const float scale[2] = {scale_of(p, stage, 0, lane), scale_of(p, stage, 1, lane)};
     if (n == UNITS) {
 #pragma unroll
         for (int j = 0; j < UNITS; j++) multiply_unit<NT>(acc, x, stage, j, scale, lane);
@@ -335,6 +342,9 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
     for (int begin = groups.begin; begin < groups.end; begin += batch_groups(p.T)) {
         const int end = min(begin + batch_groups(p.T), groups.end);
         const bool is_first = begin == groups.begin, once = blocks.end - blocks.begin <= UNITS;
+        float before = 0.0f;
+        if (ph.kind == ADD && (int)threadIdx.x < (end - begin) * GROUP_ROWS * p.T)
+            before = __ldcg(stream_at(p, begin, threadIdx.x));
         for (int block = blocks.begin; block < blocks.end; block += UNITS) {
             const int n = min(UNITS, blocks.end - block);
             if (is_first || !once)
@@ -342,7 +352,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
 #pragma unroll 1
             for (int group = begin; group < end; group++) {
                 float acc[NT][4] = {};
-                take_step<NT>(acc, x, p, ph, current, group, n, cur, warp, lane);
+                take_step<NT>(acc, x, p, current, n, cur, warp, lane);
                 leave_sums<NT>(p, acc, group - begin, block > blocks.begin, warp, lane);
             }
         }
@@ -352,7 +362,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
                 leave_sums<NT>(p, none, group - begin, false, warp, lane);
         }
         __syncthreads();
-        finish(p, ph, begin, end - begin);
+        finish(p, ph, begin, end - begin, before);
         __syncthreads();
     }
 }

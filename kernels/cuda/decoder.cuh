@@ -64,7 +64,8 @@ enum {
     GAP_FLOATS = TABLE_BYTES / 2 / (int)sizeof(float),
     STAGE_ABSMAX = UNITS * 2 * GN_CUDA_TILE_BYTES,
     STAGE_CODES = STAGE_ABSMAX + 2 * WARP * (int)sizeof(float),
-    STAGE_BYTES = STAGE_CODES + 2 * UNITS * GN_CUDA_TILE_ROWS,
+    STAGE_OFFSETS = STAGE_CODES + 2 * UNITS * GN_CUDA_TILE_ROWS,
+    STAGE_BYTES = STAGE_OFFSETS + 16,
     STAGES_AT = TABLE_BYTES,
     NESTED_AT = STAGES_AT + WARPS * STAGES * STAGE_BYTES,
     SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float),
@@ -137,37 +138,21 @@ static __device__ __forceinline__ int batch_groups(int T) {
     return GAP_FLOATS / (WARPS * GROUP_ROWS * even(T));
 }
 
-/* Which of the phase's weights a group's tile h is of. */
-static __device__ __forceinline__ int weight_of(const struct program &p, const struct phase &ph,
-                                                int group, int h) {
-    if (ph.kind == SWIGLU) return h;
-    if (ph.kind == ADD) return 0;
-    const int half = p.D / GROUP_ROWS, first_k = p.heads * half;
-    return group < first_k ? 0 : group < first_k + p.kv_heads * half ? 1 : 2;
-}
-
-/* Its tile 0, and how many further its tile 1 is. */
-static __device__ __forceinline__ int first_tile(const struct program &p, const struct phase &ph,
-                                                 int group) {
-    if (ph.kind != QKV) return ph.kind == ADD ? 2 * group : group;
-    const int half = p.D / GROUP_ROWS, w = weight_of(p, ph, group, 0);
-    const int i = group - (w == 0 ? 0 : w == 1 ? p.heads : p.heads + p.kv_heads) * half;
-    return i / half * 2 * half + i % half;
-}
-static __device__ __forceinline__ int tile_step(const struct program &p, const struct phase &ph) {
-    return ph.kind == QKV ? p.D / GROUP_ROWS : ph.kind == ADD ? 1 : 0;
-}
-
 /* ---- the stream of weights ---- */
 
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
  * blocks of columns, for each group. The cursor is at the next step to ask for, up to STAGES ahead
  * of the one being multiplied, also across barriers. */
 struct cursor {
-    int at; /* phase, or the number of phases */
+    int at; /* phase */
     struct range groups, blocks;
     int batch_begin, batch_end, block, group;
     uint32_t asked, taken; /* steps so far */
+    /* The step's halves: their weights, and their first block by number, in tiles' order and (for
+     * this lane's scale) 8 times that and `in_file` in the file's. The next group's is `stride`
+     * further, for `run` groups with this one; 0: to be found out. */
+    const struct weight *w[2];
+    int tile_block[2], in_file, run, stride;
 };
 
 static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
@@ -193,8 +178,48 @@ static __device__ __forceinline__ bool find_step(struct cursor *cur, const struc
     return true;
 }
 
+/* Which of q, k and v a group is of, and the first group of that. */
+static __device__ __forceinline__ int head_weight(const struct program &p, int group, int *first) {
+    const int half = p.D / GROUP_ROWS, k = p.heads * half, v = k + p.kv_heads * half;
+    *first = group < k ? 0 : group < v ? k : v;
+    return group < k ? 0 : group < v ? 1 : 2;
+}
+
+static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p, int lane) {
+    const struct phase &ph = *phase_at(cur->at);
+    int w[2] = {0, 0}, tile[2] = {2 * cur->group, 2 * cur->group + 1};
+    cur->run = cur->batch_end - cur->group;
+    cur->stride = 2 * ph.blocks;
+    if (ph.kind == SWIGLU) {
+        w[1] = 1;
+        tile[0] = tile[1] = cur->group;
+        cur->stride = ph.blocks;
+    } else if (ph.kind == QKV) {
+        const int half = p.D / GROUP_ROWS;
+        int first;
+        w[0] = w[1] = head_weight(p, cur->group, &first);
+        const int in_head = (cur->group - first) % half;
+        tile[0] = 2 * (cur->group - first) - in_head;
+        tile[1] = tile[0] + half;
+        cur->run = min(cur->run, half - in_head);
+        cur->stride = ph.blocks;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        cur->w[h] = &ph.w[w[h]];
+        cur->tile_block[h] = tile[h] * ph.blocks + cur->block;
+    }
+    cur->in_file = lane / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
+}
+
 static __device__ __forceinline__ void advance(struct cursor *cur, const struct program &p) {
-    if (++cur->group < cur->batch_end) return;
+    cur->group++;
+    if (--cur->run > 0) {
+        cur->tile_block[0] += cur->stride;
+        cur->tile_block[1] += cur->stride;
+        return;
+    }
+    if (cur->group < cur->batch_end) return;
     cur->block += UNITS;
     if (cur->block < cur->blocks.end)
         cur->group = cur->batch_begin;
@@ -206,47 +231,51 @@ static __device__ __forceinline__ uint8_t *stage_at(uint32_t step, int warp) {
     return shared + STAGES_AT + (warp * STAGES + step % STAGES) * STAGE_BYTES;
 }
 
-/* Asks for one half of a step, its blocks [0, n) of tile `tile`. Codes: (2 halves, UNITS, 256
- * bytes). With double quantization, scales (2, UNITS, 8 rows) bytes, and what the scale of (row g,
- * block c) is multiplied with, a float for lane 4g + c. Without it, scales (2, UNITS, 8 rows)
+/* Asks for the n blocks of the cursor's step. Codes: (2 halves, UNITS, 256 bytes). With double
+ * quantization, scales (2, UNITS, 8 rows) bytes, what the scale of (row g, block c) is multiplied
+ * with, a float for lane 4g + c, and what is added to it. Without it, scales (2, UNITS, 8 rows)
  * floats. */
-static __device__ __forceinline__ void load_half(uint8_t *stage, const struct program &p,
-                                                 const struct weight &w, int h, int tile, int blocks,
-                                                 int block, int n, int lane) {
-    const int at = tile * blocks + block;
-    const uint8_t *tiles = w.tiles + (int64_t)at * GN_CUDA_TILE_BYTES + lane * 16;
-    uint8_t *codes = stage + h * UNITS * GN_CUDA_TILE_BYTES + lane * 16;
+static __device__ __forceinline__ void load_step(const struct cursor *cur, const struct program &p,
+                                                 int n, int warp, int lane) {
+    uint8_t *stage = stage_at(cur->asked, warp);
+    uint8_t *codes = stage + lane * 16;
 #pragma unroll
-    for (int i = 0; i < UNITS / 2; i++)
-        if (lane * 16 + i * WARP * 16 < n * GN_CUDA_TILE_BYTES)
-            copy_async<16>(codes + i * WARP * 16, tiles + i * WARP * 16);
-    if (p.nested_code) {
+    for (int h = 0; h < 2; h++) {
+        const struct weight &w = *cur->w[h];
+        const int at = cur->tile_block[h];
+        const uint8_t *tiles = w.tiles + (int64_t)at * GN_CUDA_TILE_BYTES + lane * 16;
+#pragma unroll
+        for (int i = 0; i < UNITS / 2; i++)
+            if (lane * 16 + i * WARP * 16 < n * GN_CUDA_TILE_BYTES)
+                copy_async<16>(codes + h * UNITS * GN_CUDA_TILE_BYTES + i * WARP * 16,
+                               tiles + i * WARP * 16);
+        if (!p.nested_code) {
+            if (lane < 2 * n)
+                copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + lane) * 16,
+                               w.scales + ((int64_t)at * 2 + lane) * 16);
+            continue;
+        }
         if (lane < n)
             copy_async<8>(stage + STAGE_CODES + (h * UNITS + lane) * GN_CUDA_TILE_ROWS,
                           w.scales + (int64_t)(at + lane) * GN_CUDA_TILE_ROWS);
-        const int in_file = (tile * GN_CUDA_TILE_ROWS + lane / 4) * blocks + block + lane % 4;
         if (lane % 4 < n)
             copy_async<4>(stage + STAGE_ABSMAX + (h * WARP + lane) * 4,
-                          w.nested_absmax + in_file / GN_NESTED_BLOCK);
-    } else if (lane < 2 * n) {
-        copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + lane) * 16,
-                       w.scales + ((int64_t)at * 2 + lane) * 16);
+                          w.nested_absmax +
+                              (uint32_t)(at * GN_CUDA_TILE_ROWS + cur->in_file) / GN_NESTED_BLOCK);
+        if (lane == 0) ((float *)(stage + STAGE_OFFSETS))[h] = w.offset;
     }
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 /* Asks for steps until STAGES are under way or there are no more. */
 static __device__ __forceinline__ void ask(struct cursor *cur, const struct program &p, int current,
                                            int warp, int lane) {
-    while (cur->asked - cur->taken < STAGES && find_step(cur, p, current, warp)) {
-        const struct phase &ph = *phase_at(cur->at);
-        const int n = min(UNITS, cur->blocks.end - cur->block);
-        const int tile = first_tile(p, ph, cur->group);
-        uint8_t *stage = stage_at(cur->asked, warp);
-        load_half(stage, p, ph.w[weight_of(p, ph, cur->group, 0)], 0, tile, ph.blocks, cur->block,
-                  n, lane);
-        load_half(stage, p, ph.w[weight_of(p, ph, cur->group, 1)], 1, tile + tile_step(p, ph),
-                  ph.blocks, cur->block, n, lane);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+    while (cur->asked - cur->taken < STAGES) {
+        if (cur->run <= 0) {
+            if (!find_step(cur, p, current, warp)) return;
+            point(cur, p, lane);
+        }
+        load_step(cur, p, min(UNITS, cur->blocks.end - cur->block), warp, lane);
         cur->asked++;
         advance(cur, p);
     }
