@@ -172,11 +172,11 @@ static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint
 }
 
 /* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c. */
-static __device__ __forceinline__ float scale_of(const struct program &p, const uint8_t *stage,
-                                                 int h, int lane) {
+template <bool DQ>
+static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, int lane) {
     const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
     const float *floats = (const float *)(stage + STAGE_ABSMAX);
-    if (!p.nested_code) return floats[at];
+    if (!DQ) return floats[at];
     const float *nested = (const float *)(shared + NESTED_AT);
     return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]),
                      ((const float *)(stage + STAGE_OFFSETS))[h]);
@@ -210,34 +210,33 @@ static __device__ __forceinline__ void multiply_unit(float acc[NT][4],
         for (int i = 0; i < 4; i++) acc[n][i] += (i < 2 ? s0 : s1) * sum[n][i];
 }
 
-/* Where sum (row, t) of a group's is, from its begin on; groups by warps follow one another. */
-static __device__ __forceinline__ int sum_offset(const struct program &p, int row, int t) {
-    const int i = row * even(p.T) + t;
-    return i / 32 * ENTRY_BYTES + ENTRY_BYTES / 2 + i % 32 * 4;
-}
-static __device__ __forceinline__ int sums_begin(const struct program &p, int group, int warp) {
-    return (group * WARPS + warp) * even(p.T) * (GROUP_ROWS * ENTRY_BYTES / 32);
+/* Where a warp's sum of (t, row) is, in a batch's group. */
+static __device__ __forceinline__ uint8_t *sum_at(const struct program &p, int group, int warp,
+                                                  int t, int row) {
+    return shared + (group * WARPS + warp) * sums_bytes(p.T) + t / 2 * ENTRY_BYTES +
+           ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
 }
 
 template <int NT>
 static __device__ __forceinline__ void leave_sums(const struct program &p, const float acc[NT][4],
                                                   int group, bool add, int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
-    uint8_t *sums = shared + sums_begin(p, group, warp);
+    uint8_t *sums = sum_at(p, group, warp, 2 * c, g);
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT; n++) {
+        if (8 * n + 2 * c >= p.T) continue;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int t = 8 * n + 2 * c + i % 2;
-            if (t >= p.T) continue;
-            float *to = (float *)(sums + sum_offset(p, g + i / 2 * GN_CUDA_TILE_ROWS, t));
+            float *to = (float *)(sums + n * 4 * ENTRY_BYTES) + i % 2 * GROUP_ROWS +
+                        i / 2 * GN_CUDA_TILE_ROWS;
             *to = add ? *to + acc[n][i] : acc[n][i];
         }
+    }
 }
 
 static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
-    const uint8_t *sums = shared + sums_begin(p, group, 0) + sum_offset(p, row, t);
-    const int step = sums_begin(p, 0, 1);
+    const uint8_t *sums = sum_at(p, group, 0, t, row);
+    const int step = sums_bytes(p.T);
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += *(const float *)(sums + w * step);
@@ -259,7 +258,8 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
                                                     float high) {
     int first;
     const int which = head_weight(p, group, &first), half = p.D / 2;
-    const int i = (group - first) * GN_CUDA_TILE_ROWS + row, head = i / half, j = i % half;
+    const int head = quotient(group - first, p.by_half);
+    const int j = (group - first - head * p.by_half.d) * GN_CUDA_TILE_ROWS + row;
     if (which < 2) {
         const float c = p.cosines[t * p.cos_ld + j], s = p.sines[t * p.sin_ld + j], x = low;
         low = x * c - high * s;
@@ -279,7 +279,7 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
 
 /* What ADD adds to: output i of the groups from `first` on. */
 static __device__ __forceinline__ float *stream_at(const struct program &p, int first, int i) {
-    const int t = i / GROUP_ROWS % p.T, group = i / GROUP_ROWS / p.T;
+    const int group = quotient(i / GROUP_ROWS, p.by_T), t = i / GROUP_ROWS - group * p.T;
     return p.x + t * p.x_ld + (first + group) * GROUP_ROWS + i % GROUP_ROWS;
 }
 
@@ -289,15 +289,15 @@ static __device__ __forceinline__ void finish(const struct program &p, const str
                                               int first, int n, float before) {
     if (ph.kind == ADD) {
         for (int i = threadIdx.x; i < n * GROUP_ROWS * p.T; i += THREADS) {
-            const int t = i / GROUP_ROWS % p.T, group = i / GROUP_ROWS / p.T;
+            const int group = quotient(i / GROUP_ROWS, p.by_T), t = i / GROUP_ROWS - group * p.T;
             float *x = stream_at(p, first, i);
             *x = (i < THREADS ? before : __ldcg(x)) + total(p, group, i % GROUP_ROWS, t);
         }
         return;
     }
     for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * p.T; i += THREADS) {
-        const int row = i % GN_CUDA_TILE_ROWS, t = i / GN_CUDA_TILE_ROWS % p.T;
-        const int group = i / GN_CUDA_TILE_ROWS / p.T;
+        const int row = i % GN_CUDA_TILE_ROWS, group = quotient(i / GN_CUDA_TILE_ROWS, p.by_T);
+        const int t = i / GN_CUDA_TILE_ROWS - group * p.T;
         const float factor = factor_of(p, t);
         const float v = total(p, group, row, t) * factor;
         const float other = total(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
@@ -310,13 +310,13 @@ static __device__ __forceinline__ void finish(const struct program &p, const str
 }
 
 /* The oldest step: multiplies it, and asks for another in its place. */
-template <int NT>
+template <int NT, bool DQ>
 static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_t x[NT][UNITS][8],
                                                  const struct program &p, int current, int n,
                                                  struct cursor *cur, int warp, int lane) {
     await(cur);
     const uint8_t *stage = stage_at(cur->taken, warp);
-    const float scale[2] = {scale_of(p, stage, 0, lane), scale_of(p, stage, 1, lane)};
+    const float scale[2] = {scale_of<DQ>(stage, 0, lane), scale_of<DQ>(stage, 1, lane)};
     if (n == UNITS) {
 #pragma unroll
         for (int j = 0; j < UNITS; j++) multiply_unit<NT>(acc, x, stage, j, scale, lane);
@@ -327,10 +327,10 @@ static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_
     }
     __syncwarp();
     cur->taken++;
-    ask(cur, p, current, warp, lane);
+    ask<DQ>(cur, p, current, warp, lane);
 }
 
-template <int NT>
+template <int NT, bool DQ>
 static __device__ __forceinline__ void multiply(const struct program &p, int current,
                                                 struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
@@ -339,8 +339,8 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
     uint32_t x[NT][UNITS][8] = {};
     if (lane < MAX_T) squares[lane] = 0.0f;
     __syncwarp();
-    for (int begin = groups.begin; begin < groups.end; begin += batch_groups(p.T)) {
-        const int end = min(begin + batch_groups(p.T), groups.end);
+    for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
+        const int end = min(begin + p.batch_groups, groups.end);
         const bool is_first = begin == groups.begin, once = blocks.end - blocks.begin <= UNITS;
         float before = 0.0f;
         if (ph.kind == ADD && (int)threadIdx.x < (end - begin) * GROUP_ROWS * p.T)
@@ -352,7 +352,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
 #pragma unroll 1
             for (int group = begin; group < end; group++) {
                 float acc[NT][4] = {};
-                take_step<NT>(acc, x, p, current, n, cur, warp, lane);
+                take_step<NT, DQ>(acc, x, p, current, n, cur, warp, lane);
                 leave_sums<NT>(p, acc, group - begin, block > blocks.begin, warp, lane);
             }
         }
@@ -397,7 +397,7 @@ static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) 
     if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
 }
 
-template <int NT>
+template <int NT, bool DQ>
 static __global__ void __launch_bounds__(THREADS, 1)
     decoder_kernel(const __grid_constant__ struct program p) {
     pdl_trigger();
@@ -407,7 +407,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
         store_phase(i, load_phase(p, i, lane), lane);
     __syncthreads();
-    ask(&cur, p, 0, warp, lane);
+    ask<DQ>(&cur, p, 0, warp, lane);
     fill_tables(p);
     __syncthreads();
     pdl_wait();
@@ -417,9 +417,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
         const int coming = i + PHASES - 1;
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
-        ask(&cur, p, i, warp, lane);
+        ask<DQ>(&cur, p, i, warp, lane);
         if (phase_at(i)->kind != ATTEND)
-            multiply<NT>(p, i, &cur, warp, lane);
+            multiply<NT, DQ>(p, i, &cur, warp, lane);
         else if (p.D <= 64)
             attend<64>(p, *phase_at(i), warp, lane);
         else
@@ -455,7 +455,13 @@ static void list_weights(const gn_matrix *w[PROJECTIONS], const gn_decoder_layer
     memcpy(w, all, sizeof all);
 }
 
-static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *layer) {
+static void deal_groups(struct phase *ph, int64_t rows, int group_rows, int sms) {
+    const int groups = (int)(rows / group_rows);
+    ph->groups_each = groups / sms;
+    ph->groups_left = groups % sms;
+}
+
+static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *layer, int sms) {
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
     memset(ph, 0, LAYER_PHASES * sizeof *ph);
@@ -466,23 +472,23 @@ static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *la
     ph[0].kind = QKV;
     ph[0].norm = (const float *)layer->attn_norm->data;
     for (int i = 0; i < 3; i++) ph[0].w[i] = placed_weight(w[i]);
-    ph[0].groups = (int)((w[0]->rows + w[1]->rows + w[2]->rows) / GROUP_ROWS);
+    deal_groups(&ph[0], w[0]->rows + w[1]->rows + w[2]->rows, GROUP_ROWS, sms);
     ph[0].blocks = (int)(w[0]->cols / GN_BLOCK);
     ph[1].kind = ATTEND;
     ph[2].kind = ADD;
     ph[2].w[0] = placed_weight(layer->o);
-    ph[2].groups = (int)(layer->o->rows / GROUP_ROWS);
+    deal_groups(&ph[2], layer->o->rows, GROUP_ROWS, sms);
     ph[2].blocks = (int)(layer->o->cols / GN_BLOCK);
     ph[2].x_is_attention = true;
     ph[3].kind = SWIGLU;
     ph[3].norm = (const float *)layer->mlp_norm->data;
     ph[3].w[0] = placed_weight(layer->gate);
     ph[3].w[1] = placed_weight(layer->up);
-    ph[3].groups = (int)(layer->gate->rows / GN_CUDA_TILE_ROWS);
+    deal_groups(&ph[3], layer->gate->rows, GN_CUDA_TILE_ROWS, sms);
     ph[3].blocks = (int)(layer->gate->cols / GN_BLOCK);
     ph[4].kind = ADD;
     ph[4].w[0] = placed_weight(layer->down);
-    ph[4].groups = (int)(layer->down->rows / GROUP_ROWS);
+    deal_groups(&ph[4], layer->down->rows, GROUP_ROWS, sms);
     ph[4].blocks = (int)(layer->down->cols / GN_BLOCK);
 }
 
@@ -545,6 +551,18 @@ static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
     return *out ? GN_OK : GN_ENOMEM;
 }
 
+typedef void decoder_fn(const struct program);
+
+static decoder_fn *kernel_for(int T, bool double_quant) {
+    if (T <= 8) return double_quant ? decoder_kernel<1, true> : decoder_kernel<1, false>;
+    return double_quant ? decoder_kernel<2, true> : decoder_kernel<2, false>;
+}
+
+/* x / d for x d < 2^32. */
+static struct divisor divide_by(int d) {
+    return {d, (uint32_t)((0x100000000u + (uint64_t)d - 1) / (uint64_t)d)};
+}
+
 static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     const gn_decoder_layer *first = &o->layers[0];
     struct program *p = &d->program;
@@ -559,6 +577,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->v_ld = first->kv->v.ld;
     p->code = first->q->code;
     p->nested_code = first->q->absmax_u8 ? first->q->nested_code : NULL;
+    p->by_half = divide_by(p->D / GROUP_ROWS);
     const uint32_t zeros[2] = {0, 0};
     const size_t rows = MAX_T, bytes = (size_t)p->n_phases * sizeof(struct phase);
     gn_status status =
@@ -572,7 +591,8 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->phases = (const struct phase *)d->phases;
     struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
     if (!phases) return GN_ENOMEM;
-    for (int i = 0; i < o->n_layers; i++) plan_layer(phases + i * LAYER_PHASES, &o->layers[i]);
+    for (int i = 0; i < o->n_layers; i++) 
+        plan_layer(phases + i * LAYER_PHASES, &o->layers[i], d->ctx->cuda->sms);
     status = gn_ctx_write(d->ctx, d->phases, phases, bytes);
     if (!status) status = gn_ctx_write(d->ctx, p->sync, zeros, sizeof zeros);
     free(phases);
@@ -580,12 +600,12 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
 }
 
 gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
-    if (!is_supported(ctx, options) ||
-        cudaFuncSetAttribute(decoder_kernel<1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             SHARED_BYTES) != cudaSuccess ||
-        cudaFuncSetAttribute(decoder_kernel<2>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             SHARED_BYTES) != cudaSuccess)
-        return GN_EUNSUPPORTED;
+    if (!is_supported(ctx, options)) return GN_EUNSUPPORTED;
+    for (int i = 0; i < 4; i++)
+        if (cudaFuncSetAttribute(kernel_for(i % 2 ? 1 : MAX_T, i / 2),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 SHARED_BYTES) != cudaSuccess)
+            return GN_EUNSUPPORTED;
     gn_decoder *d = (gn_decoder *)calloc(1, sizeof *d);
     if (!d) return GN_ENOMEM;
     d->ctx = ctx;
@@ -616,8 +636,10 @@ gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
     p.sin_ld = sin->ld;
     p.max_blocks = seqs->max_blocks;
     p.batch = d->ctx->cuda->batch;
+    p.batch_groups = TABLE_BYTES / (WARPS * sums_bytes(p.T));
+    p.by_T = divide_by(p.T);
     const gn_decoder_options shape = {NULL, 0, p.heads, p.kv_heads, p.D, p.eps};
     p.splits = max_splits(d->ctx, &shape, p.T);
-    return launch(d->ctx, p.T <= 8 ? decoder_kernel<1> : decoder_kernel<2>,
-                  dim3((unsigned)d->ctx->cuda->sms), dim3(THREADS), SHARED_BYTES, p);
+    return launch(d->ctx, kernel_for(p.T, p.nested_code != NULL), dim3((unsigned)d->ctx->cuda->sms),
+                  dim3(THREADS), SHARED_BYTES, p);
 }

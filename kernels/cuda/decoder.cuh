@@ -35,8 +35,15 @@ struct alignas(16) phase {
     const float *norm;   /* of x first, or NULL */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
-    int groups, blocks; /* of 64 columns */
-    int x_is_attention; /* else x is the residual stream (with a norm) or h */
+    int groups_each, groups_left; /* of a block; one more for each of the first blocks */
+    int blocks;                   /* of 64 columns */
+    int x_is_attention;           /* else x is the residual stream (with a norm) or h */
+};
+
+/* To divide small numbers by: x / d is the upper half of x inverse. */
+struct divisor {
+    int d;
+    uint32_t inverse;
 };
 
 struct program {
@@ -51,6 +58,8 @@ struct program {
     int splits, max_blocks;
     gn_cuda_batch batch;
     const float *code, *nested_code; /* of all weights; NULL without double quantization */
+    int batch_groups;                /* whose sums fit in the gaps together */
+    struct divisor by_T, by_half;    /* rows; groups of a head */
     uint32_t *sync;                  /* blocks that arrived, blocks that left */
 };
 
@@ -116,49 +125,48 @@ struct range {
     int begin, end;
 };
 
-static __device__ __forceinline__ struct range share(int n, int i, int of) {
-    return {n * i / of, n * (i + 1) / of};
-}
-
 static __device__ __forceinline__ struct range groups_of(const struct phase &ph) {
-    return share(ph.groups, (int)blockIdx.x, (int)gridDim.x);
+    const int i = (int)blockIdx.x, begin = i * ph.groups_each + min(i, ph.groups_left);
+    return {begin, begin + ph.groups_each + (i < ph.groups_left)};
 }
 
 static __device__ __forceinline__ struct range blocks_of(const struct phase &ph, int warp) {
-    return share(ph.blocks, warp, WARPS);
+    return {ph.blocks * warp / WARPS, ph.blocks * (warp + 1) / WARPS};
 }
 
-/* A warp's sums of a group, (GROUP_ROWS, T), fill whole gaps: T counts as even. */
-static __host__ __device__ __forceinline__ int even(int T) {
-    return (T + 1) / 2 * 2;
+static __device__ __forceinline__ int quotient(int x, struct divisor by) {
+    return by.d == 1 ? x : (int)__umulhi((uint32_t)x, by.inverse);
 }
 
-/* Groups whose sums fit in the gaps together. */
-static __device__ __forceinline__ int batch_groups(int T) {
-    return GAP_FLOATS / (WARPS * GROUP_ROWS * even(T));
+/* A warp's sums of a group are (T, GROUP_ROWS), two rows of x a gap. */
+static __host__ __device__ __forceinline__ int sums_bytes(int T) {
+    return (T + 1) / 2 * ENTRY_BYTES;
 }
 
 /* ---- the stream of weights ---- */
 
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
  * blocks of columns, for each group. The cursor is at the next step to ask for, up to STAGES ahead
- * of the one being multiplied, also across barriers. */
+ * of the one being multiplied, also across barriers. Half a warp asks for each of a step's two
+ * tiles. */
 struct cursor {
     int at; /* phase */
     struct range groups, blocks;
     int batch_begin, batch_end, block, group;
     uint32_t asked, taken; /* steps so far */
-    /* The step's halves: their weights, and their first block by number, in tiles' order and (for
-     * this lane's scale) 8 times that and `in_file` in the file's. The next group's is `stride`
+    /* The lane's half: its weight, and its first block by number, in tiles' order and (for scales
+     * of the lane's row) 8 times that and `in_file` in the file's. The next group's is `stride`
      * further, for `run` groups with this one; 0: to be found out. */
-    const struct weight *w[2];
-    int tile_block[2], in_file, run, stride;
+    const uint8_t *tiles, *scales;
+    const float *nested_absmax;
+    float offset;
+    int tile_block, in_file, row_blocks, run, stride;
 };
 
 static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
                                                    int group) {
     cur->batch_begin = cur->group = group;
-    cur->batch_end = min(group + batch_groups(p.T), cur->groups.end);
+    cur->batch_end = min(group + p.batch_groups, cur->groups.end);
     cur->block = cur->blocks.begin;
 }
 
@@ -171,8 +179,7 @@ static __device__ __forceinline__ bool find_step(struct cursor *cur, const struc
         const struct phase &ph = *phase_at(++cur->at);
         cur->groups = groups_of(ph);
         cur->blocks = blocks_of(ph, warp);
-        if (ph.kind == ATTEND || cur->blocks.begin == cur->blocks.end)
-            cur->groups.begin = cur->groups.end;
+        if (cur->blocks.begin == cur->blocks.end) cur->groups.begin = cur->groups.end;
         begin_batch(cur, p, cur->groups.begin);
     }
     return true;
@@ -180,46 +187,44 @@ static __device__ __forceinline__ bool find_step(struct cursor *cur, const struc
 
 /* Which of q, k and v a group is of, and the first group of that. */
 static __device__ __forceinline__ int head_weight(const struct program &p, int group, int *first) {
-    const int half = p.D / GROUP_ROWS, k = p.heads * half, v = k + p.kv_heads * half;
+    const int k = p.heads * p.by_half.d, v = k + p.kv_heads * p.by_half.d;
     *first = group < k ? 0 : group < v ? k : v;
     return group < k ? 0 : group < v ? 1 : 2;
 }
 
 static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p, int lane) {
     const struct phase &ph = *phase_at(cur->at);
-    int w[2] = {0, 0}, tile[2] = {2 * cur->group, 2 * cur->group + 1};
+    const int h = lane / 16;
+    int w = 0, tile = 2 * cur->group + h;
     cur->run = cur->batch_end - cur->group;
     cur->stride = 2 * ph.blocks;
     if (ph.kind == SWIGLU) {
-        w[1] = 1;
-        tile[0] = tile[1] = cur->group;
+        w = h;
+        tile = cur->group;
         cur->stride = ph.blocks;
     } else if (ph.kind == QKV) {
-        const int half = p.D / GROUP_ROWS;
+        const int half = p.by_half.d;
         int first;
-        w[0] = w[1] = head_weight(p, cur->group, &first);
-        const int in_head = (cur->group - first) % half;
-        tile[0] = 2 * (cur->group - first) - in_head;
-        tile[1] = tile[0] + half;
+        w = head_weight(p, cur->group, &first);
+        const int i = cur->group - first, in_head = i - quotient(i, p.by_half) * half;
+        tile = 2 * i - in_head + h * half;
         cur->run = min(cur->run, half - in_head);
         cur->stride = ph.blocks;
     }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        cur->w[h] = &ph.w[w[h]];
-        cur->tile_block[h] = tile[h] * ph.blocks + cur->block;
-    }
-    cur->in_file = lane / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
+    const struct weight &weight = ph.w[w];
+    cur->tiles = weight.tiles;
+    cur->scales = weight.scales;
+    cur->nested_absmax = weight.nested_absmax;
+    cur->offset = weight.offset;
+    cur->tile_block = tile * ph.blocks + cur->block;
+    cur->row_blocks = ph.blocks;
+    cur->in_file = lane % 16 / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
 }
 
 static __device__ __forceinline__ void advance(struct cursor *cur, const struct program &p) {
     cur->group++;
-    if (--cur->run > 0) {
-        cur->tile_block[0] += cur->stride;
-        cur->tile_block[1] += cur->stride;
-        return;
-    }
-    if (cur->group < cur->batch_end) return;
+    cur->tile_block += cur->stride;
+    if (--cur->run > 0 || cur->group < cur->batch_end) return;
     cur->block += UNITS;
     if (cur->block < cur->blocks.end)
         cur->group = cur->batch_begin;
@@ -232,42 +237,39 @@ static __device__ __forceinline__ uint8_t *stage_at(uint32_t step, int warp) {
 }
 
 /* Asks for the n blocks of the cursor's step. Codes: (2 halves, UNITS, 256 bytes). With double
- * quantization, scales (2, UNITS, 8 rows) bytes, what the scale of (row g, block c) is multiplied
- * with, a float for lane 4g + c, and what is added to it. Without it, scales (2, UNITS, 8 rows)
- * floats. */
-static __device__ __forceinline__ void load_step(const struct cursor *cur, const struct program &p,
-                                                 int n, int warp, int lane) {
+ * quantization (DQ), scales (2, UNITS, 8 rows) bytes; what they are multiplied with, (2, 8 rows,
+ * UNITS) floats; what is added to them, 2 floats. Without it, scales (2, UNITS, 8 rows) floats. */
+template <bool DQ>
+static __device__ __forceinline__ void load_step(const struct cursor *cur, int n, int warp,
+                                                 int lane) {
+    const int h = lane / 16, l = lane % 16, at = cur->tile_block;
     uint8_t *stage = stage_at(cur->asked, warp);
-    uint8_t *codes = stage + lane * 16;
+    uint8_t *codes = stage + h * UNITS * GN_CUDA_TILE_BYTES + l * 16;
+    const uint8_t *tiles = cur->tiles + (int64_t)at * GN_CUDA_TILE_BYTES + l * 16;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const struct weight &w = *cur->w[h];
-        const int at = cur->tile_block[h];
-        const uint8_t *tiles = w.tiles + (int64_t)at * GN_CUDA_TILE_BYTES + lane * 16;
-#pragma unroll
-        for (int i = 0; i < UNITS / 2; i++)
-            if (lane * 16 + i * WARP * 16 < n * GN_CUDA_TILE_BYTES)
-                copy_async<16>(codes + h * UNITS * GN_CUDA_TILE_BYTES + i * WARP * 16,
-                               tiles + i * WARP * 16);
-        if (!p.nested_code) {
-            if (lane < 2 * n)
-                copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + lane) * 16,
-                               w.scales + ((int64_t)at * 2 + lane) * 16);
-            continue;
+    for (int j = 0; j < UNITS; j++)
+        if (j < n) copy_async<16>(codes + j * GN_CUDA_TILE_BYTES, tiles + j * GN_CUDA_TILE_BYTES);
+    if (DQ) {
+        if (l < n)
+            copy_async<8>(stage + STAGE_CODES + (h * UNITS + l) * GN_CUDA_TILE_ROWS,
+                          cur->scales + (int64_t)(at + l) * GN_CUDA_TILE_ROWS);
+        float *absmax = (float *)(stage + STAGE_ABSMAX) + h * WARP + l;
+        const uint32_t block = (uint32_t)(at * GN_CUDA_TILE_ROWS + cur->in_file);
+        if (l % 4 < n) {
+            copy_async<4>(absmax, cur->nested_absmax + block / GN_NESTED_BLOCK);
+            copy_async<4>(absmax + 16, cur->nested_absmax +
+                                           (block + 4 * (uint32_t)cur->row_blocks) / GN_NESTED_BLOCK);
         }
-        if (lane < n)
-            copy_async<8>(stage + STAGE_CODES + (h * UNITS + lane) * GN_CUDA_TILE_ROWS,
-                          w.scales + (int64_t)(at + lane) * GN_CUDA_TILE_ROWS);
-        if (lane % 4 < n)
-            copy_async<4>(stage + STAGE_ABSMAX + (h * WARP + lane) * 4,
-                          w.nested_absmax +
-                              (uint32_t)(at * GN_CUDA_TILE_ROWS + cur->in_file) / GN_NESTED_BLOCK);
-        if (lane == 0) ((float *)(stage + STAGE_OFFSETS))[h] = w.offset;
+        if (l == 0) ((float *)(stage + STAGE_OFFSETS))[h] = cur->offset;
+    } else if (l < 2 * n) {
+        copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + l) * 16,
+                       cur->scales + ((int64_t)at * 2 + l) * 16);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 /* Asks for steps until STAGES are under way or there are no more. */
+template <bool DQ>
 static __device__ __forceinline__ void ask(struct cursor *cur, const struct program &p, int current,
                                            int warp, int lane) {
     while (cur->asked - cur->taken < STAGES) {
@@ -275,7 +277,7 @@ static __device__ __forceinline__ void ask(struct cursor *cur, const struct prog
             if (!find_step(cur, p, current, warp)) return;
             point(cur, p, lane);
         }
-        load_step(cur, p, min(UNITS, cur->blocks.end - cur->block), warp, lane);
+        load_step<DQ>(cur, min(UNITS, cur->blocks.end - cur->block), warp, lane);
         cur->asked++;
         advance(cur, p);
     }
