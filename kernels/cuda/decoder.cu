@@ -49,11 +49,6 @@ static __device__ __forceinline__ uint4 scale_columns(uint4 a, uint4 b, const fl
     return v;
 }
 
-static __device__ __forceinline__ uint4 pack_columns(const float y[8]) {
-    return make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
-                      pack_bf16(y[6], y[7]));
-}
-
 /* 8 columns a lane, through the warp's scratch, to the lanes that multiply row t: g = t % 8. */
 static __device__ __forceinline__ void deal(uint32_t x[UNITS][8], uint4 columns, int t,
                                             uint8_t *scratch, int lane) {
@@ -106,50 +101,67 @@ static __device__ __forceinline__ void load_stream(uint32_t x[UNITS][8], const s
     }
 }
 
-/* The same of what attention gave, or of h. */
-static __device__ __forceinline__ void load_activation(uint32_t x[UNITS][8],
-                                                       const struct program &p,
-                                                       const struct phase &ph, int t0, int end,
-                                                       int col, bool has_columns, uint8_t *scratch,
-                                                       int lane) {
-    enum { AT_ONCE = 4 };
-    if (ph.x_is_attention) {
+/* The same of what attention gave. */
+static __device__ __forceinline__ void load_attention(uint32_t x[UNITS][8], const struct program &p,
+                                                      int t0, int end, int col, bool has_columns,
+                                                      uint8_t *scratch, int lane) {
 #pragma unroll 1
-        for (int t = t0; t < end; t++) {
-            float y[8] = {};
-            if (has_columns) read_attention(y, p, t, col);
-            deal(x, pack_columns(y), t, scratch, lane);
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int first = t0; first < end; first += AT_ONCE) {
-        uint4 a[AT_ONCE] = {};
-        const bf16 *from = p.h + (int64_t)first * p.intermediate + col;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < end && has_columns) a[i] = load_fresh16(from + i * p.intermediate);
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < end) deal(x, a[i], first + i, scratch, lane);
+    for (int t = t0; t < end; t++) {
+        uint4 columns = make_uint4(0, 0, 0, 0);
+        if (has_columns) columns = read_attention(p, t, col);
+        deal(x, columns, t, scratch, lane);
     }
 }
 
-/* The warp's n blocks of columns from `block` on, for all rows, as the mma's B operand. */
+enum { AHEAD = 2 };
+
+/* The lane's columns of h, of rows [first, first + AHEAD) that are before `end`. */
+static __device__ __forceinline__ void fetch_h(uint4 a[AHEAD], const struct program &p, int first,
+                                               int end, int block, int end_block, int lane) {
+    const int col = block * GN_BLOCK + lane * 8;
+    const bf16 *from = p.h + (int64_t)first * p.intermediate + col;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        a[i] = make_uint4(0, 0, 0, 0);
+        if (first + i < end && col < end_block * GN_BLOCK)
+            a[i] = load_fresh16(from + i * p.intermediate);
+    }
+}
+
+/* The same of h; `ahead` has the columns of its first rows, for t0 = 0. */
+static __device__ __forceinline__ void load_h(uint32_t x[UNITS][8], const struct program &p, int t0,
+                                              int end, int block, int end_block,
+                                              const uint4 ahead[AHEAD], uint8_t *scratch,
+                                              int lane) {
+#pragma unroll 1
+    for (int first = t0; first < end; first += AHEAD) {
+        uint4 a[AHEAD];
+        if (first > 0) fetch_h(a, p, first, end, block, end_block, lane);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i < end) deal(x, first > 0 ? a[i] : ahead[i], first + i, scratch, lane);
+    }
+}
+
+/* The warp's blocks of columns from `block` on, as the mma's B operand, for all rows. `ahead` is
+ * what of them is here already, where x is h, and becomes that of the next blocks. */
 template <int NT>
 static __device__ __forceinline__ void load_x(uint32_t x[NT][UNITS][8], const struct program &p,
-                                              const struct phase &ph, int block, int n,
-                                              float *squares, int warp, int lane) {
+                                              const struct phase &ph, int block, int end_block,
+                                              uint4 ahead[AHEAD], float *squares, int warp,
+                                              int lane) {
     const int col = block * GN_BLOCK + lane * 8;
-    const bool has_columns = lane * 8 < n * GN_BLOCK;
+    const bool has_columns = col < end_block * GN_BLOCK;
     uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
 #pragma unroll
     for (int i = 0; i < NT; i++) {
         const int end = min(8 * i + 8, p.T);
         if (ph.norm)
             load_stream(x[i], p, ph, 8 * i, end, col, has_columns, squares, scratch, lane);
+        else if (ph.x_is_attention)
+            load_attention(x[i], p, 8 * i, end, col, has_columns, scratch, lane);
         else
-            load_activation(x[i], p, ph, 8 * i, end, col, has_columns, scratch, lane);
+            load_h(x[i], p, 8 * i, end, block, end_block, ahead, scratch, lane);
     }
 }
 
@@ -336,7 +348,10 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
     const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
     float *squares = (float *)(shared + SQUARES_AT) + warp * MAX_T;
+    const bool is_h = !ph.norm && !ph.x_is_attention;
     uint32_t x[NT][UNITS][8] = {};
+    uint4 ahead[AHEAD];
+    if (is_h) fetch_h(ahead, p, 0, p.T, blocks.begin, blocks.end, lane);
     if (lane < MAX_T) squares[lane] = 0.0f;
     __syncwarp();
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
@@ -347,8 +362,14 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
             before = __ldcg(stream_at(p, begin, threadIdx.x));
         for (int block = blocks.begin; block < blocks.end; block += UNITS) {
             const int n = min(UNITS, blocks.end - block);
-            if (is_first || !once)
-                load_x<NT>(x, p, ph, block, n, is_first ? squares : NULL, warp, lane);
+            if (is_first || !once) {
+                load_x<NT>(x, p, ph, block, blocks.end, ahead, is_first ? squares : NULL, warp,
+                           lane);
+                if (is_h) {
+                    const int next = n < blocks.end - block ? block + UNITS : blocks.begin;
+                    fetch_h(ahead, p, 0, p.T, next, blocks.end, lane);
+                }
+            }
 #pragma unroll 1
             for (int group = begin; group < end; group++) {
                 float acc[NT][4] = {};
@@ -369,13 +390,24 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
 
 /* ---- the grid ---- */
 
+static __device__ __forceinline__ void prefetch_norm(const struct phase &ph, int warp, int lane) {
+    const struct range blocks = blocks_of(ph, warp);
+    for (int i = blocks.begin * 2 + lane; i < blocks.end * 2; i += WARP) /* 128 bytes each */
+        prefetch_line(ph.norm + i * (GN_BLOCK / 2));
+}
+
 /* Everything that all blocks wrote before is to be seen after. `meetings`: of the program so far,
- * with this one. */
-static __device__ __forceinline__ void meet(const struct program &p, uint32_t meetings) {
+ * with this one. While the others come, what the next phase reads that nobody writes is fetched. */
+static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
+                                            uint32_t meetings, int warp, int lane) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
         atomicAdd(&p.sync[0], 1u);
+    }
+    if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
+    if (next.norm) prefetch_norm(next, warp, lane);
+    if (threadIdx.x == 0) {
         while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {}
         __threadfence();
     }
@@ -413,7 +445,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     pdl_wait();
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
-        if (i > 0) meet(p, (uint32_t)i);
+        if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const int coming = i + PHASES - 1;
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
@@ -578,6 +610,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->code = first->q->code;
     p->nested_code = first->q->absmax_u8 ? first->q->nested_code : NULL;
     p->by_half = divide_by(p->D / GROUP_ROWS);
+    p->by_D = divide_by(p->D);
     const uint32_t zeros[2] = {0, 0};
     const size_t rows = MAX_T, bytes = (size_t)p->n_phases * sizeof(struct phase);
     gn_status status =

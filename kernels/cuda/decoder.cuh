@@ -59,7 +59,7 @@ struct program {
     gn_cuda_batch batch;
     const float *code, *nested_code; /* of all weights; NULL without double quantization */
     int batch_groups;                /* whose sums fit in the gaps together */
-    struct divisor by_T, by_half;    /* rows; groups of a head */
+    struct divisor by_T, by_half, by_D; /* rows; groups of a head; its columns */
     uint32_t *sync;                  /* blocks that arrived, blocks that left */
 };
 
@@ -100,6 +100,10 @@ static __device__ __forceinline__ struct phase *phase_at(int i) {
 /* What other blocks write: from L2, never from a stale L1. */
 static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
     return __ldcg((const uint4 *)at);
+}
+
+static __device__ __forceinline__ void prefetch_line(const void *at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
 static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {

@@ -32,6 +32,36 @@ static __device__ __forceinline__ int n_items(const struct program &p) {
     return p.T * p.kv_heads * tiles * p.splits;
 }
 
+/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
+static __device__ __forceinline__ int record_floats(int n_queries, int P) {
+    return n_queries * (P + 2);
+}
+
+/* Warps of a block that take cache blocks: as many as have room for their records. */
+static __device__ __forceinline__ int n_workers(const struct program &p, int n_queries) {
+    return min(WARPS, GAP_FLOATS / record_floats(n_queries, p.D <= 64 ? 64 : 128));
+}
+
+static __device__ __forceinline__ int n_cache_blocks(const struct program &p, int t) {
+    return p.batch.row_pos[t] / TOKENS + 1;
+}
+
+/* Where this warp of the block's first item will begin, on its way into L2. */
+static __device__ __forceinline__ void prefetch_cache(const struct program &p,
+                                                      const struct phase &ph, int warp, int lane) {
+    if ((int)blockIdx.x >= n_items(p)) return;
+    const struct item item = item_of(p, blockIdx.x);
+    const int workers = n_workers(p, item.n_queries), b = item.split * workers + warp;
+    if (warp >= workers || b >= n_cache_blocks(p, item.t)) return;
+    const int64_t block =
+        p.batch.blocks[(int64_t)p.batch.row_seq[item.t] * p.max_blocks + b];
+    const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
+    for (int i = lane * 64; i < TOKENS * p.D; i += WARP * 64) { /* 128 bytes each */
+        prefetch_line(ph.keys + block * p.k_ld + head_at + i);
+        prefetch_line(ph.values + block * p.v_ld + head_at + i);
+    }
+}
+
 /* Outputs of one warp; out[h][j][i] is dimension 64h + 8g + 2j + i/2 of query 2c + i%2. */
 template <int P> struct result {
     float top[2], sum[2], out[P / 64][4][4];
@@ -87,11 +117,6 @@ static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const 
     }
 }
 
-/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
-static __device__ __forceinline__ int record_floats(int n_queries, int P) {
-    return n_queries * (P + 2);
-}
-
 template <int P>
 static __device__ __forceinline__ void leave_record(struct result<P> *r, struct item item, int warp,
                                                     int lane) {
@@ -119,7 +144,7 @@ static __device__ __forceinline__ float *partial_at(const struct program &p, int
     return p.partials + (((int64_t)t * p.heads + head) * p.splits + split) * (p.D + 4);
 }
 
-/* The records of `n` warps, one float of a query a thread. */
+/* The records of the first `n` warps, one float of a query a thread. */
 template <int P>
 static __device__ __forceinline__ void combine_records(const struct program &p, struct item item,
                                                        int n) {
@@ -129,10 +154,9 @@ static __device__ __forceinline__ void combine_records(const struct program &p, 
         const int query = i / p.D, d = i % p.D, state = item.n_queries * P + 2 * query;
         float top = -INFINITY, sum = 0.0f, out = 0.0f;
         for (int w = 0; w < n; w++) top = fmaxf(top, *gap(w * size + state));
+#pragma unroll 4
         for (int w = 0; w < n; w++) {
-            const float its = *gap(w * size + state);
-            if (its == -INFINITY) continue; /* saw no position */
-            const float by = exp2_fast(its - top);
+            const float by = exp2_fast(*gap(w * size + state) - top);
             sum += by * *gap(w * size + state + 1);
             out += by * *gap(w * size + query * P + d);
         }
@@ -148,31 +172,33 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
         const struct item item = item_of(p, i);
-        const int workers = min(WARPS, GAP_FLOATS / record_floats(item.n_queries, P));
-        if (warp < workers) {
+        const int workers = n_workers(p, item.n_queries), first = item.split * workers;
+        const int busy = min(workers, n_cache_blocks(p, item.t) - first);
+        if (busy <= 0) continue;
+        if (warp < busy) {
             struct result<P> r = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-            attend_blocks<P>(&r, p, ph, item, item.split * workers + warp, p.splits * workers, lane);
+            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * workers, lane);
             leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();
-        combine_records<P>(p, item, workers);
+        combine_records<P>(p, item, busy);
         __syncthreads();
     }
 }
 
-/* 8 neighbouring columns of a row's attention, from its splits. */
-static __device__ __forceinline__ void read_attention(float y[8], const struct program &p, int t,
-                                                      int col) {
-    const int head = col / p.D, d = col % p.D;
-    float top = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; i++) y[i] = 0.0f;
-    for (int s = 0; s < p.splits; s++) {
+/* 8 neighbouring columns of a row's attention, from those of its splits that saw any position. */
+static __device__ __forceinline__ uint4 read_attention(const struct program &p, int t, int col) {
+    const int head = quotient(col, p.by_D), d = col - head * p.D;
+    const int group = p.heads / p.kv_heads, last = group / QUERIES * QUERIES;
+    const int tile = head % group / QUERIES * QUERIES;
+    const int workers = n_workers(p, tile < last ? QUERIES : group - last);
+    const int blocks = n_cache_blocks(p, t);
+    float y[8] = {}, top = -INFINITY, sum = 0.0f;
+    for (int s = 0; s < p.splits && s * workers < blocks; s++) {
         const float *from = partial_at(p, t, head, s);
         const float2 state = __ldcg((const float2 *)(from + p.D));
         const float4 low = __ldcg((const float4 *)(from + d)),
                      high = __ldcg((const float4 *)(from + d) + 1);
-        if (state.x == -INFINITY) continue; /* saw no position */
         const float now = fmaxf(top, state.x);
         const float old = exp2_fast(top - now), by = exp2_fast(state.x - now);
         const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -181,8 +207,9 @@ static __device__ __forceinline__ void read_attention(float y[8], const struct p
         sum = sum * old + state.y * by;
         top = now;
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) y[i] /= sum;
+    const float scale = 1.0f / sum;
+    return make_uint4(pack_bf16(y[0] * scale, y[1] * scale), pack_bf16(y[2] * scale, y[3] * scale),
+                      pack_bf16(y[4] * scale, y[5] * scale), pack_bf16(y[6] * scale, y[7] * scale));
 }
 
 #endif
