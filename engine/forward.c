@@ -127,12 +127,12 @@ static gn_status open_decoder(gn_forward *f) {
     for (int i = 0; i < c->layers; i++) {
         const gn_layer *layer = &f->model->layers[i];
         const gn_matrix *w = layer->proj;
-        layers[i] = (gn_decoder_layer){&layer->attn_norm, &layer->mlp_norm, &w[GN_Q],  &w[GN_K],
+        layers[i] = (gn_decoder_layer){&layer->attn_norm, &layer->mlp_norm, &w[GN_Q],    &w[GN_K],
                                        &w[GN_V],          &w[GN_O],         &w[GN_GATE], &w[GN_UP],
                                        &w[GN_DOWN],       &f->kv[i]};
     }
-    const gn_decoder_options options = {layers, c->layers, c->heads, c->kv_heads, c->head_dim,
-                                        c->rms_eps};
+    const gn_decoder_options options = {layers,      c->layers,   c->heads,
+                                        c->kv_heads, c->head_dim, c->rms_eps};
     const gn_status status = gn_decoder_open(&f->decoder, f->model->ctx, &options);
     free(layers);
     return status == GN_EUNSUPPORTED ? GN_OK : status;

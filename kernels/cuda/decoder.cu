@@ -9,12 +9,12 @@
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
  *     part of x in registers, as the mma's B operand: tokens are the mma's columns, of which there
- *     are 8 (NT = 1) or 16; unused ones are zero and cost nothing.
- *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way (cp.async),
- *     150 KiB an SM, enough to span a barrier.
+ *     are 8 or 16; unused ones are zero and cost nothing.
+ *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way
+ * (cp.async), 150 KiB an SM, enough to span a barrier.
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
- *     lane has a copy in its own bank. Entries are 256 bytes apart: the address is then (byte << 8 |
- *     4 lane), which one byte permutation makes. A block's scale multiplies its float32 sums.
+ *     lane has a copy in its own bank. Entries are 256 bytes apart: the address is then (byte << 8
+ * | 4 lane), which one byte permutation makes. A block's scale multiplies its float32 sums.
  *   - Warps' sums meet in shared memory in a fixed order; RMSNorm's factor, one number a row of x,
  *     is applied there; rotation and the cache, SwiGLU, or the residual addition follow.
  *
@@ -25,6 +25,9 @@
 #include <string.h>
 
 #include "decoder_attention.cuh"
+
+/* A kernel for up to MOST rows of x has them in so many tiles of 8. */
+template <int MOST> static constexpr int TILES = (MOST + 7) / 8;
 
 /* ---- x ---- */
 
@@ -145,17 +148,16 @@ static __device__ __forceinline__ void load_h(uint32_t x[UNITS][8], const struct
 
 /* The warp's blocks of columns from `block` on, as the mma's B operand, for all rows. `ahead` is
  * what of them is here already, where x is h, and becomes that of the next blocks. */
-template <int NT>
-static __device__ __forceinline__ void load_x(uint32_t x[NT][UNITS][8], const struct program &p,
-                                              const struct phase &ph, int block, int end_block,
-                                              uint4 ahead[AHEAD], float *squares, int warp,
-                                              int lane) {
+template <int MOST>
+static __device__ __forceinline__ void
+load_x(uint32_t x[TILES<MOST>][UNITS][8], const struct program &p, const struct phase &ph,
+       int block, int end_block, uint4 ahead[AHEAD], float *squares, int warp, int lane) {
     const int col = block * GN_BLOCK + lane * 8;
     const bool has_columns = col < end_block * GN_BLOCK;
     uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
 #pragma unroll
-    for (int i = 0; i < NT; i++) {
-        const int end = min(8 * i + 8, p.T);
+    for (int i = 0; i < TILES<MOST>; i++) {
+        const int end = min(8 * i + 8, rows_of<MOST>(p));
         if (ph.norm)
             load_stream(x[i], p, ph, 8 * i, end, col, has_columns, squares, scratch, lane);
         else if (ph.x_is_attention)
@@ -183,7 +185,8 @@ static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint
     return *(const uint32_t *)(shared + __byte_perm(word, lane4, 0x5504 | byte << 4));
 }
 
-/* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c. */
+/* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c.
+ */
 template <bool DQ>
 static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, int lane) {
     const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
@@ -195,16 +198,15 @@ static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, in
 }
 
 /* acc += block j of a step. */
-template <int NT>
-static __device__ __forceinline__ void multiply_unit(float acc[NT][4],
-                                                     const uint32_t x[NT][UNITS][8],
-                                                     const uint8_t *stage, int j,
-                                                     const float scale[2], int lane) {
+template <int MOST>
+static __device__ __forceinline__ void
+multiply_unit(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
+              const uint8_t *stage, int j, const float scale[2], int lane) {
     const uint8_t *at = stage + j * GN_CUDA_TILE_BYTES + lane * 8;
     const uint2 top = *(const uint2 *)at,
                 bottom = *(const uint2 *)(at + UNITS * GN_CUDA_TILE_BYTES);
     const uint32_t lane4 = lane * 4;
-    float sum[NT][4] = {};
+    float sum[TILES<MOST>][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const uint32_t up = k < 2 ? top.x : top.y, down = k < 2 ? bottom.x : bottom.y;
@@ -212,31 +214,33 @@ static __device__ __forceinline__ void multiply_unit(float acc[NT][4],
         const uint32_t a[4] = {look_up(up, byte, lane4), look_up(down, byte, lane4),
                                look_up(up, byte + 1, lane4), look_up(down, byte + 1, lane4)};
 #pragma unroll
-        for (int n = 0; n < NT; n++) mma_bf16(sum[n], a, &x[n][j][2 * k]);
+        for (int n = 0; n < TILES<MOST>; n++) mma_bf16(sum[n], a, &x[n][j][2 * k]);
     }
     const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
                 s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < TILES<MOST>; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[n][i] += (i < 2 ? s0 : s1) * sum[n][i];
 }
 
 /* Where a warp's sum of (t, row) is, in a batch's group. */
+template <int MOST>
 static __device__ __forceinline__ uint8_t *sum_at(const struct program &p, int group, int warp,
                                                   int t, int row) {
-    return shared + (group * WARPS + warp) * sums_bytes(p.T) + t / 2 * ENTRY_BYTES +
+    return shared + (group * WARPS + warp) * sums_bytes(rows_of<MOST>(p)) + t / 2 * ENTRY_BYTES +
            ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
 }
 
-template <int NT>
-static __device__ __forceinline__ void leave_sums(const struct program &p, const float acc[NT][4],
-                                                  int group, bool add, int warp, int lane) {
+template <int MOST>
+static __device__ __forceinline__ void leave_sums(const struct program &p,
+                                                  const float acc[TILES<MOST>][4], int group,
+                                                  bool add, int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
-    uint8_t *sums = sum_at(p, group, warp, 2 * c, g);
+    uint8_t *sums = sum_at<MOST>(p, group, warp, 2 * c, g);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        if (8 * n + 2 * c >= p.T) continue;
+    for (int n = 0; n < TILES<MOST>; n++) {
+        if (8 * n + 2 * c >= rows_of<MOST>(p)) continue;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float *to = (float *)(sums + n * 4 * ENTRY_BYTES) + i % 2 * GROUP_ROWS +
@@ -246,9 +250,10 @@ static __device__ __forceinline__ void leave_sums(const struct program &p, const
     }
 }
 
+template <int MOST>
 static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
-    const uint8_t *sums = sum_at(p, group, 0, t, row);
-    const int step = sums_bytes(p.T);
+    const uint8_t *sums = sum_at<MOST>(p, group, 0, t, row);
+    const int step = sums_bytes(rows_of<MOST>(p));
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += *(const float *)(sums + w * step);
@@ -289,30 +294,38 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
     to[j + half] = __float2bfloat16(high);
 }
 
+template <int MOST> static __device__ __forceinline__ int by_rows(const struct program &p, int i) {
+    return MOST == 1 ? i : quotient(i, p.by_T);
+}
+
 /* What ADD adds to: output i of the groups from `first` on. */
+template <int MOST>
 static __device__ __forceinline__ float *stream_at(const struct program &p, int first, int i) {
-    const int group = quotient(i / GROUP_ROWS, p.by_T), t = i / GROUP_ROWS - group * p.T;
+    const int group = by_rows<MOST>(p, i / GROUP_ROWS),
+              t = i / GROUP_ROWS - group * rows_of<MOST>(p);
     return p.x + t * p.x_ld + (first + group) * GROUP_ROWS + i % GROUP_ROWS;
 }
 
 /* Results of groups first ... first + n - 1, whose sums are in the gaps. `before` is what the
  * thread's first output is added to. */
+template <int MOST>
 static __device__ __forceinline__ void finish(const struct program &p, const struct phase &ph,
                                               int first, int n, float before) {
     if (ph.kind == ADD) {
-        for (int i = threadIdx.x; i < n * GROUP_ROWS * p.T; i += THREADS) {
-            const int group = quotient(i / GROUP_ROWS, p.by_T), t = i / GROUP_ROWS - group * p.T;
-            float *x = stream_at(p, first, i);
-            *x = (i < THREADS ? before : __ldcg(x)) + total(p, group, i % GROUP_ROWS, t);
+        for (int i = threadIdx.x; i < n * GROUP_ROWS * rows_of<MOST>(p); i += THREADS) {
+            const int group = by_rows<MOST>(p, i / GROUP_ROWS),
+                      t = i / GROUP_ROWS - group * rows_of<MOST>(p);
+            float *x = stream_at<MOST>(p, first, i);
+            *x = (i < THREADS ? before : __ldcg(x)) + total<MOST>(p, group, i % GROUP_ROWS, t);
         }
         return;
     }
-    for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * p.T; i += THREADS) {
-        const int row = i % GN_CUDA_TILE_ROWS, group = quotient(i / GN_CUDA_TILE_ROWS, p.by_T);
-        const int t = i / GN_CUDA_TILE_ROWS - group * p.T;
+    for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * rows_of<MOST>(p); i += THREADS) {
+        const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
+        const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
         const float factor = factor_of(p, t);
-        const float v = total(p, group, row, t) * factor;
-        const float other = total(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
+        const float v = total<MOST>(p, group, row, t) * factor;
+        const float other = total<MOST>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
             p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
                 __float2bfloat16(v / (1.0f + __expf(-v)) * other);
@@ -322,68 +335,68 @@ static __device__ __forceinline__ void finish(const struct program &p, const str
 }
 
 /* The oldest step: multiplies it, and asks for another in its place. */
-template <int NT, bool DQ>
-static __device__ __forceinline__ void take_step(float acc[NT][4], const uint32_t x[NT][UNITS][8],
-                                                 const struct program &p, int current, int n,
-                                                 struct cursor *cur, int warp, int lane) {
+template <int MOST, bool DQ>
+static __device__ __forceinline__ void
+take_step(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
+          const struct program &p, int current, int n, struct cursor *cur, int warp, int lane) {
     await(cur);
     const uint8_t *stage = stage_at(cur->taken, warp);
     const float scale[2] = {scale_of<DQ>(stage, 0, lane), scale_of<DQ>(stage, 1, lane)};
     if (n == UNITS) {
 #pragma unroll
-        for (int j = 0; j < UNITS; j++) multiply_unit<NT>(acc, x, stage, j, scale, lane);
+        for (int j = 0; j < UNITS; j++) multiply_unit<MOST>(acc, x, stage, j, scale, lane);
     } else {
 #pragma unroll
         for (int j = 0; j < UNITS - 1; j++)
-            if (j < n) multiply_unit<NT>(acc, x, stage, j, scale, lane);
+            if (j < n) multiply_unit<MOST>(acc, x, stage, j, scale, lane);
     }
     __syncwarp();
     cur->taken++;
     ask<DQ>(cur, p, current, warp, lane);
 }
 
-template <int NT, bool DQ>
+template <int MOST, bool DQ>
 static __device__ __forceinline__ void multiply(const struct program &p, int current,
                                                 struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
     float *squares = (float *)(shared + SQUARES_AT) + warp * MAX_T;
     const bool is_h = !ph.norm && !ph.x_is_attention;
-    uint32_t x[NT][UNITS][8] = {};
+    uint32_t x[TILES<MOST>][UNITS][8] = {};
     uint4 ahead[AHEAD];
-    if (is_h) fetch_h(ahead, p, 0, p.T, blocks.begin, blocks.end, lane);
+    if (is_h) fetch_h(ahead, p, 0, rows_of<MOST>(p), blocks.begin, blocks.end, lane);
     if (lane < MAX_T) squares[lane] = 0.0f;
     __syncwarp();
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int end = min(begin + p.batch_groups, groups.end);
         const bool is_first = begin == groups.begin, once = blocks.end - blocks.begin <= UNITS;
         float before = 0.0f;
-        if (ph.kind == ADD && (int)threadIdx.x < (end - begin) * GROUP_ROWS * p.T)
-            before = __ldcg(stream_at(p, begin, threadIdx.x));
+        if (ph.kind == ADD && (int)threadIdx.x < (end - begin) * GROUP_ROWS * rows_of<MOST>(p))
+            before = __ldcg(stream_at<MOST>(p, begin, threadIdx.x));
         for (int block = blocks.begin; block < blocks.end; block += UNITS) {
             const int n = min(UNITS, blocks.end - block);
             if (is_first || !once) {
-                load_x<NT>(x, p, ph, block, blocks.end, ahead, is_first ? squares : NULL, warp,
-                           lane);
+                load_x<MOST>(x, p, ph, block, blocks.end, ahead, is_first ? squares : NULL, warp,
+                             lane);
                 if (is_h) {
                     const int next = n < blocks.end - block ? block + UNITS : blocks.begin;
-                    fetch_h(ahead, p, 0, p.T, next, blocks.end, lane);
+                    fetch_h(ahead, p, 0, rows_of<MOST>(p), next, blocks.end, lane);
                 }
             }
 #pragma unroll 1
             for (int group = begin; group < end; group++) {
-                float acc[NT][4] = {};
-                take_step<NT, DQ>(acc, x, p, current, n, cur, warp, lane);
-                leave_sums<NT>(p, acc, group - begin, block > blocks.begin, warp, lane);
+                float acc[TILES<MOST>][4] = {};
+                take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
+                leave_sums<MOST>(p, acc, group - begin, block > blocks.begin, warp, lane);
             }
         }
         if (blocks.begin == blocks.end) {
-            const float none[NT][4] = {};
+            const float none[TILES<MOST>][4] = {};
             for (int group = begin; group < end; group++)
-                leave_sums<NT>(p, none, group - begin, false, warp, lane);
+                leave_sums<MOST>(p, none, group - begin, false, warp, lane);
         }
         __syncthreads();
-        finish(p, ph, begin, end - begin, before);
+        finish<MOST>(p, ph, begin, end - begin, before);
         __syncthreads();
     }
 }
@@ -408,7 +421,8 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
     if (next.norm) prefetch_norm(next, warp, lane);
     if (threadIdx.x == 0) {
-        while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {}
+        while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {
+        }
         __threadfence();
     }
     __syncthreads();
@@ -429,7 +443,7 @@ static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) 
     if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
 }
 
-template <int NT, bool DQ>
+template <int MOST, bool DQ>
 static __global__ void __launch_bounds__(THREADS, 1)
     decoder_kernel(const __grid_constant__ struct program p) {
     pdl_trigger();
@@ -441,6 +455,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     ask<DQ>(&cur, p, 0, warp, lane);
     fill_tables(p);
+    if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
     __syncthreads();
     pdl_wait();
 #pragma unroll 1
@@ -451,7 +466,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
         if (warp == 0) phase = load_phase(p, coming, lane);
         ask<DQ>(&cur, p, i, warp, lane);
         if (phase_at(i)->kind != ATTEND)
-            multiply<NT, DQ>(p, i, &cur, warp, lane);
+            multiply<MOST, DQ>(p, i, &cur, warp, lane);
         else if (p.D <= 64)
             attend<64>(p, *phase_at(i), warp, lane);
         else
@@ -586,8 +601,9 @@ static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
 typedef void decoder_fn(const struct program);
 
 static decoder_fn *kernel_for(int T, bool double_quant) {
-    if (T <= 8) return double_quant ? decoder_kernel<1, true> : decoder_kernel<1, false>;
-    return double_quant ? decoder_kernel<2, true> : decoder_kernel<2, false>;
+    if (T <= 1) return double_quant ? decoder_kernel<1, true> : decoder_kernel<1, false>;
+    if (T <= 8) return double_quant ? decoder_kernel<8, true> : decoder_kernel<8, false>;
+    return double_quant ? decoder_kernel<16, true> : decoder_kernel<16, false>;
 }
 
 /* x / d for x d < 2^32. */
@@ -624,7 +640,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->phases = (const struct phase *)d->phases;
     struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
     if (!phases) return GN_ENOMEM;
-    for (int i = 0; i < o->n_layers; i++) 
+    for (int i = 0; i < o->n_layers; i++)
         plan_layer(phases + i * LAYER_PHASES, &o->layers[i], d->ctx->cuda->sms);
     status = gn_ctx_write(d->ctx, d->phases, phases, bytes);
     if (!status) status = gn_ctx_write(d->ctx, p->sync, zeros, sizeof zeros);
@@ -634,8 +650,8 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
 
 gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
     if (!is_supported(ctx, options)) return GN_EUNSUPPORTED;
-    for (int i = 0; i < 4; i++)
-        if (cudaFuncSetAttribute(kernel_for(i % 2 ? 1 : MAX_T, i / 2),
+    for (int i = 0; i < 6; i++)
+        if (cudaFuncSetAttribute(kernel_for(i / 2 * 8, i % 2),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  SHARED_BYTES) != cudaSuccess)
             return GN_EUNSUPPORTED;

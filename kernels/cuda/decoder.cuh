@@ -10,7 +10,7 @@ enum {
     WARPS = 16,
     THREADS = WARPS * WARP,
     UNITS = 4,  /* blocks of 64 columns in a step */
-    STAGES = 4, /* steps of a warp that are on their way */
+    STAGES = 3, /* steps of a warp that are on their way */
     MAX_T = GN_DECODER_MAX_ROWS,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
 };
@@ -57,11 +57,16 @@ struct program {
     float *partials; /* (T, heads, splits, D + 4): see decoder_attention.cuh */
     int splits, max_blocks;
     gn_cuda_batch batch;
-    const float *code, *nested_code; /* of all weights; NULL without double quantization */
-    int batch_groups;                /* whose sums fit in the gaps together */
+    const float *code, *nested_code;    /* of all weights; NULL without double quantization */
+    int batch_groups;                   /* whose sums fit in the gaps together */
     struct divisor by_T, by_half, by_D; /* rows; groups of a head; its columns */
-    uint32_t *sync;                  /* blocks that arrived, blocks that left */
+    uint32_t *sync;                     /* blocks that arrived, blocks that left */
 };
+
+/* Rows of x, for a kernel that is made for up to MOST: a constant where that is 1. */
+template <int MOST> static __device__ __forceinline__ int rows_of(const struct program &p) {
+    return MOST == 1 ? 1 : p.T;
+}
 
 /* ---- shared memory ---- */
 
@@ -82,7 +87,8 @@ enum {
     SCRATCH_AT = SQUARES_AT + WARPS * MAX_T * (int)sizeof(float),
     PHASES_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
     PHASES = 4, /* at hand: the current one, two more, and one that is on its way */
-    SHARED_BYTES = PHASES_AT + PHASES * (int)sizeof(struct phase),
+    ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
+    SHARED_BYTES = ITEM_AT + 64,
 };
 
 extern __shared__ __align__(1024) uint8_t shared[];
@@ -196,7 +202,8 @@ static __device__ __forceinline__ int head_weight(const struct program &p, int g
     return group < k ? 0 : group < v ? 1 : 2;
 }
 
-static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p, int lane) {
+static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p,
+                                             int lane) {
     const struct phase &ph = *phase_at(cur->at);
     const int h = lane / 16;
     int w = 0, tile = 2 * cur->group + h;
@@ -261,8 +268,9 @@ static __device__ __forceinline__ void load_step(const struct cursor *cur, int n
         const uint32_t block = (uint32_t)(at * GN_CUDA_TILE_ROWS + cur->in_file);
         if (l % 4 < n) {
             copy_async<4>(absmax, cur->nested_absmax + block / GN_NESTED_BLOCK);
-            copy_async<4>(absmax + 16, cur->nested_absmax +
-                                           (block + 4 * (uint32_t)cur->row_blocks) / GN_NESTED_BLOCK);
+            copy_async<4>(absmax + 16,
+                          cur->nested_absmax +
+                              (block + 4 * (uint32_t)cur->row_blocks) / GN_NESTED_BLOCK);
         }
         if (l == 0) ((float *)(stage + STAGE_OFFSETS))[h] = cur->offset;
     } else if (l < 2 * n) {

@@ -12,7 +12,17 @@
 
 struct item {
     int t, kv_head, first_query, n_queries, split;
+    int workers; /* warps that take cache blocks: as many as have room for their records */
 };
+
+/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
+static __device__ __forceinline__ int record_floats(int n_queries, int P) {
+    return n_queries * (P + 2);
+}
+
+static __device__ __forceinline__ int n_workers(const struct program &p, int n_queries) {
+    return min(WARPS, GAP_FLOATS / record_floats(n_queries, p.D <= 64 ? 64 : 128));
+}
 
 static __device__ __forceinline__ struct item item_of(const struct program &p, int i) {
     const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
@@ -24,22 +34,18 @@ static __device__ __forceinline__ struct item item_of(const struct program &p, i
     item.kv_head = i % p.kv_heads;
     item.t = i / p.kv_heads;
     item.n_queries = min(QUERIES, group - item.first_query);
+    item.workers = n_workers(p, item.n_queries);
     return item;
+}
+
+/* The block's first item is the same in every layer, so it is worked out once. */
+static __device__ __forceinline__ struct item *first_item(void) {
+    return (struct item *)(shared + ITEM_AT);
 }
 
 static __device__ __forceinline__ int n_items(const struct program &p) {
     const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
     return p.T * p.kv_heads * tiles * p.splits;
-}
-
-/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
-static __device__ __forceinline__ int record_floats(int n_queries, int P) {
-    return n_queries * (P + 2);
-}
-
-/* Warps of a block that take cache blocks: as many as have room for their records. */
-static __device__ __forceinline__ int n_workers(const struct program &p, int n_queries) {
-    return min(WARPS, GAP_FLOATS / record_floats(n_queries, p.D <= 64 ? 64 : 128));
 }
 
 static __device__ __forceinline__ int n_cache_blocks(const struct program &p, int t) {
@@ -50,11 +56,10 @@ static __device__ __forceinline__ int n_cache_blocks(const struct program &p, in
 static __device__ __forceinline__ void prefetch_cache(const struct program &p,
                                                       const struct phase &ph, int warp, int lane) {
     if ((int)blockIdx.x >= n_items(p)) return;
-    const struct item item = item_of(p, blockIdx.x);
-    const int workers = n_workers(p, item.n_queries), b = item.split * workers + warp;
-    if (warp >= workers || b >= n_cache_blocks(p, item.t)) return;
-    const int64_t block =
-        p.batch.blocks[(int64_t)p.batch.row_seq[item.t] * p.max_blocks + b];
+    const struct item item = *first_item();
+    const int b = item.split * item.workers + warp;
+    if (warp >= item.workers || b >= n_cache_blocks(p, item.t)) return;
+    const int64_t block = p.batch.blocks[(int64_t)p.batch.row_seq[item.t] * p.max_blocks + b];
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
     for (int i = lane * 64; i < TOKENS * p.D; i += WARP * 64) { /* 128 bytes each */
         prefetch_line(ph.keys + block * p.k_ld + head_at + i);
@@ -63,9 +68,7 @@ static __device__ __forceinline__ void prefetch_cache(const struct program &p,
 }
 
 /* Outputs of one warp; out[h][j][i] is dimension 64h + 8g + 2j + i/2 of query 2c + i%2. */
-template <int P> struct result {
-    float top[2], sum[2], out[P / 64][4][4];
-};
+template <int P> struct result { float top[2], sum[2], out[P / 64][4][4]; };
 
 /* Cache blocks first, first + step, ... of a row at position `pos`. */
 template <int P>
@@ -171,13 +174,15 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
                                               int warp, int lane) {
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
-        const struct item item = item_of(p, i);
-        const int workers = n_workers(p, item.n_queries), first = item.split * workers;
-        const int busy = min(workers, n_cache_blocks(p, item.t) - first);
+        const struct item item = i == (int)blockIdx.x ? *first_item() : item_of(p, i);
+        const int first = item.split * item.workers;
+        const int busy = min(item.workers, n_cache_blocks(p, item.t) - first);
         if (busy <= 0) continue;
         if (warp < busy) {
-            struct result<P> r = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * workers, lane);
+            struct result<P> r = {
+                {-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}
+            };
+            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * item.workers, lane);
             leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();

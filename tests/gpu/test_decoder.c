@@ -11,14 +11,10 @@ typedef struct {
 } shape;
 
 static const shape shapes[] = {
-    {256, 704, 4, 4, 64, 2, GN_Q_NF4, true},
-    {64, 64, 1, 1, 64, 3, GN_Q_NF4, true},
-    {512, 1408, 8, 2, 64, 2, GN_Q_NF4, false},
-    {1280, 3456, 16, 16, 80, 2, GN_Q_FP4, true},
-    {768, 2048, 8, 1, 96, 2, GN_Q_NF4, true},
-    {2048, 5504, 32, 4, 64, 1, GN_Q_NF4, true},
-    {2048, 5568, 16, 2, 128, 2, GN_Q_NF4, false},
-    {1536, 4096, 24, 2, 64, 1, GN_Q_NF4, true},
+    {256, 704, 4, 4, 64, 2, GN_Q_NF4, true},       {64, 64, 1, 1, 64, 3, GN_Q_NF4, true},
+    {512, 1408, 8, 2, 64, 2, GN_Q_NF4, false},     {1280, 3456, 16, 16, 80, 2, GN_Q_FP4, true},
+    {768, 2048, 8, 1, 96, 2, GN_Q_NF4, true},      {2048, 5504, 32, 4, 64, 1, GN_Q_NF4, true},
+    {2048, 5568, 16, 2, 128, 2, GN_Q_NF4, false},  {1536, 4096, 24, 2, 64, 1, GN_Q_NF4, true},
     {4096, 11008, 32, 32, 128, 1, GN_Q_NF4, true},
 };
 static const int row_counts[] = {1, 2, 3, 4, 7, 8, 9, 16};
@@ -41,8 +37,7 @@ typedef struct {
 /* Products neither grow nor shrink what goes through them, so that nothing saturates. */
 static gn_matrix weight(model *m, rng *r, int64_t rows, int64_t cols) {
     random_matrix host = make_matrix(r, m->s.qtype, m->s.double_quant, GN_BF16, rows, cols);
-    const gn_quant_sizes sizes =
-        gn_quant_sizes_of(m->s.qtype, m->s.double_quant, rows, cols);
+    const gn_quant_sizes sizes = gn_quant_sizes_of(m->s.qtype, m->s.double_quant, rows, cols);
     const float scale = 2.0f / sqrtf((float)cols);
     float *absmax = host.owned[m->s.double_quant ? 3 : 1];
     const size_t n = (m->s.double_quant ? sizes.nested_absmax : sizes.absmax) / sizeof *absmax;
@@ -56,7 +51,8 @@ static gn_matrix weight(model *m, rng *r, int64_t rows, int64_t cols) {
 static gn_tensor vector(model *m, rng *r, int64_t n) {
     float *v = random_floats(r, (size_t)n);
     for (int64_t i = 0; i < n; i++) v[i] = 1.0f + 0.25f * v[i];
-    const gn_tensor t = gn_tensor_1d(device_alloc(&m->rest, v, (size_t)n * sizeof *v, 0), GN_F32, n);
+    const gn_tensor t =
+        gn_tensor_1d(device_alloc(&m->rest, v, (size_t)n * sizeof *v, 0), GN_F32, n);
     free(v);
     return t;
 }
@@ -71,7 +67,8 @@ static gn_tensor cache(model *m, const float *past) {
 
 static void open_model(model *m, const sides *sides, shape s) {
     rng r = {(uint64_t)(s.hidden + s.heads)};
-    *m = (model){.sides = sides, .s = s, .weights = {.ctx = sides->gpu}, .rest = {.ctx = sides->gpu}};
+    *m = (model){
+        .sides = sides, .s = s, .weights = {.ctx = sides->gpu}, .rest = {.ctx = sides->gpu}};
     const int dim = s.heads * s.D, kv = s.kv_heads * s.D;
     const int rows[PROJ] = {dim, kv, kv, s.hidden, s.intermediate, s.intermediate, s.hidden};
     const int cols[PROJ] = {s.hidden, s.hidden, s.hidden, dim, s.hidden, s.hidden, s.intermediate};
@@ -119,8 +116,7 @@ static gn_tensor heads_of(const gn_tensor *t, int rows, int heads) {
 
 static gn_status project(model *m, int layer, int first, int n, gn_tensor x, const gn_tensor *norm,
                          gn_epilogue epilogue, const gn_tensor *y) {
-    gn_linear_args args = {
-        .x = x, .norm = norm, .eps = 1e-5f, .epilogue = epilogue, .n_parts = n};
+    gn_linear_args args = {.x = x, .norm = norm, .eps = 1e-5f, .epilogue = epilogue, .n_parts = n};
     for (int i = 0; i < n; i++) {
         args.part[i].w = &m->w[layer][first + i];
         args.part[i].y = y[i];
@@ -130,8 +126,7 @@ static gn_status project(model *m, int layer, int first, int n, gn_tensor x, con
 
 static gn_status run_ops(model *m, int T, const gn_seqs *seqs) {
     gn_ctx *gpu = m->sides->gpu;
-    const gn_tensor x = first_rows(&m->x[1], T), a = first_rows(&m->a, T),
-                    h = first_rows(&m->h, T);
+    const gn_tensor x = first_rows(&m->x[1], T), a = first_rows(&m->a, T), h = first_rows(&m->h, T);
     const gn_tensor qkv[] = {first_rows(&m->q, T), first_rows(&m->k, T), first_rows(&m->v, T)};
     const gn_tensor gate_up[] = {h, h}, cos = first_rows(&m->cos, T), sin = first_rows(&m->sin, T);
     gn_tensor q = heads_of(&m->q, T, m->s.heads), y = heads_of(&m->a, T, m->s.heads);
@@ -152,8 +147,9 @@ static gn_decoder *open_decoder(model *m) {
     gn_decoder_layer layers[LAYERS];
     for (int i = 0; i < m->s.layers; i++) {
         const gn_matrix *w = m->w[i];
-        layers[i] = (gn_decoder_layer){&m->norms[i][0], &m->norms[i][1], &w[0], &w[1], &w[2],
-                                       &w[3],           &w[4],           &w[5], &w[6], &m->kv[0][i]};
+        layers[i] =
+            (gn_decoder_layer){&m->norms[i][0], &m->norms[i][1], &w[0], &w[1], &w[2],
+                               &w[3],           &w[4],           &w[5], &w[6], &m->kv[0][i]};
     }
     const gn_decoder_options options = {layers,        m->s.layers, m->s.heads,
                                         m->s.kv_heads, m->s.D,      1e-5f};
@@ -177,7 +173,8 @@ static const double BOUND = 1.5e-2;
 
 static void compare(model *m, verdict *v, int T) {
     const int64_t hidden = m->s.hidden;
-    float *got = malloc((size_t)(T * hidden) * sizeof *got), *expected = malloc((size_t)(T * hidden) * sizeof *got);
+    float *got = malloc((size_t)(T * hidden) * sizeof *got),
+          *expected = malloc((size_t)(T * hidden) * sizeof *got);
     const gn_tensor x0 = first_rows(&m->x[0], T), x1 = first_rows(&m->x[1], T);
     cr_assert(read_rows(m->sides->gpu, got, &x0) && read_rows(m->sides->gpu, expected, &x1));
     for (int t = 0; t < T; t++)
@@ -201,7 +198,8 @@ static void compare(model *m, verdict *v, int T) {
 }
 
 static void test_case(tally *tally, model *m, gn_decoder *d, int T, int times) {
-    static const int32_t pasts[] = {0, 5, 15, 16, 100, 255, 700, 31, 32, 1, 400, 63, 64, 17, 900, 2};
+    static const int32_t pasts[] = {0,  5, 15,  16, 100, 255, 700, 31,
+                                    32, 1, 400, 63, 64,  17,  900, 2};
     gn_ctx *gpu = m->sides->gpu;
     verdict v = {0};
     snprintf(v.name, sizeof v.name, "%d/%d heads %d/%d D=%d T=%d", m->s.hidden, m->s.intermediate,
@@ -210,7 +208,8 @@ static void test_case(tally *tally, model *m, gn_decoder *d, int T, int times) {
     for (int i = 0; i <= T; i++) row0[i] = i;
     for (int i = 0; i < T; i++) pos0[i] = pasts[(i + T) % SEQS];
     const gn_seqs seqs = {T, SEQ_BLOCKS, row0, pos0, m->blocks};
-    gn_tensor x = first_rows(&m->x[0], T), cos = first_rows(&m->cos, T), sin = first_rows(&m->sin, T);
+    gn_tensor x = first_rows(&m->x[0], T), cos = first_rows(&m->cos, T),
+              sin = first_rows(&m->sin, T);
     for (int i = 0; i < 2; i++)
         cr_assert_eq(gn_ctx_write(gpu, m->x[i].data, m->start,
                                   (size_t)(SEQS * m->s.hidden) * sizeof *m->start),
