@@ -40,10 +40,7 @@ static int run(const char *kind, gn_status (*bench)(gn_bench *), int n, char *co
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);
-    if (!status) {
-        b.flop_s = gn_measure_flop(b.model->ctx);
-        status = bench(&b);
-    }
+    if (!status) status = bench(&b);
     gn_adapter_close(b.adapter);
     gn_model_close(b.model);
     return status ? gn_command_failed(&err) : 0;

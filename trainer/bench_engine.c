@@ -142,12 +142,11 @@ static cost cost_of(const gn_bench *b) {
 
 static gn_status report(const gn_bench *b, double tok_s, double floor) {
     if (!b->json) {
-        printf("%s: %s on %s\n", b->kind, b->name, gn_model_describe(b->model).device);
+        gn_bench_heading(b);
         printf("  %d tokens, %d stream%s: %.1f tok/s; the floor is %.1f (%.0f %% of it reached)\n",
                b->tokens, b->streams, b->streams == 1 ? "" : "s", tok_s, floor,
                100 * tok_s / floor);
-        printf("  memory reads at %.1f GB/s, arithmetic at %.0f GFLOP/s; peak memory %.2f GiB\n",
-               b->read_bytes_s * 1e-9, b->flop_s * 1e-9, b->peak_bytes / 0x1p30);
+        printf("  peak memory %.2f GiB\n", b->peak_bytes / 0x1p30);
         return GN_OK;
     }
     cJSON *line = gn_bench_line(b);
@@ -184,12 +183,12 @@ static gn_status measure(gn_bench *b, int n_prompt, int tokens,
         gn_round_end(b);
         if (status || round < 0) continue;
         rates[round] = rate(b, streams);
-        reads[round] = b->read_bytes_s;
+        reads[round] = b->rates.read_bytes;
     }
     gn_progress("%s", "");
     if (!status) {
         *tok_s = gn_median(rates, ROUNDS);
-        b->read_bytes_s = gn_median(reads, ROUNDS);
+        b->rates.read_bytes = gn_median(reads, ROUNDS);
     }
     close_streams(streams, b->streams);
     gn_engine_close(engine);

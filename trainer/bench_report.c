@@ -9,8 +9,17 @@
 #include "trainer/bench.h"
 
 double gn_bench_floor(const gn_bench *b, double bytes, double flop) {
-    const double reading = bytes / b->read_bytes_s;
-    return b->flop_s > 0 ? fmax(reading, flop / b->flop_s) : reading;
+    const double reading = bytes / b->rates.read_bytes;
+    return b->rates.flop > 0 ? fmax(reading, flop / b->rates.flop) : reading;
+}
+
+void gn_bench_heading(const gn_bench *b) {
+    if (b->json) return;
+    printf("%s: %s on %s\n  reads at %.1f GB/s, copies at %.1f GB/s", b->kind, b->name,
+           gn_model_describe(b->model).device, 1e-9 * b->rates.read_bytes,
+           1e-9 * b->rates.copy_bytes);
+    if (b->rates.flop > 0) printf(", products at %.2f TFLOP/s", 1e-12 * b->rates.flop);
+    printf("\n");
 }
 
 cJSON *gn_bench_line(const gn_bench *b) {
@@ -20,8 +29,9 @@ cJSON *gn_bench_line(const gn_bench *b) {
     cJSON_AddStringToObject(line, "model", b->name);
     cJSON_AddStringToObject(line, "quant_type", gn_qtype_name(info.quant));
     cJSON_AddStringToObject(line, "device", info.device);
-    cJSON_AddNumberToObject(line, "bandwidth_gb_s", b->read_bytes_s * 1e-9);
-    if (b->flop_s > 0) cJSON_AddNumberToObject(line, "gflop_s", b->flop_s * 1e-9);
+    cJSON_AddNumberToObject(line, "read_gb_s", 1e-9 * b->rates.read_bytes);
+    cJSON_AddNumberToObject(line, "copy_gb_s", 1e-9 * b->rates.copy_bytes);
+    if (b->rates.flop > 0) cJSON_AddNumberToObject(line, "peak_tflop_s", 1e-12 * b->rates.flop);
     return line;
 }
 
@@ -44,7 +54,7 @@ static void reset_peak(void) {
     close(fd);
 }
 
-static double peak_bytes(void) {
+static double resident_peak(void) {
     char line[256];
     double kib = 0;
     FILE *status = fopen("/proc/self/status", "r");
@@ -55,12 +65,15 @@ static double peak_bytes(void) {
 }
 
 gn_status gn_round_begin(gn_bench *b) {
-    const gn_status status =
-        gn_measure_reads(&b->read_bytes_s, gn_ctx_threads(b->model->ctx), b->err);
+    const gn_status status = gn_measure_rates(b->model->ctx, &b->rates);
     reset_peak();
-    return status;
+    return status ? gn_fail(b->err, status, "measuring the device: %s", gn_status_text(status))
+                  : GN_OK;
 }
 
 void gn_round_end(gn_bench *b) {
-    b->peak_bytes = fmax(b->peak_bytes, peak_bytes());
+    gn_ctx *ctx = b->model->ctx;
+    const double held =
+        gn_ctx_is_host(ctx) ? resident_peak() : (double)gn_measure_used_bytes(ctx);
+    b->peak_bytes = fmax(b->peak_bytes, held);
 }
