@@ -4,6 +4,7 @@
 
 #include "engine/model.h"
 #include "kernels/measure.h"
+#include "trainer/bench_times.h"
 #include "trainer/trainer.h"
 
 typedef struct gn_bench {
@@ -12,7 +13,8 @@ typedef struct gn_bench {
     gn_adapter *adapter; /* or NULL */
     gn_rates rates;      /* what the device can do at best */
     double peak_bytes;   /* of the device's memory; on a CPU, of what this process held */
-    int tokens, streams;
+    int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
+    int max_batch_tokens;        /* 0: the engine's default */
     bool json;
     gn_error *err;
 } gn_bench;
@@ -21,14 +23,14 @@ GN_CHECKED gn_status gn_bench_decode(gn_bench *b);
 GN_CHECKED gn_status gn_bench_prefill(gn_bench *b);
 GN_CHECKED gn_status gn_bench_ops(gn_bench *b);
 
+/* n ids; any will do, as long as no two prompts of different seeds begin alike. */
+void gn_bench_prompt(int32_t *ids, int n, int vocab, uint32_t seed);
 /* Seconds that moving `bytes` and computing `flop` must take. */
 double gn_bench_floor(const gn_bench *b, double bytes, double flop);
 /* Prints what is measured, on what, and what that can do at best; nothing with --json. */
 void gn_bench_heading(const gn_bench *b);
 /* A report line with what all have in common; the caller adds its own and prints it. */
 cJSON *gn_bench_line(const gn_bench *b);
-
-double gn_median(double *values, int n); /* sorts them */
 
 /* Around a round: measures b->rates, then forgets the memory that took; and afterwards raises
  * b->peak_bytes to the most memory that the round held. */

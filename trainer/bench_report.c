@@ -1,4 +1,4 @@
-/* bench_report.c - medians, floors, memory, and the fields every report line has. */
+/* bench_report.c - prompts, floors, memory, and the fields every report line has. */
 #include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
@@ -7,6 +7,13 @@
 #include <unistd.h>
 
 #include "trainer/bench.h"
+
+void gn_bench_prompt(int32_t *ids, int n, int vocab, uint32_t seed) {
+    for (int i = 0; i < n; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        ids[i] = (int32_t)((seed >> 8) % (uint32_t)vocab);
+    }
+}
 
 double gn_bench_floor(const gn_bench *b, double bytes, double flop) {
     const double reading = bytes / b->rates.read_bytes;
@@ -33,16 +40,6 @@ cJSON *gn_bench_line(const gn_bench *b) {
     cJSON_AddNumberToObject(line, "copy_gb_s", 1e-9 * b->rates.copy_bytes);
     if (b->rates.flop > 0) cJSON_AddNumberToObject(line, "peak_tflop_s", 1e-12 * b->rates.flop);
     return line;
-}
-
-static int ascending(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-double gn_median(double *values, int n) {
-    qsort(values, (size_t)n, sizeof *values, ascending);
-    return n % 2 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
 }
 
 /* Lets the peak count from now on; where the kernel does not allow it, it counts from the start. */
