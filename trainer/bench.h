@@ -10,9 +10,9 @@
 typedef struct gn_bench {
     const char *kind, *name; /* "decode"; the model's name for reports */
     gn_model *model;
-    gn_adapter *adapter; /* or NULL */
-    gn_rates rates;      /* what the device can do at best */
-    double peak_bytes;   /* of the device's memory; on a CPU, of what this process held */
+    gn_adapter *adapter;         /* or NULL */
+    gn_rates rates;              /* what the device can do at best */
+    double peak_bytes;           /* of the device's memory; on a CPU, of what this process held */
     int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
     int max_batch_tokens;        /* 0: the engine's default */
     bool json;
@@ -23,6 +23,9 @@ GN_CHECKED gn_status gn_bench_decode(gn_bench *b);
 GN_CHECKED gn_status gn_bench_prefill(gn_bench *b);
 GN_CHECKED gn_status gn_bench_ops(gn_bench *b);
 
+/* `bench serve`, which loads no model itself. */
+int gn_bench_serve_command(int n, char *const *args);
+
 /* n ids; any will do, as long as no two prompts of different seeds begin alike. */
 void gn_bench_prompt(int32_t *ids, int n, int vocab, uint32_t seed);
 /* Seconds that moving `bytes` and computing `flop` must take. */
@@ -32,6 +35,8 @@ void gn_bench_heading(const gn_bench *b);
 /* A report line with what all have in common; the caller adds its own and prints it. */
 cJSON *gn_bench_line(const gn_bench *b);
 
+/* The most memory that a process has held; 0 where that is not known. */
+double gn_resident_peak(int pid);
 /* Around a round: measures b->rates, then forgets the memory that took; and afterwards raises
  * b->peak_bytes to the most memory that the round held. */
 GN_CHECKED gn_status gn_round_begin(gn_bench *b);

@@ -12,7 +12,8 @@ typedef struct bench_options {
 #define FIELD(name) offsetof(bench_options, name)
 
 #define USAGE(command, what)                                                                       \
-    "usage: guanaco-trainer bench " command " [--synthetic SHAPE | --model DIR] [options]\n\n" what \
+    "usage: guanaco-trainer bench " command                                                        \
+    " [--synthetic SHAPE | --model DIR] [options]\n\n" what                                        \
     "\nEvery result stands beside its floor: the time that this device's memory and arithmetic\n"  \
     "units, measured in the same run, need at least. Results are medians.\n\n"
 
@@ -23,16 +24,21 @@ typedef struct bench_options {
      .initial = "llama-1.1b",                                                                      \
      .value = "SHAPE",                                                                             \
      .help = "random weights in this shape: llama-1.1b, -7b, -13b, -33b or -65b"},                 \
-        GN_MODEL_OPTIONS(bench_options, "auto"),                                                   \
-    {                                                                                              \
+        GN_MODEL_OPTIONS(bench_options, "auto"), {                                                 \
         GN_OPT_FLAG, "json", FIELD(json), .help = "one JSON object a line"                         \
     }
 #define ENGINE_OPTIONS                                                                             \
     GN_ADAPTER_OPTION(bench_options),                                                              \
-        {GN_OPT_INT, "streams", FIELD(streams), .initial = "1", .min = 1, .max = 1024,             \
+        {GN_OPT_INT,                                                                               \
+         "streams",                                                                                \
+         FIELD(streams),                                                                           \
+         .initial = "1",                                                                           \
+         .min = 1,                                                                                 \
+         .max = 1024,                                                                              \
          .help = "requests at a time"},                                                            \
     {                                                                                              \
-        GN_OPT_INT, "max-batch-tokens", FIELD(max_batch_tokens), .min = 0, .max = 1 << 16,         \
+        GN_OPT_INT, "max-batch-tokens", FIELD(max_batch_tokens),                                   \
+            .min = 0, .max = 1 << 16,                                                              \
             .help = "tokens of one forward pass; 0: as the server does by default"                 \
     }
 enum { MAX_TOKENS = 65536 };
@@ -80,12 +86,12 @@ static int prefill(int n, char *const *args) {
     static const char usage[] =
         USAGE("prefill", "From sending a prompt to the first new token, which is when its logits "
                          "are there.\n");
-    static const gn_option table[] = {
-        MODEL_OPTIONS,
-        ENGINE_OPTIONS,
-        {GN_OPT_INT, "tokens", FIELD(prompt), .initial = "128", .min = 1, .max = MAX_TOKENS,
-         .help = "tokens of each prompt"},
-        GN_OPTION_END};
+    static const gn_option table[] = {MODEL_OPTIONS,
+                                      ENGINE_OPTIONS,
+                                      {GN_OPT_INT, "tokens", FIELD(prompt), .initial = "128",
+                                       .min = 1, .max = MAX_TOKENS,
+                                       .help = "tokens of each prompt"},
+                                      GN_OPTION_END};
     return run(table, usage, "prefill", gn_bench_prefill, n, args);
 }
 
@@ -101,6 +107,7 @@ int gn_bench_command(int n, char *const *args) {
     static const gn_command commands[] = {
         {"decode", decode, "tokens a second of one or several streams"},
         {"prefill", prefill, "tokens a second of a prompt"},
+        {"serve", gn_bench_serve_command, "the server under load, over HTTP"},
         {"ops", operations, "the products of a layer, one by one"},
         {0}};
     return gn_command_run(commands, "guanaco-trainer bench", n, args);

@@ -20,7 +20,7 @@ typedef struct load {
     struct stream {
         struct load *load;
         gn_token_times *times; /* its own; written on the engine's thread */
-    } *streams;
+    } * streams;
 } load;
 
 static void on_event(void *user, const gn_event *event) {
@@ -120,8 +120,8 @@ static gn_status measure_rounds(gn_bench *b, gn_engine *engine, load *l, speeds 
         if (round < 0) continue;
         overall[round] = gn_rate_overall(l->times, b->streams, l->begin);
         decoding[round] = gn_rate_decoding(l->times, b->streams);
-        prefill[round] = (double)b->streams * b->prompt /
-                         (gn_last_first_token(l->times, b->streams) - l->begin);
+        prefill[round] =
+            (double)b->streams * b->prompt / (gn_last_first_token(l->times, b->streams) - l->begin);
         reads[round] = b->rates.read_bytes;
     }
     *s = (speeds){gn_median(overall, ROUNDS), gn_median(decoding, ROUNDS),
@@ -134,12 +134,12 @@ static gn_status measure_rounds(gn_bench *b, gn_engine *engine, load *l, speeds 
 static gn_status measure(gn_bench *b, speeds *s) {
     const int context = b->prompt + b->tokens;
     const int64_t blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
-    const gn_engine_options options = {
-        .max_seqs = b->streams,
-        .max_batch_tokens = b->max_batch_tokens,
-        .kv_bytes = b->streams * blocks * (int64_t)gn_forward_kv_block_bytes(b->model),
-        .context = context,
-        .no_prefix_cache = true};
+    const gn_engine_options options = {.max_seqs = b->streams,
+                                       .max_batch_tokens = b->max_batch_tokens,
+                                       .kv_bytes = b->streams * blocks *
+                                                   (int64_t)gn_forward_kv_block_bytes(b->model),
+                                       .context = context,
+                                       .no_prefix_cache = true};
     gn_config *config = &b->model->config;
     if (!b->model->tokenizer && config->max_positions < context)
         config->max_positions = context; /* random weights know no longest context */

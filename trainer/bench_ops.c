@@ -154,12 +154,10 @@ static gn_status bench_product(gn_bench *b, const op *o, const buffers *at, int 
     train t = {.bench = b, .op = o, .at = at, .rows = rows};
     t.calls = gn_ctx_is_host(b->model->ctx) ? 1 : TRAIN;
     result r = {.op = o->name, .n = columns_of(c, o), .k = gn_proj_cols(c, o->first), .rows = rows};
-    gn_status status = gn_round_begin(b);
-    if (status) return status;
-    status = time_op(&t, &r.seconds);
-    gn_round_end(b);
+    const gn_status status = time_op(&t, &r.seconds);
     if (status)
         return gn_fail(b->err, status, "%s, %d rows: %s", o->name, rows, gn_status_text(status));
+    gn_round_end(b);
     for (int i = 0; i < o->n_parts; i++)
         r.bytes += (double)gn_matrix_bytes(&b->model->layers[0].proj[o->first + i]);
     r.flop = 2.0 * rows * (double)r.n * (double)r.k;
@@ -172,10 +170,8 @@ static gn_status bench_quantize(gn_bench *b) {
     const gn_matrix *w = &b->model->layers[0].proj[GN_GATE];
     if (w->qtype == GN_Q_NONE) return GN_OK;
     result r = {.op = "quantize", .n = w->rows, .k = w->cols};
-    gn_status status = gn_round_begin(b);
-    if (status) return status;
-    status = gn_measure_quantize(b->model->ctx, w->qtype, w->absmax_u8 != NULL, w->rows, w->cols,
-                                 &r.seconds);
+    const gn_status status = gn_measure_quantize(b->model->ctx, w->qtype, w->absmax_u8 != NULL,
+                                                 w->rows, w->cols, &r.seconds);
     if (status) return gn_fail(b->err, status, "quantizing: %s", gn_status_text(status));
     r.bytes = 2.0 * (double)w->rows * (double)w->cols;
     r.floor = (r.bytes + (double)gn_matrix_bytes(w)) / b->rates.copy_bytes;
@@ -196,8 +192,7 @@ static gn_status fill(gn_ctx *ctx, const buffers *at, int64_t n_x, int64_t n_y) 
         gn_narrow(narrow, activation, values, n_x);
         status = gn_ctx_write(ctx, at->normed, values, (size_t)n_x * sizeof *values);
     }
-    if (!status)
-        status = gn_ctx_write(ctx, at->x, narrow, (size_t)n_x * gn_dtype_size(activation));
+    if (!status) status = gn_ctx_write(ctx, at->x, narrow, (size_t)n_x * gn_dtype_size(activation));
     free(values);
     free(narrow);
     return status;
@@ -219,20 +214,23 @@ static gn_status prepare(gn_ctx *ctx, const gn_config *c, int rows, buffers *at)
     return status ? status : fill(ctx, at, n_x, n_y);
 }
 
+/* An op for all numbers of rows, between measurements of what the device can do. */
+static gn_status bench_rows(gn_bench *b, const op *o, const buffers *at, const int *rows, int n) {
+    gn_status status = gn_round_begin(b);
+    if (!status && o == ops) gn_bench_heading(b);
+    for (int i = 0; !status && i < n; i++) status = bench_product(b, o, at, rows[i]);
+    return status;
+}
+
 gn_status gn_bench_ops(gn_bench *b) {
     gn_ctx *ctx = b->model->ctx;
     const bool is_host = gn_ctx_is_host(ctx);
     const int *rows = is_host ? cpu_rows : gpu_rows;
-    const size_t n = is_host ? sizeof cpu_rows / sizeof *rows : sizeof gpu_rows / sizeof *rows;
+    const int n = (int)(is_host ? sizeof cpu_rows : sizeof gpu_rows) / (int)sizeof *rows;
     buffers at = {0};
     gn_status status = prepare(ctx, &b->model->config, rows[n - 1], &at);
-    if (status)
-        gn_fail(b->err, status, "the activations: %s", gn_status_text(status));
-    else
-        status = gn_round_begin(b);
-    if (!status) gn_bench_heading(b);
-    for (int i = 0; !status && i < N_OPS; i++)
-        for (size_t r = 0; !status && r < n; r++) status = bench_product(b, &ops[i], &at, rows[r]);
+    if (status) gn_fail(b->err, status, "the activations: %s", gn_status_text(status));
+    for (int i = 0; !status && i < N_OPS; i++) status = bench_rows(b, &ops[i], &at, rows, n);
     gn_ctx_free(ctx, at.normed);
     gn_ctx_free(ctx, at.x);
     gn_ctx_free(ctx, at.y);

@@ -51,10 +51,11 @@ static void reset_peak(void) {
     close(fd);
 }
 
-static double resident_peak(void) {
-    char line[256];
+double gn_resident_peak(int pid) {
+    char path[64], line[256];
     double kib = 0;
-    FILE *status = fopen("/proc/self/status", "r");
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    FILE *status = fopen(path, "r");
     while (status && fgets(line, sizeof line, status))
         if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
     if (status) fclose(status);
@@ -71,6 +72,6 @@ gn_status gn_round_begin(gn_bench *b) {
 void gn_round_end(gn_bench *b) {
     gn_ctx *ctx = b->model->ctx;
     const double held =
-        gn_ctx_is_host(ctx) ? resident_peak() : (double)gn_measure_used_bytes(ctx);
+        gn_ctx_is_host(ctx) ? gn_resident_peak(getpid()) : (double)gn_measure_used_bytes(ctx);
     b->peak_bytes = fmax(b->peak_bytes, held);
 }

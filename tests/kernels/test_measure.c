@@ -49,9 +49,9 @@ Test(measure, quantizing) {
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
             for (int nested = 0; nested < 2; nested++) {
                 double seconds = -1;
-                cr_assert_eq(gn_measure_quantize(ctx, type, nested, shapes[i][0], shapes[i][1],
-                                                 &seconds),
-                             GN_OK);
+                cr_assert_eq(
+                    gn_measure_quantize(ctx, type, nested, shapes[i][0], shapes[i][1], &seconds),
+                    GN_OK);
                 cr_assert(seconds > 0 && seconds < 10, "%s: %g s", gn_qtype_name(type), seconds);
             }
     double seconds;

@@ -12,8 +12,8 @@ static void expect(double got, double expected) {
 Test(bench_times, one_stream) {
     double at[] = {11, 12, 13, 14, 15};
     const gn_token_times s = {at, 5};
-    expect(gn_rate_overall(&s, 1, 10), 1);  /* five in five seconds */
-    expect(gn_rate_decoding(&s, 1), 1);     /* four in four */
+    expect(gn_rate_overall(&s, 1, 10), 1); /* five in five seconds */
+    expect(gn_rate_decoding(&s, 1), 1);    /* four in four */
     expect(gn_last_first_token(&s, 1), 11);
 }
 
