@@ -10,7 +10,7 @@
 #include "trainer/bench.h"
 
 enum { MIN_SAMPLES = 9, MAX_SAMPLES = 200, TRAIN = 128, MAX_REPEATS = 1000 };
-static const double MIN_SECONDS = 0.3, SAMPLE_SECONDS = 0.01;
+static const double MIN_SECONDS = 0.3, SAMPLE_SECONDS = 0.02;
 static const int cpu_rows[] = {1, 4, 16, 128};
 static const int gpu_rows[] = {1, 4, 8, 16, 32, 64, 128, 256, 512, 2048};
 
@@ -41,7 +41,7 @@ typedef struct train {
     const gn_bench *bench;
     const op *op;
     const buffers *at;
-    int rows, calls; /* of one run */
+    int rows, calls; /* rows of a call; calls of one run */
     int layer;       /* whose turn it is */
 } train;
 
@@ -95,18 +95,35 @@ static gn_status time_trains(train *t, int repeats, double *seconds) {
     return status;
 }
 
+static int within(double wanted, int most) {
+    return wanted > most ? most : wanted > 1 ? (int)wanted : 1;
+}
+
+/* How many calls make a train, and how many trains a sample. A second call tells how long one takes:
+ * the first has preparations to make, which may not be recorded. */
+static gn_status plan(train *t, int *repeats) {
+    gn_ctx *ctx = t->bench->model->ctx;
+    double call = 0;
+    gn_status status = GN_OK;
+    t->calls = *repeats = 1;
+    for (int i = 0; !status && i < 2; i++) {
+        const double begin = gn_seconds();
+        status = run_train(t);
+        if (!status) status = gn_ctx_wait(ctx);
+        call = gn_seconds() - begin;
+    }
+    if (status || gn_ctx_is_host(ctx)) return status;
+    t->calls = within(SAMPLE_SECONDS / call, TRAIN);
+    *repeats = within(SAMPLE_SECONDS / call / t->calls, MAX_REPEATS);
+    double recording;
+    return time_trains(t, 1, &recording);
+}
+
 /* The median of samples that are each long enough for the launches not to count. */
 static gn_status time_op(train *t, double *seconds) {
     double times[MAX_SAMPLES], total = 0;
-    int repeats = 1, n = 0;
-    const bool is_host = gn_ctx_is_host(t->bench->model->ctx);
-    gn_status status = run_train(t); /* not recorded: cuBLAS has its preparations to make */
-    if (!status) status = time_trains(t, 1, seconds); /* as the recording is made */
-    if (!status) status = time_trains(t, 1, seconds);
-    if (!status && !is_host) {
-        const double wanted = SAMPLE_SECONDS / (*seconds * t->calls);
-        repeats = wanted > MAX_REPEATS ? MAX_REPEATS : wanted > 1 ? (int)wanted : 1;
-    }
+    int repeats, n = 0;
+    gn_status status = plan(t, &repeats);
     while (!status && n < MAX_SAMPLES && (n < MIN_SAMPLES || total < MIN_SECONDS)) {
         status = time_trains(t, repeats, &times[n]);
         total += times[n++] * repeats * t->calls;
@@ -152,7 +169,6 @@ static gn_status report(const gn_bench *b, const result *r) {
 static gn_status bench_product(gn_bench *b, const op *o, const buffers *at, int rows) {
     const gn_config *c = &b->model->config;
     train t = {.bench = b, .op = o, .at = at, .rows = rows};
-    t.calls = gn_ctx_is_host(b->model->ctx) ? 1 : TRAIN;
     result r = {.op = o->name, .n = columns_of(c, o), .k = gn_proj_cols(c, o->first), .rows = rows};
     const gn_status status = time_op(&t, &r.seconds);
     if (status)
