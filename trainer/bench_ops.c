@@ -99,8 +99,8 @@ static int within(double wanted, int most) {
     return wanted > most ? most : wanted > 1 ? (int)wanted : 1;
 }
 
-/* How many calls make a train, and how many trains a sample. A second call tells how long one takes:
- * the first has preparations to make, which may not be recorded. */
+/* How many calls make a train, and how many trains a sample. A second call tells how long one
+ * takes: the first has preparations to make, which may not be recorded. */
 static gn_status plan(train *t, int *repeats) {
     gn_ctx *ctx = t->bench->model->ctx;
     double call = 0;
