@@ -43,7 +43,7 @@ typedef struct gn_model_options {
 GN_CHECKED gn_status gn_model_open(gn_model **out, const char *dir, const gn_model_options *options,
                                    gn_error *err);
 /* Random weights in the shape of "llama-1.1b", "llama-7b", "-13b", "-33b" or "-65b", for
- * benchmarks; no tokenizer. */
+ * benchmarks; no tokenizer: requests take ids, and a reply's text is its tokens' numbers. */
 GN_CHECKED gn_status gn_model_synthetic(gn_model **out, const char *shape,
                                         const gn_model_options *options, gn_error *err);
 void gn_model_close(gn_model *model); /* after every adapter and engine that uses it */

@@ -2,6 +2,7 @@
 #include "engine/sequence.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -162,7 +163,11 @@ gn_token_prob gn_sequence_sample(gn_sequence *s, const float *logits, int vocab,
 /* Feeds the detokenizer; returns STOP when a stop string is complete. */
 static gn_finish feed(gn_sequence *s, int32_t id, gn_event *event) {
     bool stopped = false;
-    if (!s->detokenizer) return GN_FINISH_NONE;
+    if (!s->detokenizer) {
+        event->text = s->id_text;
+        event->text_len = (size_t)snprintf(s->id_text, sizeof s->id_text, " %d", id);
+        return GN_FINISH_NONE;
+    }
     if (gn_detokenizer_feed(s->detokenizer, id, &event->text, &event->text_len, &stopped))
         return GN_FINISH_ERROR;
     return stopped ? GN_FINISH_STOP : GN_FINISH_NONE;

@@ -32,6 +32,7 @@ struct gn_sequence {
 
     gn_sampler *sampler;
     gn_detokenizer *detokenizer; /* NULL without a tokenizer */
+    char id_text[16];            /* without one: the last token's number, which is its text */
     int32_t logprobs;            /* alternatives reported, or -1 */
     gn_token_prob *prompt_probs; /* (n_prompt), with prompt_logprobs until they are reported */
     gn_token_prob *prompt_top;   /* (n_prompt, logprobs) */

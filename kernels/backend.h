@@ -7,6 +7,7 @@
 #ifndef GN_BACKEND_H
 #define GN_BACKEND_H
 
+#include "measure.h"
 #include "ops.h"
 
 #ifdef __cplusplus
@@ -46,6 +47,10 @@ typedef struct gn_backend {
     gn_status (*quantize_place)(gn_ctx *, gn_matrix *out, gn_qtype, bool double_quant,
                                 const void *src, gn_dtype, int64_t rows, int64_t cols, void *memory,
                                 gn_error *);
+    gn_status (*measure_rates)(gn_ctx *, gn_rates *);
+    gn_status (*measure_quantize)(gn_ctx *, gn_qtype, bool double_quant, int64_t rows, int64_t cols,
+                                  double *seconds);
+    size_t (*used_bytes)(gn_ctx *);
     void (*close)(gn_ctx *);
 } gn_backend;
 

@@ -64,13 +64,17 @@ static gn_status load_model(gn_model **model, const gn_serve_options *o, gn_erro
     char path[4096];
     int shown = -1;
     gn_model_options options = gn_serve_model_options(o);
-    const char *dir = o->model ? o->model : find_default_model(path, sizeof path, err);
-    if (!dir) return GN_ENOENT;
+    if (o->model && o->synthetic)
+        return gn_fail(err, GN_EINVAL, "--model and --synthetic do not go together");
+    const char *dir =
+        o->model || o->synthetic ? o->model : find_default_model(path, sizeof path, err);
+    if (!dir && !o->synthetic) return GN_ENOENT;
     if (isatty(STDERR_FILENO) && !o->json) {
         options.progress = show_progress;
         options.user = &shown;
     }
-    const gn_status status = gn_model_open(model, dir, &options, err);
+    const gn_status status = dir ? gn_model_open(model, dir, &options, err)
+                                 : gn_model_synthetic(model, o->synthetic, &options, err);
     if (status && shown >= 0) fprintf(stderr, "\r\033[K");
     return status;
 }

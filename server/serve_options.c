@@ -13,6 +13,9 @@ const gn_option gn_serve_option_table[] = {
     GN_OPTION_GROUP("Model"),
     {GN_OPT_STRING, "model", FIELD(model), .value = "DIR",
      .help = "the base, a Hugging Face folder (default: the small model that comes with Guanaco)"},
+    {GN_OPT_STRING, "synthetic", FIELD(synthetic), .value = "SHAPE",
+     .help = "for benchmarks, instead of a folder: random weights in the shape of llama-1.1b, -7b, "
+             "-13b, -33b or -65b; prompts are token ids, and replies spell theirs"},
     {GN_OPT_STRING, "model-name", FIELD(model_name), .value = "NAME",
      .help = "its name in the API (default: the folder's)"},
     {GN_OPT_STRING, "chat-template", FIELD(chat_template), .value = "NAME",

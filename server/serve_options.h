@@ -6,7 +6,7 @@
 #include "server/server.h"
 
 typedef struct gn_serve_options {
-    const char *model, *model_name;
+    const char *model, *synthetic, *model_name;
     gn_strings adapters; /* NAME=DIR */
     const char *adapter_dir;
     bool allow_adapter_loading;

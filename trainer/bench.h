@@ -3,21 +3,18 @@
 #define GN_BENCH_H
 
 #include "engine/model.h"
+#include "kernels/measure.h"
+#include "trainer/bench_times.h"
 #include "trainer/trainer.h"
-
-/* Bytes a second at which all threads together read an array much larger than the caches. Takes a
- * gibibyte and half a second. */
-GN_CHECKED gn_status gn_measure_reads(double *bytes_s, int threads, gn_error *err);
-/* Operations a second of all threads in the context's widest multiply-add; 0: unknown. */
-double gn_measure_flop(const gn_ctx *ctx);
 
 typedef struct gn_bench {
     const char *kind, *name; /* "decode"; the model's name for reports */
     gn_model *model;
     gn_adapter *adapter;         /* or NULL */
-    double read_bytes_s, flop_s; /* what the machine can do at best */
-    double peak_bytes;           /* of resident memory */
-    int tokens, streams;
+    gn_rates rates;              /* what the device can do at best */
+    double peak_bytes;           /* of the device's memory; on a CPU, of what this process held */
+    int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
+    int max_batch_tokens;        /* 0: the engine's default */
     bool json;
     gn_error *err;
 } gn_bench;
@@ -26,15 +23,22 @@ GN_CHECKED gn_status gn_bench_decode(gn_bench *b);
 GN_CHECKED gn_status gn_bench_prefill(gn_bench *b);
 GN_CHECKED gn_status gn_bench_ops(gn_bench *b);
 
+/* `bench serve`, which loads no model itself. */
+int gn_bench_serve_command(int n, char *const *args);
+
+/* n ids; any will do, as long as no two prompts of different seeds begin alike. */
+void gn_bench_prompt(int32_t *ids, int n, int vocab, uint32_t seed);
 /* Seconds that moving `bytes` and computing `flop` must take. */
 double gn_bench_floor(const gn_bench *b, double bytes, double flop);
+/* Prints what is measured, on what, and what that can do at best; nothing with --json. */
+void gn_bench_heading(const gn_bench *b);
 /* A report line with what all have in common; the caller adds its own and prints it. */
 cJSON *gn_bench_line(const gn_bench *b);
 
-double gn_median(double *values, int n); /* sorts them */
-
-/* Around a round: measures b->read_bytes_s, then forgets the memory that took; and afterwards
- * raises b->peak_bytes to the most memory that the round held. */
+/* The most memory that a process has held; 0 where that is not known. */
+double gn_resident_peak(int pid);
+/* Around a round: measures b->rates, then forgets the memory that took; and afterwards raises
+ * b->peak_bytes to the most memory that the round held. */
 GN_CHECKED gn_status gn_round_begin(gn_bench *b);
 void gn_round_end(gn_bench *b);
 

@@ -7,49 +7,38 @@
 #include "engine/forward.h"
 #include "trainer/bench.h"
 
-enum { ROUNDS = 5, DECODE_PROMPT = 16 };
+enum { ROUNDS = 5, CPU_WARM_UP = 8 };
 
 /* Requests that are sent together and awaited together. */
-typedef struct batch {
+typedef struct load {
     pthread_mutex_t lock;
     pthread_cond_t ended;
     int running;
     gn_error error; /* of the last request that failed */
-    double begin, end;
-} batch;
-
-/* One request; written on the engine's thread. */
-typedef struct stream {
-    batch *batch;
-    double *times; /* when each token came */
-    int n;
-} stream;
+    double begin;   /* before the first was submitted */
+    gn_token_times *times;
+    struct stream {
+        struct load *load;
+        gn_token_times *times; /* its own; written on the engine's thread */
+    } * streams;
+} load;
 
 static void on_event(void *user, const gn_event *event) {
-    stream *s = user;
-    batch *b = s->batch;
-    if (event->has_token) s->times[s->n++] = gn_seconds();
+    struct stream *s = user;
+    load *l = s->load;
+    if (event->has_token) s->times->at[s->times->n++] = gn_seconds();
     if (event->finish == GN_FINISH_NONE) return;
-    pthread_mutex_lock(&b->lock);
-    if (event->finish == GN_FINISH_ERROR && event->error) b->error = *event->error;
-    b->end = gn_seconds();
-    b->running--;
-    pthread_cond_signal(&b->ended);
-    pthread_mutex_unlock(&b->lock);
+    pthread_mutex_lock(&l->lock);
+    if (event->finish == GN_FINISH_ERROR && event->error) l->error = *event->error;
+    l->running--;
+    pthread_cond_signal(&l->ended);
+    pthread_mutex_unlock(&l->lock);
 }
 
-/* Any ids will do, as long as no two prompts begin alike. */
-static void fill_prompt(int32_t *ids, int n, int vocab, uint32_t seed) {
-    for (int i = 0; i < n; i++) {
-        seed = seed * 1664525u + 1013904223u;
-        ids[i] = (int32_t)((seed >> 8) % (uint32_t)vocab);
-    }
-}
-
-static gn_status submit(gn_engine *engine, const gn_bench *b, stream *s, int32_t *prompt,
-                        int n_prompt, int tokens) {
+static gn_status submit(gn_engine *engine, const gn_bench *b, struct stream *s,
+                        const int32_t *prompt, int tokens) {
     const gn_request request = {.prompt = prompt,
-                                .n_prompt = n_prompt,
+                                .n_prompt = b->prompt,
                                 .adapters = {{b->adapter, 1}},
                                 .n_adapters = b->adapter ? 1 : 0,
                                 .sampling = {.top_p = 1, .typical_p = 1, .repetition_penalty = 1},
@@ -59,58 +48,113 @@ static gn_status submit(gn_engine *engine, const gn_bench *b, stream *s, int32_t
                                 .on_event = on_event,
                                 .user = s};
     uint64_t id;
-    pthread_mutex_lock(&s->batch->lock);
-    s->batch->running++;
-    pthread_mutex_unlock(&s->batch->lock);
+    pthread_mutex_lock(&s->load->lock);
+    s->load->running++;
+    pthread_mutex_unlock(&s->load->lock);
     const gn_status status = gn_engine_submit(engine, &request, &id, b->err);
     if (!status) return GN_OK;
-    pthread_mutex_lock(&s->batch->lock);
-    s->batch->running--;
-    pthread_mutex_unlock(&s->batch->lock);
+    pthread_mutex_lock(&s->load->lock);
+    s->load->running--;
+    pthread_mutex_unlock(&s->load->lock);
     return status;
 }
 
-/* Runs every stream to its end. seed makes the prompts of this batch its own. */
-static gn_status run_batch(gn_engine *engine, const gn_bench *b, stream *streams, int n_prompt,
-                           int tokens, uint32_t seed) {
-    batch together = {.lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER};
+/* Runs every stream to its end. seed makes the prompts of this load its own. */
+static gn_status run_load(gn_engine *engine, const gn_bench *b, load *l, int tokens,
+                          uint32_t seed) {
     const int vocab = gn_model_describe(b->model).vocab;
-    int32_t *prompt = malloc((size_t)n_prompt * sizeof *prompt);
-    if (!prompt) return gn_fail(b->err, GN_ENOMEM, "out of memory");
+    int32_t *prompts = malloc((size_t)b->streams * (size_t)b->prompt * sizeof *prompts);
+    if (!prompts) return gn_fail(b->err, GN_ENOMEM, "out of memory");
+    for (int i = 0; i < b->streams; i++)
+        gn_bench_prompt(prompts + (size_t)i * (size_t)b->prompt, b->prompt, vocab,
+                        seed + (uint32_t)i);
     gn_status status = GN_OK;
-    together.begin = gn_seconds();
+    l->begin = gn_seconds();
     for (int i = 0; !status && i < b->streams; i++) {
-        streams[i].batch = &together;
-        streams[i].n = 0;
-        fill_prompt(prompt, n_prompt, vocab, seed + (uint32_t)i);
-        status = submit(engine, b, &streams[i], prompt, n_prompt, tokens);
+        l->times[i].n = 0;
+        status = submit(engine, b, &l->streams[i], prompts + (size_t)i * (size_t)b->prompt, tokens);
     }
-    pthread_mutex_lock(&together.lock);
-    while (together.running > 0) pthread_cond_wait(&together.ended, &together.lock);
-    pthread_mutex_unlock(&together.lock);
-    for (int i = 0; i < b->streams; i++) streams[i].batch = NULL;
-    if (!status && together.error.status)
-        status = gn_fail(b->err, together.error.status, "%s", together.error.message);
-    streams[0].times[tokens] = together.end - together.begin; /* prefill has only this */
-    free(prompt);
+    pthread_mutex_lock(&l->lock);
+    while (l->running > 0) pthread_cond_wait(&l->ended, &l->lock);
+    pthread_mutex_unlock(&l->lock);
+    free(prompts);
+    if (!status && l->error.status)
+        status = gn_fail(b->err, l->error.status, "%s", l->error.message);
     return status;
 }
 
-static void close_streams(stream *streams, int n) {
-    for (int i = 0; streams && i < n; i++) free(streams[i].times);
-    free(streams);
+static bool open_load(load *l, int n, int tokens) {
+    *l = (load){.lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER};
+    l->times = gn_token_times_open(n, tokens);
+    l->streams = calloc((size_t)n, sizeof *l->streams);
+    if (!l->times || !l->streams) return false;
+    for (int i = 0; i < n; i++) l->streams[i] = (struct stream){l, &l->times[i]};
+    return true;
 }
 
-static stream *open_streams(int n, int tokens) {
-    stream *streams = calloc((size_t)n, sizeof *streams);
-    bool complete = streams != NULL;
-    for (int i = 0; complete && i < n; i++) {
-        streams[i].times = calloc((size_t)tokens + 1, sizeof *streams[i].times);
-        complete = streams[i].times != NULL;
+static void close_load(load *l) {
+    gn_token_times_close(l->times);
+    free(l->streams);
+}
+
+/* ---- measuring ---- */
+
+/* Medians of the rounds, tokens a second. */
+typedef struct speeds {
+    double overall, decoding; /* of new tokens; decoding is 0 when not all streams ever decode */
+    double prefill;           /* of prompt tokens, until every stream has its first new one */
+} speeds;
+
+static gn_status measure_rounds(gn_bench *b, gn_engine *engine, load *l, speeds *s) {
+    double overall[ROUNDS], decoding[ROUNDS], prefill[ROUNDS], reads[ROUNDS];
+    const bool is_host = gn_ctx_is_host(b->model->ctx);
+    for (int round = -1; round < ROUNDS; round++) { /* -1 warms up: a GPU records its steps */
+        const bool is_short = round < 0 && is_host && b->tokens > CPU_WARM_UP;
+        gn_progress("%s: round %d of %d", b->kind, round + 1, ROUNDS);
+        gn_status status = gn_round_begin(b);
+        if (!status)
+            status = run_load(engine, b, l, is_short ? CPU_WARM_UP : b->tokens,
+                              7919u * (uint32_t)(round + 2));
+        gn_round_end(b);
+        if (status) return status;
+        if (round < 0) continue;
+        overall[round] = gn_rate_overall(l->times, b->streams, l->begin);
+        decoding[round] = gn_rate_decoding(l->times, b->streams);
+        prefill[round] =
+            (double)b->streams * b->prompt / (gn_last_first_token(l->times, b->streams) - l->begin);
+        reads[round] = b->rates.read_bytes;
     }
-    if (complete) return streams;
-    close_streams(streams, n);
-    return NULL;
+    *s = (speeds){gn_median(overall, ROUNDS), gn_median(decoding, ROUNDS),
+                  gn_median(prefill, ROUNDS)};
+    b->rates.read_bytes = gn_median(reads, ROUNDS);
+    return GN_OK;
+}
+
+/* An engine as a server opens it, with as much memory for keys and values as the load needs. */
+static gn_status measure(gn_bench *b, speeds *s) {
+    const int context = b->prompt + b->tokens;
+    const int64_t blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
+    const gn_engine_options options = {.max_seqs = b->streams,
+                                       .max_batch_tokens = b->max_batch_tokens,
+                                       .kv_bytes = b->streams * blocks *
+                                                   (int64_t)gn_forward_kv_block_bytes(b->model),
+                                       .context = context,
+                                       .no_prefix_cache = true};
+    gn_config *config = &b->model->config;
+    if (!b->model->tokenizer && config->max_positions < context)
+        config->max_positions = context; /* random weights know no longest context */
+    gn_engine *engine;
+    gn_status status = gn_engine_open(&engine, b->model, &options, b->err);
+    if (status) return status;
+    load l;
+    if (open_load(&l, b->streams, b->tokens))
+        status = measure_rounds(b, engine, &l, s);
+    else
+        status = gn_fail(b->err, GN_ENOMEM, "out of memory");
+    gn_progress("%s", "");
+    gn_engine_close(engine);
+    close_load(&l);
+    return status;
 }
 
 /* ---- floors ---- */
@@ -138,105 +182,96 @@ static cost cost_of(const gn_bench *b) {
     return c;
 }
 
+/* Seconds of a pass over every stream's prompt. */
+static double prefill_floor(const gn_bench *b, const cost *c) {
+    const gn_config *config = &b->model->config;
+    /* Scores and sums over half a square, two products each. */
+    const double attention =
+        2.0 * config->layers * config->heads * config->head_dim * (double)b->prompt * b->prompt;
+    return gn_bench_floor(b, c->weight_bytes,
+                          b->streams * (b->prompt * c->token_flop + attention + c->head_flop));
+}
+
+/* Seconds of a step of all streams, on average over the reply. */
+static double step_floor(const gn_bench *b, const cost *c) {
+    const double context = b->prompt + 0.5 * b->tokens;
+    return gn_bench_floor(b, c->weight_bytes + b->streams * context * c->kv_bytes,
+                          b->streams * (c->token_flop + c->head_flop));
+}
+
 /* ---- reports ---- */
 
-static gn_status report(const gn_bench *b, double tok_s, double floor) {
-    if (!b->json) {
-        printf("%s: %s on %s\n", b->kind, b->name, gn_model_describe(b->model).device);
-        printf("  %d tokens, %d stream%s: %.1f tok/s; the floor is %.1f (%.0f %% of it reached)\n",
-               b->tokens, b->streams, b->streams == 1 ? "" : "s", tok_s, floor,
-               100 * tok_s / floor);
-        printf("  memory reads at %.1f GB/s, arithmetic at %.0f GFLOP/s; peak memory %.2f GiB\n",
-               b->read_bytes_s * 1e-9, b->flop_s * 1e-9, b->peak_bytes / 0x1p30);
-        return GN_OK;
-    }
-    cJSON *line = gn_bench_line(b);
-    cJSON_AddNumberToObject(line, "streams", b->streams);
-    cJSON_AddNumberToObject(line, "tokens", b->tokens);
+static void print_rate(const char *what, double tok_s, double floor) {
+    printf("  %s: %.1f tok/s; the floor is %.1f (%.0f %% of it reached)\n", what, tok_s, floor,
+           100 * tok_s / floor);
+}
+
+static void add_rate(cJSON *line, double tok_s, double floor) {
     cJSON_AddNumberToObject(line, "tok_s", tok_s);
     cJSON_AddNumberToObject(line, "floor", floor);
     cJSON_AddNumberToObject(line, "ratio", tok_s / floor);
+}
+
+static cJSON *begin_line(const gn_bench *b) {
+    cJSON *line = gn_bench_line(b);
+    cJSON_AddNumberToObject(line, "streams", b->streams);
+    cJSON_AddNumberToObject(line, "prompt", b->prompt);
+    return line;
+}
+
+static gn_status end_line_take(const gn_bench *b, cJSON *line) {
     cJSON_AddNumberToObject(line, "peak_bytes", b->peak_bytes);
     return gn_print_json_take(line, b->err);
 }
 
-/* Opens an engine just large enough, runs a warm-up and the rounds, and hands each to `rate`.
- * Leaves the median of the memory's speed in b. */
-static gn_status measure(gn_bench *b, int n_prompt, int tokens,
-                         double (*rate)(const gn_bench *b, const stream *streams), double *tok_s) {
-    const gn_engine_options options = {.max_seqs = b->streams,
-                                       .max_batch_tokens =
-                                           n_prompt > b->streams ? n_prompt : b->streams,
-                                       .context = n_prompt + tokens,
-                                       .no_prefix_cache = true};
-    gn_engine *engine;
-    gn_status status = gn_engine_open(&engine, b->model, &options, b->err);
-    if (status) return status;
-    stream *streams = open_streams(b->streams, tokens);
-    if (!streams) status = gn_fail(b->err, GN_ENOMEM, "out of memory");
-    double rates[ROUNDS], reads[ROUNDS];
-    for (int round = -1; !status && round < ROUNDS; round++) { /* -1 warms up */
-        const int length = round < 0 && tokens > 8 ? 8 : tokens;
-        gn_progress("%s: round %d of %d", b->kind, round + 1, ROUNDS);
-        status = gn_round_begin(b);
-        if (!status)
-            status = run_batch(engine, b, streams, n_prompt, length, 7919u * (uint32_t)(round + 2));
-        gn_round_end(b);
-        if (status || round < 0) continue;
-        rates[round] = rate(b, streams);
-        reads[round] = b->read_bytes_s;
-    }
-    gn_progress("%s", "");
-    if (!status) {
-        *tok_s = gn_median(rates, ROUNDS);
-        b->read_bytes_s = gn_median(reads, ROUNDS);
-    }
-    close_streams(streams, b->streams);
-    gn_engine_close(engine);
-    return status;
-}
-
-/* Tokens a second while all streams decode: from the last one's first token to the first one's
- * last. */
-static double decode_rate(const gn_bench *b, const stream *streams) {
-    double begin = 0, end = INFINITY;
-    int64_t tokens = 0;
-    for (int i = 0; i < b->streams; i++) {
-        begin = fmax(begin, streams[i].times[0]);
-        end = fmin(end, streams[i].times[b->tokens - 1]);
-    }
-    for (int i = 0; i < b->streams; i++)
-        for (int j = 0; j < b->tokens; j++)
-            tokens += streams[i].times[j] > begin && streams[i].times[j] <= end;
-    return (double)tokens / (end - begin);
+static void print_load(const gn_bench *b) {
+    gn_bench_heading(b);
+    printf("  %d stream%s of %d prompt tokens and %d new one%s; peak memory %.2f GiB\n", b->streams,
+           b->streams == 1 ? "" : "s", b->prompt, b->tokens, b->tokens == 1 ? "" : "s",
+           b->peak_bytes / 0x1p30);
 }
 
 gn_status gn_bench_decode(gn_bench *b) {
-    double tok_s = 0;
-    if (b->tokens < 2) return gn_fail(b->err, GN_EINVAL, "decode needs --tokens of at least 2");
-    const gn_status status = measure(b, DECODE_PROMPT, b->tokens, decode_rate, &tok_s);
+    speeds s;
+    const gn_status status = measure(b, &s);
     if (status) return status;
     const cost c = cost_of(b);
-    const double context = DECODE_PROMPT + 0.5 * b->tokens; /* on average */
-    const double step = gn_bench_floor(b, c.weight_bytes + b->streams * context * c.kv_bytes,
-                                       b->streams * (c.token_flop + c.head_flop));
-    return report(b, tok_s, b->streams / step);
-}
-
-static double prefill_rate(const gn_bench *b, const stream *streams) {
-    return (double)b->tokens * b->streams / streams[0].times[0];
+    const double step = step_floor(b, &c), steady = b->streams / step;
+    const double floor =
+        b->streams * (double)b->tokens / (prefill_floor(b, &c) + (b->tokens - 1) * step);
+    if (!b->json) {
+        print_load(b);
+        print_rate("new tokens over the whole time", s.overall, floor);
+        if (s.decoding > 0)
+            print_rate("while all streams decode", s.decoding, steady);
+        else
+            printf("  the first stream ended before the last had begun to decode\n");
+        return GN_OK;
+    }
+    cJSON *line = begin_line(b);
+    cJSON_AddNumberToObject(line, "tokens", b->tokens);
+    add_rate(line, s.overall, floor);
+    if (s.decoding > 0) {
+        cJSON_AddNumberToObject(line, "decode_tok_s", s.decoding);
+        cJSON_AddNumberToObject(line, "decode_floor", steady);
+        cJSON_AddNumberToObject(line, "decode_ratio", s.decoding / steady);
+    }
+    return end_line_take(b, line);
 }
 
 gn_status gn_bench_prefill(gn_bench *b) {
-    double tok_s = 0;
-    const gn_status status = measure(b, b->tokens, 0, prefill_rate, &tok_s);
+    speeds s;
+    b->tokens = 1; /* when it is there, so are the logits it came from */
+    const gn_status status = measure(b, &s);
     if (status) return status;
     const cost c = cost_of(b);
-    const gn_config *config = &b->model->config;
-    /* Scores and sums over half a square, two products each. */
-    const double attention =
-        2.0 * config->layers * config->heads * config->head_dim * (double)b->tokens * b->tokens;
-    const double pass = gn_bench_floor(
-        b, c.weight_bytes, b->streams * (b->tokens * c.token_flop + attention + c.head_flop));
-    return report(b, tok_s, (double)b->tokens * b->streams / pass);
+    const double floor = b->streams * (double)b->prompt / prefill_floor(b, &c);
+    if (!b->json) {
+        print_load(b);
+        print_rate("prompt tokens until the first new one", s.prefill, floor);
+        return GN_OK;
+    }
+    cJSON *line = begin_line(b);
+    add_rate(line, s.prefill, floor);
+    return end_line_take(b, line);
 }

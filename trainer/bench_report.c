@@ -1,4 +1,4 @@
-/* bench_report.c - medians, floors, memory, and the fields every report line has. */
+/* bench_report.c - prompts, floors, memory, and the fields every report line has. */
 #include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
@@ -8,9 +8,25 @@
 
 #include "trainer/bench.h"
 
+void gn_bench_prompt(int32_t *ids, int n, int vocab, uint32_t seed) {
+    for (int i = 0; i < n; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        ids[i] = (int32_t)((seed >> 8) % (uint32_t)vocab);
+    }
+}
+
 double gn_bench_floor(const gn_bench *b, double bytes, double flop) {
-    const double reading = bytes / b->read_bytes_s;
-    return b->flop_s > 0 ? fmax(reading, flop / b->flop_s) : reading;
+    const double reading = bytes / b->rates.read_bytes;
+    return b->rates.flop > 0 ? fmax(reading, flop / b->rates.flop) : reading;
+}
+
+void gn_bench_heading(const gn_bench *b) {
+    if (b->json) return;
+    printf("%s: %s on %s\n  reads at %.1f GB/s, copies at %.1f GB/s", b->kind, b->name,
+           gn_model_describe(b->model).device, 1e-9 * b->rates.read_bytes,
+           1e-9 * b->rates.copy_bytes);
+    if (b->rates.flop > 0) printf(", products at %.2f TFLOP/s", 1e-12 * b->rates.flop);
+    printf("\n");
 }
 
 cJSON *gn_bench_line(const gn_bench *b) {
@@ -20,19 +36,10 @@ cJSON *gn_bench_line(const gn_bench *b) {
     cJSON_AddStringToObject(line, "model", b->name);
     cJSON_AddStringToObject(line, "quant_type", gn_qtype_name(info.quant));
     cJSON_AddStringToObject(line, "device", info.device);
-    cJSON_AddNumberToObject(line, "bandwidth_gb_s", b->read_bytes_s * 1e-9);
-    if (b->flop_s > 0) cJSON_AddNumberToObject(line, "gflop_s", b->flop_s * 1e-9);
+    cJSON_AddNumberToObject(line, "read_gb_s", 1e-9 * b->rates.read_bytes);
+    cJSON_AddNumberToObject(line, "copy_gb_s", 1e-9 * b->rates.copy_bytes);
+    if (b->rates.flop > 0) cJSON_AddNumberToObject(line, "peak_tflop_s", 1e-12 * b->rates.flop);
     return line;
-}
-
-static int ascending(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-double gn_median(double *values, int n) {
-    qsort(values, (size_t)n, sizeof *values, ascending);
-    return n % 2 ? values[n / 2] : 0.5 * (values[n / 2 - 1] + values[n / 2]);
 }
 
 /* Lets the peak count from now on; where the kernel does not allow it, it counts from the start. */
@@ -44,10 +51,11 @@ static void reset_peak(void) {
     close(fd);
 }
 
-static double peak_bytes(void) {
-    char line[256];
+double gn_resident_peak(int pid) {
+    char path[64], line[256];
     double kib = 0;
-    FILE *status = fopen("/proc/self/status", "r");
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    FILE *status = fopen(path, "r");
     while (status && fgets(line, sizeof line, status))
         if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
     if (status) fclose(status);
@@ -55,12 +63,15 @@ static double peak_bytes(void) {
 }
 
 gn_status gn_round_begin(gn_bench *b) {
-    const gn_status status =
-        gn_measure_reads(&b->read_bytes_s, gn_ctx_threads(b->model->ctx), b->err);
+    const gn_status status = gn_measure_rates(b->model->ctx, &b->rates);
     reset_peak();
-    return status;
+    return status ? gn_fail(b->err, status, "measuring the device: %s", gn_status_text(status))
+                  : GN_OK;
 }
 
 void gn_round_end(gn_bench *b) {
-    b->peak_bytes = fmax(b->peak_bytes, peak_bytes());
+    gn_ctx *ctx = b->model->ctx;
+    const double held =
+        gn_ctx_is_host(ctx) ? gn_resident_peak(getpid()) : (double)gn_measure_used_bytes(ctx);
+    b->peak_bytes = fmax(b->peak_bytes, held);
 }

@@ -13,7 +13,7 @@ int main(int argc, char **argv) {
     static const gn_command commands[] = {
         {"quantize", gn_quantize_command, "write a 4-bit copy of a model folder"},
         {"eval", eval_command, "perplexity or logits of a model"},
-        {"bench", gn_bench_command, "speed of decoding, prefill or single operations"},
+        {"bench", gn_bench_command, "speed of decoding, prefill, the server or single operations"},
         {0}};
     return gn_command_run(commands, "guanaco-trainer", argc - 1, argv + 1);
 }

@@ -51,6 +51,11 @@ static gn_status cpu_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs,
     return GN_OK;
 }
 
+static size_t cpu_used_bytes(gn_ctx *ctx) {
+    (void)ctx;
+    return 0;
+}
+
 static void cpu_close(gn_ctx *ctx) {
     (void)ctx;
 }
@@ -74,5 +79,8 @@ const gn_backend gn_cpu_backend = {
     .place = gn_cpu_place,
     .quantize_place_bytes = gn_cpu_quantize_place_bytes,
     .quantize_place = gn_cpu_quantize_place,
+    .measure_rates = gn_cpu_measure_rates,
+    .measure_quantize = gn_cpu_measure_quantize,
+    .used_bytes = cpu_used_bytes,
     .close = cpu_close,
 };

@@ -22,6 +22,9 @@ size_t gn_cpu_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double
 gn_status gn_cpu_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
                                 const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
                                 void *memory, gn_error *err);
+gn_status gn_cpu_measure_rates(gn_ctx *ctx, gn_rates *rates);
+gn_status gn_cpu_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
+                                  int64_t cols, double *seconds);
 
 /* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
 enum { GN_CPU_SERIAL = 16384 };

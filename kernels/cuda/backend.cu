@@ -83,6 +83,9 @@ static const gn_backend cuda_backend = {
     .place = gn_cuda_place,
     .quantize_place_bytes = gn_cuda_quantize_place_bytes,
     .quantize_place = gn_cuda_quantize_place,
+    .measure_rates = gn_cuda_measure_rates,
+    .measure_quantize = gn_cuda_measure_quantize,
+    .used_bytes = gn_cuda_used_bytes,
     .close = cuda_close,
 };
 

@@ -76,6 +76,10 @@ size_t gn_cuda_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool doubl
 gn_status gn_cuda_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
                                  const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
                                  void *memory, gn_error *err);
+gn_status gn_cuda_measure_rates(gn_ctx *ctx, gn_rates *rates);
+gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
+                                   int64_t cols, double *seconds);
+size_t gn_cuda_used_bytes(gn_ctx *ctx);
 /* Host to device, in order with the ops; src may be reused on return. */
 gn_status gn_cuda_upload(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 gn_status gn_cuda_upload_open(struct gn_cuda *cuda);

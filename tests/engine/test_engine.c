@@ -290,6 +290,36 @@ Test(engine, the_prefix_cache_is_used_and_changes_nothing) {
     bench_close(&b);
 }
 
+/* Random weights come without a tokenizer. */
+Test(engine, a_model_without_text_spells_numbers) {
+    const gn_model_options options = {.device = device()};
+    gn_model *model = NULL;
+    cr_assert_eq(gn_model_synthetic(&model, "llama-tiny", &options, NULL), GN_OK);
+    gn_engine *engine = engine_open(model, (gn_engine_options){0});
+    reply r;
+    reply_init(&r);
+    const gn_request request = {.prompt = (int32_t[]){5, 6, 7},
+                                .n_prompt = 3,
+                                .sampling = {.top_p = 1, .typical_p = 1, .repetition_penalty = 1},
+                                .max_tokens = 6,
+                                .logprobs = -1,
+                                .ignore_eos = true,
+                                .on_event = on_event,
+                                .user = &r};
+    uint64_t id;
+    cr_assert_eq(gn_engine_submit(engine, &request, &id, NULL), GN_OK);
+    wait_for_end(&r);
+    int numbers = 0;
+    for (char *at = r.text, *end; *at; at = end, numbers++) {
+        cr_assert_eq(*at, ' ');
+        const long token = strtol(at, &end, 10);
+        cr_assert(end > at + 1 && token >= 0 && token < 512, "%s", r.text);
+    }
+    cr_assert(numbers == 6 && r.tokens == 6, "%s", r.text);
+    gn_engine_close(engine);
+    gn_model_close(model);
+}
+
 static void endless(gn_request *r) {
     r->max_tokens = -1;
     r->ignore_eos = true;

@@ -250,6 +250,7 @@ Test(parts, serve_options) {
     cr_assert_eq(o.adapters.n, 2);
     cr_assert_eq(gn_serve_engine_options(&o).kv_bytes, (int64_t)2 << 30);
     cr_assert_eq(gn_serve_server_options(&o).max_body, 8 << 20);
+    cr_assert_null(o.synthetic);
     gn_options_free(gn_serve_option_table, &o);
 
     char *stored[] = {"--quant-type", "none"};
