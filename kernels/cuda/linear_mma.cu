@@ -4,9 +4,9 @@
  * Past some 50 rows it is the tensor cores that bound a product, not the memory: so what matters is
  * that they never wait. A weight is decoded once for up to 128 rows of x, in registers.
  *   - wgmma m64nNk16: 64 weight rows, decoded into registers, are its A operand; N rows of x are B,
- *     in shared memory. Of a 64-wide block of K four of them make float32 sums, to which the block's
- *     scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup decodes
- *     the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
+ *     in shared memory. Of a 64-wide block of K four of them make float32 sums, to which the
+ * block's scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup
+ * decodes the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
  *   - A warp copies ahead, into a ring of stages of two blocks: weights and scales for all
  *     warpgroups (64 rows each), and x, which the two blocks of a cluster get together, each
  *     asking L2 for half: x is most of the traffic. Weights start before pdl_wait.
@@ -19,22 +19,22 @@
  *
  * What one 64-wide block of 64 rows costs an SM, in cycles, with 64 (128) rows of x: the tensor
  * cores 128 (256); each of four schedulers 16 + 16 for lookups, 32 (64) for scales, some 20 more;
- * shared memory 64 for lookups, 64 (128) for B, 32 for weights on their way, and x. Reading its 2064
- * bytes from memory at 4.3 TB/s takes 114. */
+ * shared memory 64 for lookups, 64 (128) for B, 32 for weights on their way, and x. Reading its
+ * 2064 bytes from memory at 4.3 TB/s takes 114. */
 #include "linear.cuh"
 #include "linear_mma.cuh"
 
 enum {
-    PEERS = 2,                                  /* blocks of a cluster, which share x */
-    STEP = 2,                                   /* 64-wide blocks of K in a stage */
-    GROUP_ROWS = 64,                            /* weight rows of a warpgroup */
+    PEERS = 2,       /* blocks of a cluster, which share x */
+    STEP = 2,        /* 64-wide blocks of K in a stage */
+    GROUP_ROWS = 64, /* weight rows of a warpgroup */
     GROUP_TILES = GROUP_ROWS / GN_CUDA_TILE_ROWS,
     GROUP_THREADS = 128,
-    MAX_TOKENS = 128,                           /* of a tile of outputs */
-    ROW_BYTES = GN_BLOCK * 2,                   /* of x, in a block of K */
-    ENTRY_BYTES = 256,                          /* of the table; the upper half is free */
+    MAX_TOKENS = 128,         /* of a tile of outputs */
+    ROW_BYTES = GN_BLOCK * 2, /* of x, in a block of K */
+    ENTRY_BYTES = 256,        /* of the table; the upper half is free */
     TABLE_BYTES = 256 * ENTRY_BYTES,
-    NESTED_ENTRY = 208,                         /* first of the entries above which those tables are */
+    NESTED_ENTRY = 208, /* first of the entries above which those tables are */
     BARRIER_ENTRY = 240,
     PACK_THREADS = 256,
     TABLES_BARRIER = 1, /* of hardware; those after it are the warpgroups' */
@@ -67,11 +67,11 @@ struct part {
 struct product {
     struct part part[GN_MAX_PARTS];
     int n_parts, groups, T, token_tiles;
-    int blocks, steps;     /* of 64 columns; of two blocks */
-    int tiles;             /* of outputs, for a whole cluster: GROUPS groups a block by N tokens */
+    int blocks, steps; /* of 64 columns; of two blocks */
+    int tiles;         /* of outputs, for a whole cluster: GROUPS groups a block by N tokens */
     int clusters;
-    const uint8_t *x;      /* (token_tiles, 2 steps, N) rows of a block */
-    const float *lora;     /* (T, columns of all parts), or NULL */
+    const uint8_t *x;  /* (token_tiles, 2 steps, N) rows of a block */
+    const float *lora; /* (T, columns of all parts), or NULL */
     int64_t lora_ld;
     float4 *partials;
     uint32_t *counters;
@@ -100,9 +100,9 @@ static __device__ __forceinline__ float2 two(const bf16 *x, bool in_pairs) {
 }
 
 /* A block a row, those that fill the last tile too: they are zero, and so is the block that fills
- * the last step. Pair 8j + 4h + c of a block is its columns 16c + 4j + 2h and the next (see cuda.h),
- * so that 16 bytes, number 2j + h, take one pair of each c. `dense` (T, K), if given, gets the same
- * values in their own order. */
+ * the last step. Pair 8j + 4h + c of a block is its columns 16c + 4j + 2h and the next (see
+ * cuda.h), so that 16 bytes, number 2j + h, take one pair of each c. `dense` (T, K), if given, gets
+ * the same values in their own order. */
 template <typename X>
 static __global__ void __launch_bounds__(PACK_THREADS)
     pack_kernel(uint4 *to, bf16 *dense, struct x_source s, int tile_tokens) {
@@ -256,8 +256,7 @@ static __device__ __forceinline__ void copy_weights(const struct product &p, con
     typedef cut<N> C;
     const int k = step * STEP, n = min(STEP, p.blocks - k);
     const uint32_t full = full_at(stage);
-    if (lane == 0)
-        barrier_expect(full, n * C::TILES * GN_CUDA_TILE_BYTES + STEP * C::X_BYTES);
+    if (lane == 0) barrier_expect(full, n * C::TILES * GN_CUDA_TILE_BYTES + STEP * C::X_BYTES);
     if (lane < C::TILES) {
         uint8_t *to = stage_at<N>(stage) + C::WEIGHTS + lane * STEP * GN_CUDA_TILE_BYTES;
         copy_bulk(shared_address(to), s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES,
@@ -278,8 +277,7 @@ static __device__ __forceinline__ void copy_x(const struct product &p, int tile,
     if (lane >= STEP) return;
     const int64_t block = ((int64_t)(tile % p.token_tiles) * p.steps + step) * STEP + lane;
     const int share = (int)blockIdx.x % PEERS * SHARE;
-    copy_bulk_to((1 << PEERS) - 1,
-                 shared_address(stage_at<N>(stage) + lane * C::X_BYTES + share),
+    copy_bulk_to((1 << PEERS) - 1, shared_address(stage_at<N>(stage) + lane * C::X_BYTES + share),
                  p.x + block * C::X_BYTES + share, SHARE, full_at(stage));
 }
 
@@ -388,8 +386,7 @@ template <int N>
 static __device__ __forceinline__ void leave(const struct product &p, float (&acc)[N / 2], int tile,
                                              bool whole, int warpgroup, int thread) {
     if (whole) {
-        const struct outputs o =
-            outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
+        const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
 #pragma unroll
         for (int i = 0; i < N / 8; i++)
             finish(p, o, 8 * i,
@@ -447,8 +444,8 @@ struct scale_row {
 };
 
 template <int N>
-static __device__ __forceinline__ struct scale_row
-scale_row_of(const struct product &p, int tile, int warpgroup, int warp, int lane) {
+static __device__ __forceinline__ struct scale_row scale_row_of(const struct product &p, int tile,
+                                                                int warpgroup, int warp, int lane) {
     const struct group g = group_of<N>(p, tile, warpgroup);
     int which;
     const int row = tile_of(p, g, warp * 2 + lane / 8 % 2, &which) * GN_CUDA_TILE_ROWS + lane % 8;
@@ -627,18 +624,26 @@ static cudaLaunchConfig_t config_of(const struct variant *v, int clusters,
     return config;
 }
 
+/* All the SM's memory for sharing: a split that differs from the last kernel's waits for it. */
+static bool set_shared(const void *kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ==
+               cudaSuccess &&
+           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared) == cudaSuccess;
+}
+
 /* Also on chips whose code is not here, which is no failure. */
 void gn_cuda_linear_mma_open(struct gn_cuda *cuda) {
     int least = cuda->sms / PEERS;
+    if (!set_shared((const void *)pack_kernel<float>, 0) ||
+        !set_shared((const void *)pack_kernel<bf16>, 0))
+        least = 0;
     for (int tokens = 32; tokens <= MAX_TOKENS; tokens += 32) {
         const struct variant v = variant_for(tokens);
         cudaLaunchAttribute attributes[1] = {};
         const cudaLaunchConfig_t config = config_of(&v, cuda->sms / PEERS, attributes);
         int n = 0;
-        if (cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 v.shared_bytes) != cudaSuccess ||
-            cudaFuncSetAttribute(v.kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared) != cudaSuccess ||
+        if (!set_shared((const void *)v.kernel, v.shared_bytes) ||
             cudaOccupancyMaxActiveClusters(&n, v.kernel, &config) != cudaSuccess)
             n = 0;
         least = n < least ? n : least;
@@ -664,8 +669,7 @@ static struct plan plan_of(const gn_ctx *ctx, int64_t rows, int64_t K, int64_t c
     plan.steps = (int)((K / GN_BLOCK + STEP - 1) / STEP);
     const int64_t all = (int64_t)plan.tiles * plan.steps;
     plan.clusters = (int)(all < ctx->cuda->mma_clusters ? all : ctx->cuda->mma_clusters);
-    plan.x_bytes =
-        (size_t)plan.token_tiles * plan.variant.tokens * plan.steps * STEP * ROW_BYTES;
+    plan.x_bytes = (size_t)plan.token_tiles * plan.variant.tokens * plan.steps * STEP * ROW_BYTES;
     plan.dense_bytes = lora ? (size_t)(rows * K) * sizeof(bf16) : 0;
     plan.sums_bytes = lora ? (size_t)(rows * columns) * sizeof(float) : 0;
     plan.partials_bytes = (size_t)plan.clusters * PEERS * 2 * plan.variant.groups * GROUP_ROWS *
@@ -704,8 +708,8 @@ static int64_t groups_of(const gn_linear_args *args) {
 
 bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args) {
     const gn_tensor *x = &args->x;
-    if (ctx->cuda->mma_clusters == 0 || ctx->compute != GN_BF16 ||
-        x->shape[0] > GN_CUDA_MMA_ROWS || x->dtype == GN_F16)
+    if (ctx->cuda->mma_clusters == 0 || ctx->compute != GN_BF16 || x->shape[0] > GN_CUDA_MMA_ROWS ||
+        x->dtype == GN_F16)
         return false;
     for (int i = 0; i < args->n_parts; i++) {
         const gn_matrix *w = args->part[i].w;

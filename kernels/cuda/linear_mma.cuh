@@ -1,5 +1,5 @@
-/* linear_mma.cuh - instructions of Hopper (sm_90a) that linear_mma.cu is made of: copies in bulk that
- * count themselves in at a barrier, clusters, and a warpgroup's asynchronous products. */
+/* linear_mma.cuh - instructions of Hopper (sm_90a) that linear_mma.cu is made of: copies in bulk
+ * that count themselves in at a barrier, clusters, and a warpgroup's asynchronous products. */
 #ifndef GN_CUDA_LINEAR_MMA_CUH
 #define GN_CUDA_LINEAR_MMA_CUH
 
@@ -80,7 +80,8 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
 
 /* ---- products of a warpgroup ---- */
 
-/* Describes rows of 128 bytes, swizzled, as the K-major operand: eights of rows 1024 bytes apart. */
+/* Describes rows of 128 bytes, swizzled, as the K-major operand: eights of rows 1024 bytes apart.
+ */
 static __device__ __forceinline__ uint64_t describe_rows(uint32_t at) {
     return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 |
            (uint64_t)((at & 0x3ffff) >> 4);
@@ -99,15 +100,15 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(float (&c)[N]
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-#define GN_C16_0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define GN_C16_1 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define GN_C16_2 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define GN_C16_3 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define GN_C4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define GN_C16_0     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define GN_C16_1     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define GN_C16_2     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define GN_C16_3     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define GN_C4(c, i)  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define GN_C16(c, i) GN_C4(c, i), GN_C4(c, i + 4), GN_C4(c, i + 8), GN_C4(c, i + 12)
 
-/* c (64, n) = a b, or c += a b with `add`: a (64, 16) in registers, b (16, n) as described. Operands
- * after c's are numbered from a0 on. */
+/* c (64, n) = a b, or c += a b with `add`: a (64, 16) in registers, b (16, n) as described.
+ * Operands after c's are numbered from a0 on. */
 #define GN_WGMMA(n, c_list, a0, a1, a2, a3, b, sum, ...)                                           \
     asm volatile("{\n"                                                                             \
                  ".reg .pred p;\n"                                                                 \

@@ -1,5 +1,5 @@
-/* linear_tiles.cuh - 4-bit weights in tiles as product kernels take them, and the ways to memory that
- * those kernels share. */
+/* linear_tiles.cuh - 4-bit weights in tiles as product kernels take them, and the ways to memory
+ * that those kernels share. */
 #ifndef GN_CUDA_LINEAR_TILES_CUH
 #define GN_CUDA_LINEAR_TILES_CUH
 
