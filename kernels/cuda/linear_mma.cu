@@ -4,9 +4,9 @@
  * Past some 50 rows it is the tensor cores that bound a product, not the memory: so what matters is
  * that they never wait. A weight is decoded once for up to 128 rows of x, in registers.
  *   - wgmma m64nNk16: 64 weight rows, decoded into registers, are its A operand; N rows of x are B,
- *     in shared memory. Of a 64-wide block of K four of them make float32 sums, to which the
- * block's scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup
- * decodes the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
+ *     in shared memory. Four of them make a 64-wide block's float32 sums, to which the block's
+ *     scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup decodes
+ *     the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
  *   - A warp copies ahead, into a ring of stages of two blocks: weights and scales for all
  *     warpgroups (64 rows each), and x, which the two blocks of a cluster get together, each
  *     asking L2 for half: x is most of the traffic. Weights start before pdl_wait.
@@ -18,7 +18,7 @@
  *     and each finishes a part of its outputs, adding in a fixed order.
  *
  * What one 64-wide block of 64 rows costs an SM, in cycles, with 64 (128) rows of x: the tensor
- * cores 128 (256); each of four schedulers 16 + 16 for lookups, 32 (64) for scales, some 20 more;
+ * cores 128 (256); each of four schedulers 32 for lookups, 32 (64) for scales, some 80 around them;
  * shared memory 64 for lookups, 64 (128) for B, 32 for weights on their way, and x. Reading its
  * 2064 bytes from memory at 4.3 TB/s takes 114. */
 #include "linear.cuh"
