@@ -5,7 +5,7 @@
 
 #include "cuda.h"
 
-enum { BLAS_WORKSPACE = 32 << 20, COUNTERS = 4096 };
+enum { BLAS_WORKSPACE = 32 << 20 };
 
 gn_status gn_cuda_status(cudaError_t error) {
     if (error == cudaSuccess) return GN_OK;
@@ -97,11 +97,12 @@ static gn_status open_parts(struct gn_cuda *cuda) {
     if (!status) status = gn_cuda_status(cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE));
     if (!status)
         status = gn_cuda_status(
-            cudaMalloc((void **)&cuda->counters, COUNTERS * sizeof *cuda->counters));
+            cudaMalloc((void **)&cuda->counters, GN_CUDA_COUNTERS * sizeof *cuda->counters));
     if (!status)
         status = gn_cuda_status(cudaMemsetAsync(
-            cuda->counters, 0, COUNTERS * sizeof *cuda->counters, cuda->stream));
+            cuda->counters, 0, GN_CUDA_COUNTERS * sizeof *cuda->counters, cuda->stream));
     if (status) return status;
+    gn_cuda_linear_mma_open(cuda);
     if (cublasCreate(&cuda->blas) != CUBLAS_STATUS_SUCCESS ||
         cublasSetStream(cuda->blas, cuda->stream) != CUBLAS_STATUS_SUCCESS ||
         cublasSetWorkspace(cuda->blas, cuda->blas_workspace, BLAS_WORKSPACE) !=

@@ -25,7 +25,7 @@
 
 #include "kernels/backend.h"
 
-enum { GN_CUDA_TILE_ROWS = 8, GN_CUDA_TILE_BYTES = 256 };
+enum { GN_CUDA_TILE_ROWS = 8, GN_CUDA_TILE_BYTES = 256, GN_CUDA_COUNTERS = 4096 };
 
 /* The staged batch, as kernels see it: device arrays at addresses that never change, so that a
  * recorded graph finds the next step's values there. */
@@ -46,7 +46,8 @@ struct gn_cuda {
     cudaStream_t stream;
     cublasHandle_t blas;
     void *blas_workspace;
-    uint32_t *counters; /* (4096), zero between ops: whoever counts last resets */
+    int mma_clusters;   /* of linear_mma.cu that run at once; 0: it cannot run here */
+    uint32_t *counters; /* (GN_CUDA_COUNTERS), zero between ops: whoever counts last resets */
     gn_cuda_batch batch;
     struct gn_cuda_stage *stage;   /* stage.cu */
     struct gn_cuda_graphs *graphs; /* graph.cu */
@@ -57,6 +58,7 @@ struct gn_cuda {
 GN_BACKEND_OPS(X)
 #undef X
 
+void gn_cuda_linear_mma_open(struct gn_cuda *cuda); /* sets mma_clusters */
 size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                 int64_t max_rank, int max_terms);
 size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context);

@@ -4,13 +4,15 @@
 gn_status gn_cuda_linear(gn_ctx *ctx, const gn_linear_args *args) {
     if (ctx->compute == GN_F32) return gn_cuda_linear_exact(ctx, args);
     if (gn_cuda_linear_decode_fits(ctx, args)) return gn_cuda_linear_decode(ctx, args);
+    if (gn_cuda_linear_mma_fits(ctx, args)) return gn_cuda_linear_mma(ctx, args);
     return gn_cuda_linear_dense(ctx, args);
 }
 
 size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                 int64_t max_rank, int max_terms) {
-    (void)ctx;
     const size_t decode = gn_cuda_linear_decode_workspace(max_rank, max_terms);
     const size_t general = gn_cuda_linear_general_workspace(rows, max_k, max_n, max_rank);
-    return decode > general ? decode : general;
+    const size_t mma = gn_cuda_linear_mma_workspace(ctx, rows, max_k, max_n, max_rank);
+    const size_t most = decode > general ? decode : general;
+    return mma > most ? mma : most;
 }

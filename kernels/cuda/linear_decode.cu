@@ -498,18 +498,6 @@ static bool choose(struct product *p, struct plan *plan, const gn_ctx *ctx) {
     return found;
 }
 
-static struct matrix matrix_of(const gn_matrix *m) {
-    struct matrix out = {};
-    out.tiles = (const uint8_t *)m->data;
-    out.scales = m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax;
-    out.code = m->code;
-    out.nested_code = m->absmax_u8 ? m->nested_code : NULL;
-    out.nested_absmax = m->nested_absmax;
-    out.offset = m->offset;
-    out.rows = (int)m->rows;
-    return out;
-}
-
 static struct product product_of(const gn_ctx *ctx, const gn_linear_args *args, int group_rows) {
     struct product p = {};
     p.x = args->x.data;
@@ -538,17 +526,6 @@ static struct product product_of(const gn_ctx *ctx, const gn_linear_args *args, 
     p.lora_u = (float *)ctx->workspace;
     p.counters = ctx->cuda->counters;
     return p;
-}
-
-static bool is_aligned(const void *p, size_t to) {
-    return (uintptr_t)p % to == 0;
-}
-
-static bool is_matrix(const gn_matrix *m) {
-    const size_t scale = m->absmax_u8 ? 8 : 16;
-    return gn_cuda_is_tiled(m) && m->rows * (m->cols / GN_BLOCK) < INT32_MAX / 8 &&
-           is_aligned(m->data, 8) &&
-           is_aligned(m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax, scale);
 }
 
 static bool is_call(const gn_ctx *ctx, const gn_linear_args *args) {

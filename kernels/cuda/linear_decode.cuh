@@ -3,7 +3,7 @@
 #ifndef GN_CUDA_LINEAR_DECODE_CUH
 #define GN_CUDA_LINEAR_DECODE_CUH
 
-#include "common.cuh"
+#include "linear_tiles.cuh"
 
 enum {
     WARPS = 16,
@@ -21,14 +21,6 @@ enum {
     MAX_TERMS = 64,
     MAX_PIECES = 8, /* of K, that u is summed from */
     RANK_STEP = 64, /* ranks whose u is in shared memory at once */
-};
-
-struct matrix {
-    const uint8_t *tiles;
-    const void *scales; /* uint8, or float without double quantization */
-    const float *code, *nested_code, *nested_absmax; /* nested_code NULL: without */
-    float offset;
-    int rows;
 };
 
 /* One y: a part, or gate and up together. */
@@ -86,24 +78,6 @@ static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
                  : "memory");
     return v;
 }
-static __device__ __forceinline__ float load_fresh(const float *at) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
-    return v;
-}
-static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
-    uint32_t v;
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-
-static __device__ __forceinline__ void prefetch_line(const void *at) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-static __device__ __forceinline__ uint32_t shared_address(const void *at) {
-    return (uint32_t)__cvta_generic_to_shared(at);
-}
 
 /* The floats at the same place of another block of the cluster. */
 static __device__ __forceinline__ float load_peer(const float *at, int rank) {
@@ -145,10 +119,6 @@ static __device__ __forceinline__ int here(int v) {
     return v;
 }
 
-static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const bf162 v = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&v;
-}
 static __device__ __forceinline__ float low_of(uint32_t pair) {
     return __uint_as_float(pair << 16);
 }

@@ -104,16 +104,6 @@ static __device__ __forceinline__ struct spot spot_of(const struct work &w, stru
     return {b.group0 + group, w.k0 + unit - group * w.ks};
 }
 
-static __device__ __forceinline__ void copy_async(void *to, const void *from, bool is_16) {
-    if (is_16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
-                     "l"(from)
-                     : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from)
-                     : "memory");
-}
-
 /* A run's scales as they are stored, on their way to where they will be decoded: those of half h 32
  * h bytes on. Two lanes a unit. */
 template <int R>

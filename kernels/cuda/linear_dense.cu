@@ -247,8 +247,13 @@ gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
         return status;
     }
     if (!status && args->epilogue == GN_SWIGLU) {
-        status = multiply_all(ctx, args, x, buffer, sums, GN_BF16, &parts, 0);
-        return status ? status : finish(ctx, args, 0, (const bf16 *)sums, &parts);
+        /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
+         * ones, which are exact, it would be the largest error. */
+        const gn_dtype dtype = is_stored(args->part[0].w) ? GN_F32 : GN_BF16;
+        status = multiply_all(ctx, args, x, buffer, sums, dtype, &parts, 0);
+        if (status) return status;
+        return dtype == GN_F32 ? finish(ctx, args, 0, (const float *)sums, &parts)
+                               : finish(ctx, args, 0, (const bf16 *)sums, &parts);
     }
     for (int i = 0; i < args->n_parts && !status; i++)
         status = multiply_any(ctx, &args->part[i].y, x, args->part[i].w, buffer,

@@ -153,6 +153,67 @@ Test(gpu_linear, llama_shapes_in_float32) {
         check_llama(GN_F32, types[0], rows, COUNT(rows), COUNT(llama), "LLaMA's shapes, float32");
 }
 
+/* The same call again, and what it gave the first time. */
+static void check_repetition(tally *tally, const problem *p) {
+    float *first[GN_MAX_PARTS] = {0}, *again[GN_MAX_PARTS] = {0};
+    for (int i = 0; i < n_outputs(p); i++) {
+        first[i] = malloc((size_t)p->c.T * (size_t)p->w->s.N[i] * sizeof(float));
+        again[i] = malloc((size_t)p->c.T * (size_t)p->w->s.N[i] * sizeof(float));
+    }
+    const char *why = solve(p, 0, p->c.T, first);
+    if (!why) why = solve(p, 0, p->c.T, again);
+    verdict v = {0};
+    for (int i = 0; i < n_outputs(p) && !why; i++)
+        for (int j = 0; j < p->c.T * p->w->s.N[i]; j++)
+            judge(&v, j / p->w->s.N[i], j % p->w->s.N[i], again[i][j], first[i][j], 0);
+    snprintf(v.name, sizeof v.name, "again: %s", p->name);
+    settle(tally, &v, why);
+    for (int i = 0; i < n_outputs(p); i++) {
+        free(first[i]);
+        free(again[i]);
+    }
+}
+
+/* Where tiles of outputs end, and who shares them: few that everybody has a part of, many of which
+ * everybody has several, and some of both; odd numbers of blocks; parts that end within a tile. */
+Test(gpu_linear, many_rows) {
+    const struct composition shapes[] = {
+        {{8192, {64}, 1}, false, false, GN_ADD},
+        {{4160, {200, 72}, 2}, true, false, GN_STORE},
+        {{1024, {1500, 1500}, 2}, true, false, GN_SWIGLU},
+        {{192, {9001}, 1}, false, true, GN_STORE},
+        {{64, {13, 65, 7}, 3}, true, false, GN_STORE},
+        {{2048, {3000}, 1}, false, false, GN_ADD},
+    };
+    const int used[] = {0, 1, 8},
+              rows[] = {17, 31, 32, 33, 64, 65, 96, 97, 128, 129, 192, 200, 256, 257, 385};
+    tally t = {0};
+    sides s = open_sides(GN_BF16);
+    for (int i = 0; i < COUNT(shapes) * COUNT(used); i++) {
+        const struct composition *k = &shapes[i % COUNT(shapes)];
+        if (is_brief() && (i >= COUNT(shapes) || i == 2 || i == 5)) continue;
+        weights w = make_weights(&s, k->shape, types[used[i / COUNT(shapes)]], (uint64_t)(70 + i));
+        for (int j = is_brief() ? i : 0; j < COUNT(rows); j += is_brief() ? 7 : 1) {
+            problem p = make_problem(&s, &w,
+                                     (call){.T = rows[j],
+                                            .norm = k->norm,
+                                            .f32_out = k->f32_out,
+                                            .epilogue = k->epilogue,
+                                            .lora = j % 4 == 3 ? (layout)(i % LAYOUTS) : NO_LORA,
+                                            .lora_dtype = GN_BF16,
+                                            .pad = j % 3,
+                                            .shift = j % 5 == 0},
+                                     (uint64_t)(7000 + 100 * i + j));
+            check_problem(&t, &p);
+            check_repetition(&t, &p);
+            free_problem(&p);
+        }
+        settle_weights(&t, &w, "a guard of the weights is written");
+    }
+    close_sides(&s);
+    conclude(&t, "many rows");
+}
+
 /* The head is wide and not quantized. */
 Test(gpu_linear, logits) {
     const weight_shape shape = {1024, {is_brief() ? 3001 : 32003}, 1};

@@ -1,0 +1,75 @@
+/* linear_tiles.cuh - 4-bit weights in tiles as product kernels take them, and the ways to memory
+ * that those kernels share. */
+#ifndef GN_CUDA_LINEAR_TILES_CUH
+#define GN_CUDA_LINEAR_TILES_CUH
+
+#include "common.cuh"
+
+struct matrix {
+    const uint8_t *tiles;
+    const void *scales; /* uint8, or float without double quantization */
+    const float *code, *nested_code, *nested_absmax; /* nested_code NULL: without */
+    float offset;
+    int rows;
+};
+
+static inline struct matrix matrix_of(const gn_matrix *m) {
+    struct matrix out = {};
+    out.tiles = (const uint8_t *)m->data;
+    out.scales = m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax;
+    out.code = m->code;
+    out.nested_code = m->absmax_u8 ? m->nested_code : NULL;
+    out.nested_absmax = m->nested_absmax;
+    out.offset = m->offset;
+    out.rows = (int)m->rows;
+    return out;
+}
+
+static inline bool is_aligned(const void *p, size_t to) {
+    return (uintptr_t)p % to == 0;
+}
+
+/* Whether kernels can take it as it is: in tiles, aligned, blocks counted in 32 bits. */
+static inline bool is_matrix(const gn_matrix *m) {
+    const size_t scale = m->absmax_u8 ? 8 : 16;
+    return gn_cuda_is_tiled(m) && m->rows * (m->cols / GN_BLOCK) < INT32_MAX / 8 &&
+           is_aligned(m->data, 8) &&
+           is_aligned(m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax, scale);
+}
+
+/* What other kernels or blocks write: from L2, never from a stale L1. */
+static __device__ __forceinline__ float load_fresh(const float *at) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
+static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void prefetch_line(const void *at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+static __device__ __forceinline__ uint32_t shared_address(const void *at) {
+    return (uint32_t)__cvta_generic_to_shared(at);
+}
+
+static __device__ __forceinline__ void copy_async(void *to, const void *from, bool is_16) {
+    if (is_16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+                     "l"(from)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
+}
+
+static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    const bf162 v = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&v;
+}
+
+#endif
