@@ -49,7 +49,7 @@ typedef struct gn_backend {
                                 gn_error *);
     gn_status (*measure_rates)(gn_ctx *, gn_rates *);
     gn_status (*measure_quantize)(gn_ctx *, gn_qtype, bool double_quant, int64_t rows, int64_t cols,
-                                  double *seconds);
+                                  double *quantize, double *dequantize);
     size_t (*used_bytes)(gn_ctx *);
     void (*close)(gn_ctx *);
 } gn_backend;

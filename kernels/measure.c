@@ -8,14 +8,14 @@ gn_status gn_measure_rates(gn_ctx *ctx, gn_rates *rates) {
 }
 
 gn_status gn_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
-                              int64_t cols, double *seconds) {
+                              int64_t cols, double *quantize, double *dequantize) {
     int64_t numel;
-    if (!ctx || !seconds || rows < 1 || cols < 1 ||
+    if (!ctx || !quantize || !dequantize || rows < 1 || cols < 1 ||
         (type != GN_Q_INT8 && !gn_qtype_is_4bit(type)) ||
         __builtin_mul_overflow(rows, cols, &numel) || numel > PTRDIFF_MAX / 8)
         return GN_EINVAL;
     return ctx->backend->measure_quantize(ctx, type, double_quant && gn_qtype_is_4bit(type), rows,
-                                          cols, seconds);
+                                          cols, quantize, dequantize);
 }
 
 size_t gn_measure_used_bytes(gn_ctx *ctx) {

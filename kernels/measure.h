@@ -25,9 +25,11 @@ typedef struct gn_rates {
 GN_CHECKED gn_status gn_measure_rates(gn_ctx *ctx, gn_rates *rates);
 
 /* Seconds that quantizing a (rows, cols) weight takes, from random bfloat16 values in the device's
- * memory to codes and scales there. */
+ * memory to codes and scales there; and those that making bfloat16 of it again takes, as a product
+ * of many rows does on a GPU. *dequantize is 0 on a CPU, whose products never do. */
 GN_CHECKED gn_status gn_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant,
-                                         int64_t rows, int64_t cols, double *seconds);
+                                         int64_t rows, int64_t cols, double *quantize,
+                                         double *dequantize);
 
 /* Bytes of a GPU's memory that are in use, by this program or another; 0 on a CPU. */
 size_t gn_measure_used_bytes(gn_ctx *ctx);

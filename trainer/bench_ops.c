@@ -145,7 +145,7 @@ static gn_status report(const gn_bench *b, const result *r) {
     if (!b->json) {
         char rows[24] = "";
         if (r->rows) snprintf(rows, sizeof rows, "%d row%s", r->rows, r->rows == 1 ? "" : "s");
-        printf("%-8s %5lldx%-5lld %9s  %9.1f us  %7.1f GB/s", r->op, (long long)r->n,
+        printf("%-10s %5lldx%-5lld %9s  %9.1f us  %7.1f GB/s", r->op, (long long)r->n,
                (long long)r->k, rows, 1e6 * r->seconds, 1e-9 * r->bytes / r->seconds);
         if (r->flop > 0) printf("  %8.3f TFLOP/s", 1e-12 * r->flop / r->seconds);
         printf("  floor %9.1f us  %3.0f %%\n", 1e6 * r->floor, 100 * r->floor / r->seconds);
@@ -186,12 +186,17 @@ static gn_status bench_quantize(gn_bench *b) {
     const gn_matrix *w = &b->model->layers[0].proj[GN_GATE];
     if (w->qtype == GN_Q_NONE) return GN_OK;
     result r = {.op = "quantize", .n = w->rows, .k = w->cols};
+    double dequantize;
     const gn_status status = gn_measure_quantize(b->model->ctx, w->qtype, w->absmax_u8 != NULL,
-                                                 w->rows, w->cols, &r.seconds);
+                                                 w->rows, w->cols, &r.seconds, &dequantize);
     if (status) return gn_fail(b->err, status, "quantizing: %s", gn_status_text(status));
     r.bytes = 2.0 * (double)w->rows * (double)w->cols;
     r.floor = (r.bytes + (double)gn_matrix_bytes(w)) / b->rates.copy_bytes;
-    return report(b, &r);
+    const gn_status reported = report(b, &r);
+    if (reported || dequantize == 0) return reported;
+    r.op = "dequantize";
+    r.seconds = dequantize;
+    return report(b, &r); /* the same bytes, the other way */
 }
 
 /* ---- the command ---- */

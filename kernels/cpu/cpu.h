@@ -24,7 +24,7 @@ gn_status gn_cpu_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool
                                 void *memory, gn_error *err);
 gn_status gn_cpu_measure_rates(gn_ctx *ctx, gn_rates *rates);
 gn_status gn_cpu_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
-                                  int64_t cols, double *seconds);
+                                  int64_t cols, double *quantize, double *dequantize);
 
 /* Elements under which an op's work is not worth waking a second thread for (a microsecond). */
 enum { GN_CPU_SERIAL = 16384 };

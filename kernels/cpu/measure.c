@@ -155,7 +155,7 @@ static void *take(char **at, size_t bytes) {
 }
 
 gn_status gn_cpu_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
-                                  int64_t cols, double *seconds) {
+                                  int64_t cols, double *quantize, double *dequantize) {
     const gn_quant_sizes sizes = gn_quant_sizes_of(type, double_quant, rows, cols);
     const size_t absmax = gn_quant_sizes_of(type, false, rows, cols).absmax;
     const size_t values = (size_t)(rows * cols);
@@ -174,11 +174,12 @@ gn_status gn_cpu_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant,
             bits = bits * 1664525u + 1013904223u;
             src[i] = gn_f32_to_bf16((float)(int32_t)bits * 0x1p-31f);
         }
-        *seconds = INFINITY;
+        *quantize = INFINITY;
+        *dequantize = 0;
         for (int i = 0; !status && i < QUANTIZE_ROUNDS; i++) {
             const double begin = seconds_now();
             status = gn_quantize(&out, type, src, GN_BF16, rows, cols, ctx->threads, NULL);
-            *seconds = fmin(*seconds, seconds_now() - begin);
+            *quantize = fmin(*quantize, seconds_now() - begin);
         }
     }
     free(src);

@@ -80,7 +80,7 @@ gn_status gn_cuda_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, boo
                                  void *memory, gn_error *err);
 gn_status gn_cuda_measure_rates(gn_ctx *ctx, gn_rates *rates);
 gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
-                                   int64_t cols, double *seconds);
+                                   int64_t cols, double *quantize, double *dequantize);
 size_t gn_cuda_used_bytes(gn_ctx *ctx);
 /* Host to device, in order with the ops; src may be reused on return. */
 gn_status gn_cuda_upload(gn_ctx *ctx, void *dst, const void *src, size_t bytes);

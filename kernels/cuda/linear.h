@@ -24,6 +24,8 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args);
 
 /* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. */
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
+/* to (rows, cols) bf16, dense = the weight. */
+gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to);
 /* Bytes for either of these two. max_n: columns of all parts together. */
 size_t gn_cuda_linear_general_workspace(int64_t rows, int64_t max_k, int64_t max_n,
                                         int64_t max_rank);

@@ -87,6 +87,11 @@ static gn_status dequantize(gn_ctx *ctx, const gn_matrix *m, bf16 *buffer, const
                   dim3(THREADS), 0, buffer, *m);
 }
 
+gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to) {
+    const bf16 *w;
+    return dequantize(ctx, m, (bf16 *)to, &w);
+}
+
 /* ---- products ---- */
 
 /* y (T, N) = x W^T + beta y; cuBLAS counts by columns, so that it sees y^T = W x^T. */

@@ -4,6 +4,7 @@
  * clocks that it cannot hold with real ones. */
 #include <math.h>
 
+#include "linear.h"
 #include "place.cuh"
 
 enum { THREADS = 256, READS = 8, ROUNDS = 10, EDGE = 8192, EDGE_F32 = 4096 };
@@ -137,8 +138,13 @@ static gn_status quantize(gn_ctx *ctx, const subject *s) {
     return status ? status : gn_cuda_quantizer_end(ctx, s->quantizer);
 }
 
+/* Over the values that it came from. */
+static gn_status dequantize(gn_ctx *ctx, const subject *s) {
+    return gn_cuda_dequantize(ctx, &s->quantizer->m, s->array);
+}
+
 gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
-                                   int64_t cols, double *seconds) {
+                                   int64_t cols, double *quantize_s, double *dequantize_s) {
     gn_cuda_quantizer q = {};
     q.m.qtype = type;
     q.m.dtype = GN_BF16;
@@ -156,7 +162,8 @@ gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant
     gn_status status = s.array && memory && scratch ? GN_OK : GN_ENOMEM;
     if (!status) status = fill(ctx, s.array, s.bytes);
     if (!status) status = gn_cuda_quantizer_begin(ctx, &q, &q.m, GN_BF16, scratch);
-    if (!status) status = time_best(ctx, quantize, &s, seconds);
+    if (!status) status = time_best(ctx, quantize, &s, quantize_s);
+    if (!status) status = time_best(ctx, dequantize, &s, dequantize_s);
     gn_ctx_free(ctx, scratch);
     gn_ctx_free(ctx, memory);
     gn_ctx_free(ctx, s.array);

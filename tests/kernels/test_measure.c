@@ -48,17 +48,19 @@ Test(measure, quantizing) {
     for (gn_qtype type = GN_Q_NF4; type < GN_QTYPE_COUNT; type++)
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
             for (int nested = 0; nested < 2; nested++) {
-                double seconds = -1;
-                cr_assert_eq(
-                    gn_measure_quantize(ctx, type, nested, shapes[i][0], shapes[i][1], &seconds),
-                    GN_OK);
+                double seconds = -1, back = -1;
+                cr_assert_eq(gn_measure_quantize(ctx, type, nested, shapes[i][0], shapes[i][1],
+                                                 &seconds, &back),
+                             GN_OK);
                 cr_assert(seconds > 0 && seconds < 10, "%s: %g s", gn_qtype_name(type), seconds);
+                cr_assert(gn_ctx_is_host(ctx) ? back == 0 : back > 0 && back < 10, "%g s", back);
             }
-    double seconds;
-    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NONE, false, 8, 64, &seconds), GN_EINVAL);
-    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, 0, 64, &seconds), GN_EINVAL);
-    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, INT64_MAX, 64, &seconds), GN_EINVAL);
-    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, 8, 64, NULL), GN_EINVAL);
+    double seconds, back;
+    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NONE, false, 8, 64, &seconds, &back), GN_EINVAL);
+    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, 0, 64, &seconds, &back), GN_EINVAL);
+    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, INT64_MAX, 64, &seconds, &back),
+                 GN_EINVAL);
+    cr_assert_eq(gn_measure_quantize(ctx, GN_Q_NF4, false, 8, 64, NULL, &back), GN_EINVAL);
     cr_assert_eq(gn_measure_rates(ctx, NULL), GN_EINVAL);
     gn_ctx_close(ctx);
 }
