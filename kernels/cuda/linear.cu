@@ -9,8 +9,10 @@ gn_status gn_cuda_linear(gn_ctx *ctx, const gn_linear_args *args) {
 
 size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                 int64_t max_rank, int max_terms) {
-    (void)ctx;
+    if (ctx->compute == GN_F32)
+        return gn_cuda_linear_exact_workspace(rows, max_k, max_n, max_rank, max_terms);
     const size_t decode = gn_cuda_linear_decode_workspace(max_rank, max_terms);
-    const size_t general = gn_cuda_linear_general_workspace(rows, max_k, max_n, max_rank);
-    return decode > general ? decode : general;
+    const size_t dense =
+        gn_cuda_linear_dense_workspace(ctx, rows, max_k, max_n, max_rank, max_terms);
+    return decode > dense ? decode : dense;
 }
