@@ -5,7 +5,7 @@
  * row reads matrices of its own: bound by reading every A and B once. So both keep many 8- or
  * 16-byte loads of weights in flight, the first ones before they wait for their predecessor, and
  * cut their work so that every SM has some:
- *   - shrink: a block takes up to 32 rows of a term and a part, its warps a slice of K each. Where
+ *   - shrink: a block takes up to 16 rows of a term and a part, its warps a slice of K each. Where
  *     there are few such blocks, K is cut into pieces for several; the last of them to end adds up.
  *   - expand: a block takes 8, 16 or 32 rows of the batch by 128 columns of a part, a warp 16 of
  *     them, and goes through the terms that cover its rows in steps of 16 ranks.
@@ -19,7 +19,7 @@ enum {
     FEW_ROWS = 256,
     THREADS = LORA_THREADS,
     WARPS = LORA_WARPS,
-    CHUNK = 32,
+    CHUNK = 16,
     TILES = CHUNK / LORA_TILE_ROWS,
     RANKS = 16,    /* of A at once: m of an mma */
     COLUMNS = 32,  /* of A at once, for 4 lanes: two mma's */
@@ -29,61 +29,56 @@ enum {
 
 /* ---- shrink ---- */
 
-/* What a warp of a block multiplies: columns [32 first, 32 (first + n)). */
+/* What a warp of a block multiplies: columns [begin, end). */
 struct slice {
-    int64_t first;
-    int n;
+    int begin, end;
 };
 
 static __device__ struct slice slice_of(const struct lora_call &c) {
-    const int64_t steps = (c.K + COLUMNS - 1) / COLUMNS, slices = (int64_t)gridDim.x * WARPS;
-    const int64_t slice = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    const int64_t first = steps * slice / slices;
-    return {first, (int)(steps * (slice + 1) / slices - first)};
+    const int steps = (c.K + COLUMNS - 1) / COLUMNS, slices = (int)gridDim.x * WARPS;
+    const int64_t slice = (int)blockIdx.x * WARPS + (int)threadIdx.x / WARP;
+    const int begin = (int)(steps * slice / slices), end = (int)(steps * (slice + 1) / slices);
+    return {begin * COLUMNS, min(end * COLUMNS, c.K)};
 }
 
-/* 16 ranks from `rank0` on by `n` times 32 columns from 32 k on; zeros where there are none. */
+/* 16 ranks from `rank0` on by AHEAD times 32 columns from k on, those before `end`; zeros where
+ * there are none. */
 template <int AHEAD, bool VECTOR>
 static __device__ __forceinline__ void load_a(uint4 v[AHEAD][2], const gn_tensor &a, int rank0,
-                                              int64_t k, int n, int lane) {
-    const int64_t col = k * COLUMNS + lane % 4 * 8;
+                                              int k, int end, int lane) {
+    const int rank = rank0 + lane / 4, left = end - k - lane % 4 * 8;
+    const int64_t at = rank * a.ld + k + lane % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < AHEAD; j++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int64_t rank = rank0 + lane / 4 + 8 * i, left = a.shape[1] - col - j * COLUMNS;
-            v[j][i] = {};
-            if (j < n && rank < a.shape[0])
-                v[j][i] = load8<VECTOR>(a, rank * a.ld + col + j * COLUMNS, (int)min(left, 8l));
+        for (int j = 0; j < AHEAD; j++) {
+            const int n = rank + 8 * i < a.shape[0] ? left - j * COLUMNS : 0;
+            v[j][i] = load8<VECTOR>(a, at + 8 * i * a.ld + j * COLUMNS, n);
         }
 }
 
-/* 8 columns of a row of x, which other kernels wrote. */
+/* 8 columns of a row of x, which other kernels wrote, of which n exist. */
 template <bool VECTOR>
-static __device__ __forceinline__ uint4 load_x(const struct lora_call &c, int64_t row,
-                                               int64_t col) {
-    if (col >= c.K) return {};
-    const bf16 *at = c.x + row * c.x_ld + col;
-    if (VECTOR) return *(const uint4 *)at;
-    return load8<false>(x_of(c), at - c.x, (int)min(c.K - col, 8l));
+static __device__ __forceinline__ uint4 load_x(const struct lora_call &c, int64_t at, int n) {
+    if (n <= 0) return {};
+    return VECTOR ? *(const uint4 *)(c.x + at) : load8<false>(x_of(c), at, n);
 }
 
 /* acc += those ranks times the chunk's rows. */
 template <int AHEAD, bool VECTOR>
 static __device__ __forceinline__ void
 multiply(float acc[TILES][4], const uint4 a[AHEAD][2], const struct lora_call &c,
-         const struct chunk &chunk, int64_t k, int n, int lane) {
+         const struct chunk &chunk, int k, int end, int lane) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
         if (tile * LORA_TILE_ROWS >= chunk.rows) break;
-        const int row = tile * LORA_TILE_ROWS + lane / 4;
+        const int row = tile * LORA_TILE_ROWS + lane / 4, column = k + lane % 4 * 8;
+        const int64_t at = (int64_t)(chunk.row + row) * c.x_ld + column;
         uint4 x[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            x[j] = {};
-            if (j < n && row < chunk.rows)
-                x[j] = load_x<VECTOR>(c, chunk.row + row, (k + j) * COLUMNS + lane % 4 * 8);
-        }
+        for (int j = 0; j < AHEAD; j++)
+            x[j] = load_x<VECTOR>(c, at + j * COLUMNS,
+                                  row < chunk.rows ? end - column - j * COLUMNS : 0);
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
             const uint4 low = a[j][0], high = a[j][1];
@@ -128,24 +123,24 @@ shrink(float sums[WARPS][CHUNK * SUM_PITCH], const struct lora_call &c, const st
     const int lane = threadIdx.x % WARP;
     const struct slice slice = slice_of(c);
     uint4 a[AHEAD][2];
-    load_a<AHEAD, VECTOR>(a, pair.a, 0, slice.first, slice.n, lane);
+    load_a<AHEAD, VECTOR>(a, pair.a, 0, slice.begin, slice.end, lane);
     pdl_wait();
 #pragma unroll 1
     for (int rank0 = 0; rank0 < pair.rank; rank0 += RANKS) {
         float acc[TILES][4] = {};
 #pragma unroll 1
-        for (int k = 0; k < slice.n; k += AHEAD) {
-            multiply<AHEAD, VECTOR>(acc, a, c, chunk, slice.first + k, slice.n - k, lane);
-            const int next = k + AHEAD < slice.n ? k + AHEAD : 0;
-            load_a<AHEAD, VECTOR>(a, pair.a, next > 0 ? rank0 : rank0 + RANKS, slice.first + next,
-                                  slice.n - next, lane);
+        for (int k = slice.begin; k < slice.end; k += AHEAD * COLUMNS) {
+            multiply<AHEAD, VECTOR>(acc, a, c, chunk, k, slice.end, lane);
+            const bool more = k + AHEAD * COLUMNS < slice.end;
+            load_a<AHEAD, VECTOR>(a, pair.a, more ? rank0 : rank0 + RANKS,
+                                  more ? k + AHEAD * COLUMNS : slice.begin, slice.end, lane);
         }
         add_warps(sums, acc, c, chunk, part, scale, rank0, piece);
     }
 }
 
 /* Block (piece, part, chunk). */
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS, 3)
     shrink_kernel(const __grid_constant__ struct lora_call c) {
     __shared__ float sums[WARPS][CHUNK * SUM_PITCH];
     pdl_trigger();
@@ -171,7 +166,11 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
 /* ---- expand ---- */
 
-enum { BLOCK_COLUMNS = WARPS * 16, B_AHEAD = 8 };
+enum {
+    BLOCK_COLUMNS = WARPS * 16,
+    B_AHEAD = 8,         /* loads of 16 columns' step in flight */
+    H_BYTES = 32 * 1024, /* of h in shared memory, 32 a row and step */
+};
 
 struct expansion {
     struct lora_call call;
@@ -180,82 +179,110 @@ struct expansion {
     float *out;
 };
 
-/* acc += the steps' B h, for 16 columns of which the lane loads `n` and `n8`. */
+/* What a warp's lane has to do with B: rows n and n8 of its 16, four ranks of a step. */
+struct lane_of_b {
+    int n, n8, rank;
+};
+
+/* AHEAD steps of B from `first` on; zeros where there are none. */
+template <int AHEAD, bool VECTOR>
+static __device__ __forceinline__ void load_b(uint2 v[AHEAD][2], const struct step *steps,
+                                              int n_steps, int first, struct lane_of_b at) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+        const gn_tensor &m = steps[min(first + j, LORA_MAX_STEPS - 1)].b;
+        const int left = first + j < n_steps ? (int)m.shape[1] - at.rank : 0;
+        v[j][0] = load4<VECTOR>(m, at.n * m.ld + at.rank, left);
+        v[j][1] = load4<VECTOR>(m, at.n8 * m.ld + at.rank, left);
+    }
+}
+
+/* h of steps [0, n) for the block's rows to shared memory, (steps, rows, 16); zeros where a term
+ * does not cover a row. */
+static __device__ void stage_h(uint4 *to, const struct lora_call &c, const struct step *steps,
+                               int n, int rows) {
+    for (int i = threadIdx.x; i < n * rows * 2; i += THREADS) {
+        const struct step &s = steps[i / 2 / rows];
+        const int row = i / 2 % rows;
+        uint4 v = {};
+        if (row >= s.from && row < s.to)
+            v = ((const uint4 *)(c.h + s.h + (int64_t)row * c.n_parts * c.pitch))[i % 2];
+        to[i] = v;
+    }
+}
+
+/* acc += the listed steps' B h. */
 template <int NT, int AHEAD, bool VECTOR>
-static __device__ __forceinline__ void take_steps(float acc[NT][4], const struct lora_call &c,
-                                                  const struct step *steps, int n_steps, int64_t n,
-                                                  int64_t n8, int lane) {
-    const int g = lane / 4, rank = lane % 4 * 4;
-    const int64_t h_ld = (int64_t)c.n_parts * c.pitch;
+static __device__ __forceinline__ void
+take_steps(float acc[NT][4], uint4 *h, const struct lora_call &c, const struct step *steps,
+           int n_steps, struct lane_of_b at, int lane) {
+    enum { ROWS = NT * LORA_TILE_ROWS, STAGED = H_BYTES / (ROWS * 32) };
+    uint2 b[AHEAD][2];
+    load_b<AHEAD, VECTOR>(b, steps, n_steps, 0, at);
+    pdl_wait();
 #pragma unroll 1
-    for (int first = 0; first < n_steps; first += AHEAD) {
-        uint2 b[AHEAD][2];
+    for (int first = 0; first < n_steps; first += STAGED) {
+        const int end = min(n_steps, first + STAGED);
+        __syncthreads(); /* of those staged before, their readers */
+        stage_h(h, c, steps + first, end - first, ROWS);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = first; i < end; i += AHEAD) {
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            b[j][0] = b[j][1] = {};
-            if (first + j >= n_steps) continue;
-            const gn_tensor &m = steps[first + j].b;
-            const int left = (int)m.shape[1] - rank;
-            b[j][0] = load4<VECTOR>(m, n * m.ld + rank, left);
-            b[j][1] = load4<VECTOR>(m, n8 * m.ld + rank, left);
-        }
-        pdl_wait();
+            for (int j = 0; j < AHEAD; j++) {
+                if (i + j >= end) break;
+                const uint32_t a[4] = {b[j][0].x, b[j][1].x, b[j][0].y, b[j][1].y};
+                const uint2 *step_h = (const uint2 *)h + (i + j - first) * ROWS * 4 + lane;
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            if (first + j >= n_steps) continue;
-            const struct step &s = steps[first + j];
-            const uint32_t a[4] = {b[j][0].x, b[j][1].x, b[j][0].y, b[j][1].y};
-#pragma unroll
-            for (int tile = 0; tile < NT; tile++) {
-                const int row0 = tile * LORA_TILE_ROWS, row = row0 + g;
-                if (s.from >= row0 + LORA_TILE_ROWS || s.to <= row0) continue;
-                uint2 h = {};
-                if (row >= s.from && row < s.to)
-                    h = *(const uint2 *)(c.h + s.h + row * h_ld + rank);
-                const uint32_t x[2] = {h.x, h.y};
-                mma_bf16(acc[tile], a, x);
+                for (int tile = 0; tile < NT; tile++) {
+                    const int row0 = tile * LORA_TILE_ROWS;
+                    if (NT > 1 &&
+                        (steps[i + j].from >= row0 + LORA_TILE_ROWS || steps[i + j].to <= row0))
+                        continue;
+                    const uint2 pairs = step_h[row0 * 4];
+                    const uint32_t x[2] = {pairs.x, pairs.y};
+                    mma_bf16(acc[tile], a, x);
+                }
             }
+            load_b<AHEAD, VECTOR>(b, steps, n_steps, i + AHEAD, at);
         }
     }
 }
 
-/* Block (columns of a part, rows of the batch). Sums of more steps than fit in the list are taken
- * up again from where they were written. */
+/* Block (columns of a part, rows of the batch). */
 template <int NT>
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS, 3)
     expand_kernel(const __grid_constant__ struct expansion e) {
     __shared__ struct step steps[LORA_MAX_STEPS];
+    __shared__ uint4 h[H_BYTES / sizeof(uint4)];
     pdl_trigger();
     const int lane = threadIdx.x % WARP, g = lane / 4, row0 = blockIdx.y * NT * LORA_TILE_ROWS;
     int part = 0;
     while (part + 1 < e.parts.n && (int)blockIdx.x >= e.block0[part + 1]) part++;
-    const int64_t N = e.parts.first[part + 1] - e.parts.first[part], ld = e.parts.first[e.parts.n];
-    const int64_t n0 =
-        ((int64_t)blockIdx.x - e.block0[part]) * BLOCK_COLUMNS + threadIdx.x / WARP * 16;
-    const int64_t n = min(n0 + g, N - 1), n8 = min(n0 + g + 8, N - 1);
-    float *out = e.out + row0 * ld + e.parts.first[part];
+    const int N = (int)(e.parts.first[part + 1] - e.parts.first[part]);
+    const int n0 = ((int)blockIdx.x - e.block0[part]) * BLOCK_COLUMNS + threadIdx.x / WARP * 16;
+    const struct lane_of_b at = {min(n0 + g, N - 1), min(n0 + g + 8, N - 1), lane % 4 * 4};
+    float acc[NT][4] = {};
     for (int first = 0, all = 1; first < all; first += LORA_MAX_STEPS) {
         bool vector;
         all = list_steps(steps, e.call, part, row0, NT * LORA_TILE_ROWS, first, &vector);
         const int n_steps = min(all - first, (int)LORA_MAX_STEPS);
-        float acc[NT][4] = {};
         if (vector)
-            take_steps<NT, B_AHEAD, true>(acc, e.call, steps, n_steps, n, n8, lane);
+            take_steps<NT, NT == 4 ? B_AHEAD / 2 : B_AHEAD, true>(acc, h, e.call, steps, n_steps,
+                                                                  at, lane);
         else
-            take_steps<NT, 1, false>(acc, e.call, steps, n_steps, n, n8, lane);
-        pdl_wait();
-#pragma unroll
-        for (int tile = 0; tile < NT; tile++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = tile * LORA_TILE_ROWS + lane % 4 * 2 + i % 2;
-                const int64_t column = n0 + g + i / 2 * 8;
-                if (row0 + row >= e.call.T || column >= N) continue;
-                float *at = out + row * ld + column;
-                *at = first > 0 ? *at + acc[tile][i] : acc[tile][i];
-            }
+            take_steps<NT, 1, false>(acc, h, e.call, steps, n_steps, at, lane);
         __syncthreads(); /* of the list's readers */
     }
+    const int64_t ld = e.parts.first[e.parts.n];
+    float *out = e.out + row0 * ld + e.parts.first[part] + n0;
+#pragma unroll
+    for (int tile = 0; tile < NT; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = tile * LORA_TILE_ROWS + lane % 4 * 2 + i % 2, column = g + i / 2 * 8;
+            if (row0 + row < e.call.T && n0 + column < N) out[row * ld + column] = acc[tile][i];
+        }
 }
 
 /* ---- the calls ---- */

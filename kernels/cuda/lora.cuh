@@ -10,7 +10,7 @@ enum {
     LORA_THREADS = 256,
     LORA_WARPS = LORA_THREADS / WARP,
     LORA_STEP = 16,       /* ranks of a step: k of an mma */
-    LORA_MAX_STEPS = 256, /* listed at once */
+    LORA_MAX_STEPS = 128, /* listed at once */
     LORA_TILE_ROWS = 8,   /* of x: n of an mma */
 };
 
@@ -19,7 +19,8 @@ struct lora_call {
     const gn_lora *terms;
     int n_terms, pair, n_parts;
     int pitch; /* ranks of a row of h: the call's largest, in whole steps */
-    int64_t T, K, x_ld;
+    int T, K;
+    int64_t x_ld;
     const bf16 *x;
     bf16 *h;            /* (rows of all terms, n_parts, pitch) */
     float *partial;     /* a piece's sums a slot, for a block that sums the pieces */
@@ -63,8 +64,8 @@ static inline struct lora_call call_of(const gn_ctx *ctx, const gn_linear_args *
     c.pair = args->pair;
     c.n_parts = args->n_parts;
     c.pitch = whole_steps(max_rank_of(args));
-    c.T = args->x.shape[0];
-    c.K = args->x.shape[1];
+    c.T = (int)args->x.shape[0];
+    c.K = (int)args->x.shape[1];
     c.x = (const bf16 *)x;
     c.x_ld = x_ld;
     c.h = (bf16 *)scratch;
@@ -146,26 +147,32 @@ static __device__ __forceinline__ uint32_t load_pair(const gn_tensor &m, int64_t
 
 template <bool VECTOR>
 static __device__ __forceinline__ uint2 load4(const gn_tensor &m, int64_t i, int n) {
-    if (n <= 0) return {};
+    uint2 v = {};
     if (!VECTOR) return {load_pair(m, i, n), load_pair(m, i + 2, n - 2)};
-    uint2 v;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-        : "=r"(v.x), "=r"(v.y)
-        : "l"((const bf16 *)m.data + i));
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.gt.s32 p, %3, 0;\n"
+                 "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
+                 "}"
+                 : "+r"(v.x), "+r"(v.y)
+                 : "l"((const bf16 *)m.data + i), "r"(n));
     return v;
 }
 
 template <bool VECTOR>
 static __device__ __forceinline__ uint4 load8(const gn_tensor &m, int64_t i, int n) {
-    if (n <= 0) return {};
+    uint4 v = {};
     if (!VECTOR) {
         const uint2 low = load4<false>(m, i, n), high = load4<false>(m, i + 4, n - 4);
         return {low.x, low.y, high.x, high.y};
     }
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-        : "l"((const bf16 *)m.data + i));
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.gt.s32 p, %5, 0;\n"
+                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"((const bf16 *)m.data + i), "r"(n));
     return v;
 }
 

@@ -58,8 +58,7 @@ static __device__ __forceinline__ void copy_stage(uint8_t *stage, const struct l
             copy16((uint32_t)__cvta_generic_to_shared(to),
                    (const bf16 *)m.data + (exists ? from * m.ld + column : 0), exists);
         else
-            *(uint4 *)to =
-                load8<false>(m, from * m.ld + column, exists ? (int)min(c.K - column, 8l) : 0);
+            *(uint4 *)to = load8<false>(m, from * m.ld + column, exists ? (int)(c.K - column) : 0);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -216,7 +215,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int64_t x_blocks = (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS;
     const bool is_x = blockIdx.x < x_blocks;
     const int64_t row0 = (is_x ? blockIdx.x : blockIdx.x - x_blocks) * EXTEND_ROWS;
-    const int rows = (int)min((is_x ? e.call.T : e.N) - row0, (int64_t)EXTEND_ROWS);
+    const int rows = (int)min((is_x ? (int64_t)e.call.T : e.N) - row0, (int64_t)EXTEND_ROWS);
     bf16 *to = (is_x ? e.x : e.w) + row0 * e.ld;
     int all = 0;
     for (int first = 0; first == 0 || first < all; first += LORA_MAX_STEPS) {

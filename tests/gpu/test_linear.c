@@ -353,8 +353,8 @@ static void stage_and_read(linear_call *c, const gn_lora *terms, bool replay, fl
     cr_assert(read_rows(c->ctx, out, &args->part[0].y));
 }
 
-/* A recording made with some terms serves others: the same adapters in another order, whose
- * neighbours' rows are shared out otherwise. To the bit. */
+/* A recording made with some terms serves others of the same ranks and as many rows: the same
+ * adapters in another order, neighbours' rows shared out otherwise. To the bit. */
 static void check_recording(tally *tally, const sides *s, int T) {
     const weight_shape shape = {1024, {160}, 1};
     weights w = make_weights(s, shape, types[0], 5);
@@ -366,7 +366,7 @@ static void check_recording(tally *tally, const sides *s, int T) {
     const int n = placed->n;
     for (int i = 0; i < n; i++) {
         terms[0][i] = terms[1][i] = placed->terms[i];
-        const gn_lora *other = &placed->terms[(i + 4) % n]; /* of the same rank */
+        const gn_lora *other = &placed->terms[(i + 4) % n];
         terms[1][i].pairs = other->pairs;
         terms[1][i].placed = other->placed;
         if (i % 2) terms[1][i].row0++, terms[1][i].rows--;
