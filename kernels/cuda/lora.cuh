@@ -132,8 +132,7 @@ static inline int64_t chunks_bound(int64_t n_terms, int64_t covered, int size) {
 
 /* ---- values ---- */
 
-/* Four or eight values in bf16 from element i on, of which n exist; the others are zero. VECTOR:
- * they stand aligned in bf16, and all or none exist. */
+/* Two values as bf16 from element i on, of which n exist; the others are zero. */
 static __device__ __forceinline__ uint32_t load_pair(const gn_tensor &m, int64_t i, int n) {
     float v[2];
 #pragma unroll
@@ -145,6 +144,8 @@ static __device__ __forceinline__ uint32_t load_pair(const gn_tensor &m, int64_t
     return *(const uint32_t *)&pair;
 }
 
+/* Four or eight of them. VECTOR: they stand aligned in bf16, and all or none exist; they are read
+ * once, so they stay out of L1. */
 template <bool VECTOR>
 static __device__ __forceinline__ uint2 load4(const gn_tensor &m, int64_t i, int n) {
     uint2 v = {};
