@@ -30,7 +30,7 @@ size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t m
 gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
                        void *scratch, float *out);
 size_t gn_cuda_lora_bytes(const gn_ctx *ctx, int64_t rows, int64_t max_rank, int max_terms);
-/* How many terms cover a row, at least, on the average: what gn_cuda_lora_bytes of the call asks. */
+/* The call's `max_terms` for gn_cuda_lora_bytes: terms that cover a row, on the average. */
 int gn_cuda_lora_terms_a_row(const gn_linear_args *args);
 
 /* The same as columns of the product: x and a part's weight w (N, K) become `ld` columns wide, ld
