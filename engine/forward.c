@@ -26,7 +26,8 @@ struct gn_forward {
     gn_decoder *decoder;     /* NULL: this device has none */
     float *host_logits;      /* (max_logits, vocab), where the device's are out of reach */
     gn_adapter_memory *adapters;
-    gn_lora *terms; /* (max_terms) */
+    gn_lora *terms;       /* (max_terms) */
+    uint64_t *term_ranks; /* (max_terms) hashes of their ranks */
     int32_t max_terms, n_terms;
     int rank; /* reserved for */
 };
@@ -147,7 +148,9 @@ static gn_status open_parts(gn_forward *f) {
         .terms = f->max_terms,
     };
     f->terms = calloc((size_t)f->max_terms, sizeof *f->terms);
-    if (!f->terms || !allocate_cache(f) || !allocate_activations(f)) return GN_ENOMEM;
+    f->term_ranks = calloc((size_t)f->max_terms, sizeof *f->term_ranks);
+    if (!f->terms || !f->term_ranks || !allocate_cache(f) || !allocate_activations(f))
+        return GN_ENOMEM;
     gn_status status = reserve(f, 1);
     if (!status) status = gn_stage_reserve(ctx, &limits);
     if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
@@ -189,6 +192,7 @@ void gn_forward_close(gn_forward *f) {
     free(f->host_logits);
     free(f->kv);
     free(f->terms);
+    free(f->term_ranks);
     free(f);
 }
 
@@ -219,6 +223,7 @@ static void gather_terms(gn_forward *f, const gn_batch *b) {
     for (int i = 0, end; b->use0 && i < b->seqs.n; i = end) {
         for (end = i + 1; end < b->seqs.n && same_uses(b, i, end);) end++;
         for (int u = b->use0[i]; u < b->use0[i + 1]; u++) {
+            f->term_ranks[f->n_terms] = b->uses[u].adapter->ranks_hash;
             gn_lora *term = &f->terms[f->n_terms++];
             *term = (gn_lora){.row0 = b->seqs.row0[i],
                               .rows = b->seqs.row0[end] - b->seqs.row0[i],
@@ -294,19 +299,19 @@ static gn_status run_layers(void *arg) {
     return status;
 }
 
-/* All that decides what a step of decoding launches: how many rows and terms, of which ranks, and
- * the longest context, to the next power of two. */
+/* All that decides what a step of decoding launches: how many rows and terms, of which ranks, how
+ * many rows those cover together, and the longest context, to the next power of two. */
 static uint64_t key_of(const gn_forward *f, const gn_batch *b) {
     int32_t longest = 0;
     for (int32_t i = 0; i < b->seqs.n; i++)
         if (b->seqs.pos0[i] > longest) longest = b->seqs.pos0[i];
     int32_t bucket = 256;
     while (bucket < longest + 1) bucket *= 2;
-    const int32_t sizes[] = {b->rows, bucket, b->seqs.max_blocks, f->n_terms};
+    const int32_t uses = b->use0 ? b->use0[b->seqs.n] : 0;
+    const int32_t sizes[] = {b->rows, bucket, b->seqs.max_blocks, f->n_terms, uses};
     gn_hash key = GN_HASH_INIT;
     gn_hash_add(&key, sizes, sizeof sizes);
-    for (int32_t i = 0; b->use0 && i < b->use0[b->seqs.n]; i++)
-        gn_hash_add(&key, &b->uses[i].adapter->ranks_hash, sizeof(uint64_t));
+    gn_hash_add(&key, f->term_ranks, (size_t)f->n_terms * sizeof *f->term_ranks);
     return key.h[0];
 }
 

@@ -10,9 +10,14 @@ gn_status gn_cuda_linear(gn_ctx *ctx, const gn_linear_args *args) {
 
 size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                 int64_t max_rank, int max_terms) {
-    const size_t decode = gn_cuda_linear_decode_workspace(max_rank, max_terms);
-    const size_t general = gn_cuda_linear_general_workspace(rows, max_k, max_n, max_rank);
-    const size_t mma = gn_cuda_linear_mma_workspace(ctx, rows, max_k, max_n, max_rank);
-    const size_t most = decode > general ? decode : general;
-    return mma > most ? mma : most;
+    if (ctx->compute == GN_F32)
+        return gn_cuda_linear_exact_workspace(rows, max_k, max_n, max_rank, max_terms);
+    const size_t bytes[] = {
+        gn_cuda_linear_decode_workspace(max_rank, max_terms),
+        gn_cuda_linear_mma_workspace(ctx, rows, max_k, max_n, max_rank, max_terms),
+        gn_cuda_linear_dense_workspace(ctx, rows, max_k, max_n, max_rank, max_terms)};
+    size_t most = 0;
+    for (size_t i = 0; i < sizeof bytes / sizeof *bytes; i++)
+        if (bytes[i] > most) most = bytes[i];
+    return most;
 }

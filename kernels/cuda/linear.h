@@ -17,23 +17,39 @@ enum { GN_CUDA_MMA_ROWS = 512 };
 bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args);
 gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
-                                    int64_t max_rank);
+                                    int64_t max_rank, int max_terms);
 
 /* linear_exact.cu: float32, any weight and shape; a row's sums run in an order of their own. */
 gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args);
+/* max_n: columns of all parts together. */
+size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n, int64_t max_rank,
+                                      int max_terms);
 
 /* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. */
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
 /* to (rows, cols) bf16, dense = the weight. */
 gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to);
-/* Bytes for either of these two. max_n: columns of all parts together. */
-size_t gn_cuda_linear_general_workspace(int64_t rows, int64_t max_k, int64_t max_n,
-                                        int64_t max_rank);
+size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                                      int64_t max_rank, int max_terms);
 
-/* lora.cu: out (T, columns of all parts) f32 = what the call's terms add to each row, zero where
- * none does. x: (T, K) f32 or bf16, dense. u: gn_cuda_lora_bytes of scratch. */
-size_t gn_cuda_lora_bytes(int64_t rows, int64_t max_rank);
-gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, gn_dtype x_dtype,
-                       float *u, float *out);
+/* lora.cu, in bfloat16: out (T, columns of all parts) f32 = what the call's terms add to each row,
+ * zero where none does. x: (T, K) bf16, rows x_ld apart, aligned to 16 bytes. scratch:
+ * gn_cuda_lora_bytes for calls of up to `rows` rows that up to `max_terms` terms cover each. Two
+ * launches, whatever the terms; a recording serves any terms of the same number, ranks and rows
+ * together. */
+gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
+                       void *scratch, float *out);
+size_t gn_cuda_lora_bytes(const gn_ctx *ctx, int64_t rows, int64_t max_rank, int max_terms);
+/* The call's `max_terms` for gn_cuda_lora_bytes: terms that cover a row, on the average. */
+int gn_cuda_lora_terms_a_row(const gn_linear_args *args);
+
+/* The same as columns of the product: x and a part's weight w (N, K) become `ld` columns wide, ld
+ * being gn_cuda_lora_extended, and rows ld apart; shrink computes what x holds there, extend writes
+ * them for one part. Their product is then that of x and w and what the terms add. */
+int64_t gn_cuda_lora_extended(const gn_linear_args *args);
+gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
+                              void *scratch);
+gn_status gn_cuda_lora_extend(gn_ctx *ctx, const gn_linear_args *args, int part, void *scratch,
+                              void *x, void *w, int64_t ld);
 
 #endif

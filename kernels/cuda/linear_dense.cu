@@ -2,24 +2,26 @@
  * ours multiplies as they are.
  *
  * A part at a time is dequantized into working memory, 2 bytes a value, and multiplied. For 512
- * rows and more that costs a tenth to a quarter of the product itself. Without LoRA terms cuBLAS
- * writes straight into y (adding, for the residual stream); with them it adds to a float32 buffer
- * that holds what they give. Few rows with a stored bfloat16 weight (the output layer of a step of
- * decoding) are bound by reading it once: a kernel of warps that each take a weight's row. */
+ * rows and more that costs a tenth to a quarter of the product itself. cuBLAS writes straight into
+ * y (adding, for the residual stream). LoRA terms make x and the weight wider (see linear.h); for
+ * few rows, or where that would cost too much, cuBLAS adds to a float32 buffer that holds what the
+ * terms give. Few rows with a stored bfloat16 weight (the output layer of a step of decoding) are
+ * bound by reading it once: a kernel of warps that each take a weight's row. */
 #include "linear.cuh"
 
-enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8 };
+enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8, MIN_EXTENDED_ROWS = 257 };
 
 /* ---- x as products see it ---- */
 
-/* to (T, K) bf16, dense = x, normalised when w is given. A block a row. */
+/* to (T, K) bf16 = x, normalised when w is given. A block a row. */
 template <typename X>
 static __global__ void __launch_bounds__(THREADS)
-    operands_kernel(bf16 *to, const X *x, int64_t ld, const float *w, float eps, int64_t K) {
+    operands_kernel(bf16 *to, int64_t to_ld, const X *x, int64_t ld, const float *w, float eps,
+                    int64_t K) {
     pdl_trigger();
     pdl_wait();
     x += blockIdx.x * ld;
-    to += blockIdx.x * K;
+    to += blockIdx.x * to_ld;
     float r = 1;
     if (w) {
         float sum = 0;
@@ -34,7 +36,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* A weight in tiles: a thread takes 16 columns of a row, 8 bytes, and writes 32. */
 static __global__ void __launch_bounds__(THREADS)
-    dequantize_tiles_kernel(bf16 *to, gn_matrix m, int64_t n_tiles) {
+    dequantize_tiles_kernel(bf16 *to, int64_t ld, gn_matrix m, int64_t n_tiles) {
     __shared__ float code[16];
     if (threadIdx.x < 16) code[threadIdx.x] = m.code[threadIdx.x];
     __syncthreads();
@@ -55,44 +57,55 @@ static __global__ void __launch_bounds__(THREADS)
         values[i].x = from_float<bf16>(round_to(code[byte >> 4] * scale, m.dtype));
         values[i].y = from_float<bf16>(round_to(code[byte & 15] * scale, m.dtype));
     }
-    uint4 *at = (uint4 *)(to + row * m.cols + s * GN_BLOCK + c * 16);
+    uint4 *at = (uint4 *)(to + row * ld + s * GN_BLOCK + c * 16);
     at[0] = ((const uint4 *)values)[0];
     at[1] = ((const uint4 *)values)[1];
 }
 
-static __global__ void __launch_bounds__(THREADS) dequantize_kernel(bf16 *to, gn_matrix m) {
+static __global__ void __launch_bounds__(THREADS)
+    dequantize_kernel(bf16 *to, int64_t ld, gn_matrix m) {
     pdl_trigger();
     pdl_wait();
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < m.rows * m.cols)
-        to[i] = from_float<bf16>(weight_value(m, false, i / m.cols, i % m.cols));
+        to[i / m.cols * ld + i % m.cols] =
+            from_float<bf16>(weight_value(m, false, i / m.cols, i % m.cols));
 }
 
 static bool is_stored(const gn_matrix *m) {
     return m->qtype == GN_Q_NONE && m->dtype == GN_BF16;
 }
 
-/* *w: the weight in bf16, row-major: where it stands, or in `buffer`. */
-static gn_status dequantize(gn_ctx *ctx, const gn_matrix *m, bf16 *buffer, const bf16 **w) {
-    *w = is_stored(m) ? (const bf16 *)m->data : buffer;
-    if (is_stored(m)) return GN_OK;
+/* *w: the weight in bf16, rows ld apart: where it stands, or in `buffer`. */
+static gn_status dequantize(gn_ctx *ctx, const gn_matrix *m, bf16 *buffer, int64_t ld,
+                            const bf16 **w) {
+    *w = is_stored(m) && ld == m->cols ? (const bf16 *)m->data : buffer;
+    if (*w != buffer) return GN_OK;
     if (gn_cuda_is_tiled(m)) {
         const int64_t n =
             (m->rows + GN_CUDA_TILE_ROWS - 1) / GN_CUDA_TILE_ROWS * (m->cols / GN_BLOCK);
         return launch(ctx, dequantize_tiles_kernel, dim3((unsigned)((n + WARPS - 1) / WARPS)),
-                      dim3(THREADS), 0, buffer, *m, n);
+                      dim3(THREADS), 0, buffer, ld, *m, n);
     }
     const int64_t n = m->rows * m->cols;
     return launch(ctx, dequantize_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
-                  dim3(THREADS), 0, buffer, *m);
+                  dim3(THREADS), 0, buffer, ld, *m);
 }
 
 gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to) {
     const bf16 *w;
-    return dequantize(ctx, m, (bf16 *)to, &w);
+    return dequantize(ctx, m, (bf16 *)to, m->cols, &w);
 }
 
 /* ---- products ---- */
+
+/* What products multiply, in working memory. */
+struct operands {
+    bf16 *x, *weight; /* (T, ld); (rows of a part, ld) */
+    int64_t ld;       /* K, or that and the ranks of LoRA's terms */
+    bool extended;
+    void *lora; /* scratch */
+};
 
 /* y (T, N) = x W^T + beta y; cuBLAS counts by columns, so that it sees y^T = W x^T. */
 static gn_status multiply(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const bf16 *w, int64_t K,
@@ -155,16 +168,20 @@ static gn_status multiply_stored(gn_ctx *ctx, const gn_tensor *y, const bf16 *x,
                   beta);
 }
 
-static gn_status multiply_any(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const gn_matrix *m,
-                              bf16 *buffer, float beta) {
+/* A part's product: into y with beta. */
+static gn_status multiply_part(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
+                               int part, const gn_tensor *y, float beta) {
+    const gn_matrix *m = args->part[part].w;
     const bf16 *w;
-    const gn_status status = dequantize(ctx, m, buffer, &w);
+    gn_status status = dequantize(ctx, m, o->weight, o->ld, &w);
+    if (!status && o->extended)
+        status = gn_cuda_lora_extend(ctx, args, part, o->lora, o->x, o->weight, o->ld);
     if (status) return status;
     if (!is_stored(m) || y->shape[0] > MAX_STORED_ROWS || m->cols % 8 != 0 ||
         (uintptr_t)w % 16 != 0)
-        return multiply(ctx, y, x, w, m->cols, beta);
-    return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, x, w, m->cols, beta)
-                              : multiply_stored<bf16>(ctx, y, x, w, m->cols, beta);
+        return multiply(ctx, y, o->x, w, o->ld, beta);
+    return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, o->x, w, m->cols, beta)
+                              : multiply_stored<bf16>(ctx, y, o->x, w, m->cols, beta);
 }
 
 /* ---- epilogues ---- */
@@ -202,33 +219,49 @@ static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const
 /* ---- the call ---- */
 
 /* Every part's product into `sums` (T, columns of all parts), adding to what is there with beta. */
-static gn_status multiply_all(gn_ctx *ctx, const gn_linear_args *args, const bf16 *x, bf16 *buffer,
+static gn_status multiply_all(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
                               void *sums, gn_dtype dtype, const gn_cuda_parts *parts, float beta) {
     gn_status status = GN_OK;
     for (int i = 0; i < args->n_parts && !status; i++) {
         gn_tensor y = gn_tensor_2d((char *)sums + (size_t)parts->first[i] * gn_dtype_size(dtype),
                                    dtype, args->x.shape[0], args->part[i].w->rows);
         y.ld = parts->first[parts->n];
-        status = multiply_any(ctx, &y, x, args->part[i].w, buffer, beta);
+        status = multiply_part(ctx, o, args, i, &y, beta);
     }
     return status;
 }
 
-static gn_status operands(gn_ctx *ctx, const gn_linear_args *args, bf16 *to) {
+static gn_status make_x(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o) {
     const dim3 grid((unsigned)args->x.shape[0]);
     const float *w = args->norm ? (const float *)args->norm->data : NULL;
     gn_status status = GN_OK;
-    GN_FOR_FLOAT(args->x.dtype, status = launch(ctx, operands_kernel<T>, grid, dim3(THREADS), 0, to,
-                                                (const T *)args->x.data, args->x.ld, w, args->eps,
-                                                args->x.shape[1]));
+    GN_FOR_FLOAT(args->x.dtype, status = launch(ctx, operands_kernel<T>, grid, dim3(THREADS), 0,
+                                                o->x, o->ld, (const T *)args->x.data, args->x.ld, w,
+                                                args->eps, args->x.shape[1]));
     return status;
 }
 
-size_t gn_cuda_linear_general_workspace(int64_t rows, int64_t max_k, int64_t max_n,
-                                        int64_t max_rank) {
-    return align_up((size_t)(rows * max_k) * sizeof(float)) +
-           align_up((size_t)(max_n * max_k) * sizeof(bf16)) +
-           align_up((size_t)(rows * max_n) * sizeof(float)) + gn_cuda_lora_bytes(rows, max_rank);
+/* LoRA may make operands wider by an eighth. */
+static int64_t widest(int64_t K) {
+    return K + K / 8;
+}
+
+size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                                      int64_t max_rank, int max_terms) {
+    return align_up((size_t)(rows * widest(max_k)) * sizeof(bf16)) +
+           align_up((size_t)(max_n * widest(max_k)) * sizeof(bf16)) +
+           align_up((size_t)(rows * max_n) * sizeof(float)) +
+           gn_cuda_lora_bytes(ctx, rows, max_rank, max_terms);
+}
+
+/* The product with LoRA's terms added up beside it. */
+static gn_status add_to_lora(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o,
+                             float *sums, const gn_cuda_parts *parts) {
+    gn_status status = gn_cuda_lora(ctx, args, o->x, o->ld, o->lora, sums);
+    if (!status) status = multiply_all(ctx, o, args, sums, GN_F32, parts, 1);
+    const int n = args->epilogue == GN_SWIGLU ? 1 : args->n_parts;
+    for (int i = 0; i < n && !status; i++) status = finish(ctx, args, i, sums, parts);
+    return status;
 }
 
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
@@ -236,32 +269,33 @@ gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
     const gn_cuda_parts parts = parts_of(args);
     const int64_t columns = parts.first[parts.n];
     const int rank = max_rank_of(args);
-    if (gn_cuda_linear_general_workspace(T, K, columns, rank) > ctx->workspace_bytes)
+    if (gn_cuda_linear_dense_workspace(ctx, T, K, columns, rank, gn_cuda_lora_terms_a_row(args)) >
+        ctx->workspace_bytes)
         return GN_ENOMEM;
+    const int64_t extended = rank > 0 ? gn_cuda_lora_extended(args) : K;
+    struct operands o = {};
+    o.extended = rank > 0 && T >= MIN_EXTENDED_ROWS && extended <= widest(K);
+    o.ld = o.extended ? extended : K;
     char *at = (char *)ctx->workspace;
-    bf16 *x = (bf16 *)carve(&at, (size_t)(T * K) * sizeof(bf16));
-    bf16 *buffer = (bf16 *)carve(&at, (size_t)(columns * K) * sizeof(bf16));
+    o.x = (bf16 *)carve(&at, (size_t)(T * o.ld) * sizeof(bf16));
+    o.weight = (bf16 *)carve(&at, (size_t)(columns * o.ld) * sizeof(bf16));
     void *sums = carve(&at, (size_t)(T * columns) * sizeof(float));
-    gn_status status = operands(ctx, args, x);
-    if (!status && rank > 0) {
-        status = gn_cuda_lora(ctx, args, x, GN_BF16, (float *)at, (float *)sums);
-        if (!status) status = multiply_all(ctx, args, x, buffer, sums, GN_F32, &parts, 1);
-        const int n = args->epilogue == GN_SWIGLU ? 1 : args->n_parts;
-        for (int i = 0; i < n && !status; i++)
-            status = finish(ctx, args, i, (const float *)sums, &parts);
-        return status;
-    }
+    o.lora = at;
+    gn_status status = make_x(ctx, args, &o);
+    if (!status && rank > 0 && !o.extended)
+        return add_to_lora(ctx, args, &o, (float *)sums, &parts);
+    if (!status && o.extended) status = gn_cuda_lora_shrink(ctx, args, o.x, o.ld, o.lora);
     if (!status && args->epilogue == GN_SWIGLU) {
         /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
          * ones, which are exact, it would be the largest error. */
         const gn_dtype dtype = is_stored(args->part[0].w) ? GN_F32 : GN_BF16;
-        status = multiply_all(ctx, args, x, buffer, sums, dtype, &parts, 0);
+        status = multiply_all(ctx, &o, args, sums, dtype, &parts, 0);
         if (status) return status;
         return dtype == GN_F32 ? finish(ctx, args, 0, (const float *)sums, &parts)
                                : finish(ctx, args, 0, (const bf16 *)sums, &parts);
     }
     for (int i = 0; i < args->n_parts && !status; i++)
-        status = multiply_any(ctx, &args->part[i].y, x, args->part[i].w, buffer,
-                              args->epilogue == GN_ADD ? 1.0f : 0.0f);
+        status = multiply_part(ctx, &o, args, i, &args->part[i].y,
+                               args->epilogue == GN_ADD ? 1.0f : 0.0f);
     return status;
 }

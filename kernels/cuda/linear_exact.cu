@@ -1,7 +1,8 @@
 /* linear_exact.cu - gn_linear in float32, for parity: any weight, any shape, no tensor cores.
  *
  * A block computes 64 columns of a part for 16 rows, 32 of K at a time through shared memory. Each
- * output is one thread's sum over K in order, so that it does not depend on the batch. */
+ * output is one thread's sum over K in order, so that it does not depend on the batch. LoRA's terms
+ * come first: u = scale A x for each row of a term, then B u, also in orders of their own. */
 #include "linear.cuh"
 
 enum { COLUMNS = 64, ROWS = 16, STEP = 32, THREADS = 256, OUTPUTS = COLUMNS * ROWS / THREADS };
@@ -55,11 +56,102 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
+/* ---- LoRA ---- */
+
+struct terms {
+    const gn_lora *terms;
+    int n, pair, n_parts, max_rank;
+    int64_t K;
+    float *u; /* (rows of all terms, n_parts, max_rank) */
+};
+
+/* u of one row of a term, `row` counting those of the terms before. */
+static __device__ __forceinline__ float *u_at(const struct terms &c, int64_t row, int part) {
+    return c.u + (row * c.n_parts + part) * c.max_rank;
+}
+
+static __device__ __forceinline__ float value_of(const gn_tensor &m, int64_t i) {
+    return m.dtype == GN_F32 ? ((const float *)m.data)[i] : to_float(((const bf16 *)m.data)[i]);
+}
+
+/* Block (t, part): a warp a rank. */
+static __global__ void __launch_bounds__(THREADS) project_kernel(struct terms c, const float *x) {
+    pdl_trigger();
+    pdl_wait();
+    const int64_t t = blockIdx.x;
+    const int part = blockIdx.y, lane = threadIdx.x % WARP;
+    int64_t before = 0;
+    for (int i = 0; i < c.n; before += c.terms[i++].rows) {
+        const gn_lora *term = &c.terms[i];
+        if (t < term->row0 || t >= term->row0 + term->rows) continue;
+        const gn_lora_pair *pair = &term->placed[c.pair + part];
+        for (int r = threadIdx.x / WARP; r < pair->rank; r += THREADS / WARP) {
+            float sum = 0.0f;
+            for (int64_t k = lane; k < c.K; k += WARP)
+                sum = fmaf(value_of(pair->a, r * pair->a.ld + k), x[t * c.K + k], sum);
+            sum = warp_sum(sum);
+            if (lane == 0)
+                u_at(c, before + t - term->row0, part)[r] = term->scale * pair->scale * sum;
+        }
+    }
+}
+
+/* out (T, ld), the columns of one part: a thread a column; blockIdx.y is the row. */
+static __global__ void __launch_bounds__(THREADS)
+    add_terms_kernel(struct terms c, int part, float *out, int64_t ld, int64_t N) {
+    pdl_trigger();
+    pdl_wait();
+    const int64_t t = blockIdx.y, n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (n >= N) return;
+    float all = 0.0f;
+    int64_t before = 0;
+    for (int i = 0; i < c.n; before += c.terms[i++].rows) {
+        const gn_lora *term = &c.terms[i];
+        if (t < term->row0 || t >= term->row0 + term->rows) continue;
+        const gn_lora_pair *pair = &term->placed[c.pair + part];
+        const float *u = u_at(c, before + t - term->row0, part);
+        float sum = 0.0f;
+        for (int r = 0; r < pair->rank; r++)
+            sum = fmaf(value_of(pair->b, n * pair->b.ld + r), u[r], sum);
+        all += sum;
+    }
+    out[t * ld + n] = all;
+}
+
+static size_t u_bytes(int64_t rows, int64_t max_rank) {
+    return align_up((size_t)(rows * GN_MAX_PARTS * max_rank) * sizeof(float));
+}
+
+/* out (T, columns of all parts) = what the call's terms add to each row. */
+static gn_status add_terms(gn_ctx *ctx, const gn_linear_args *args, const float *x, float *u,
+                           const gn_cuda_parts *parts, float *out) {
+    const unsigned T = (unsigned)args->x.shape[0];
+    const struct terms c = {ctx->cuda->batch.terms, args->n_lora,     args->pair, args->n_parts,
+                            max_rank_of(args),      args->x.shape[1], u};
+    gn_status status =
+        launch(ctx, project_kernel, dim3(T, (unsigned)args->n_parts), dim3(THREADS), 0, c, x);
+    for (int i = 0; i < args->n_parts && !status; i++) {
+        const int64_t N = args->part[i].w->rows;
+        status = launch(ctx, add_terms_kernel, dim3((unsigned)((N + THREADS - 1) / THREADS), T),
+                        dim3(THREADS), 0, c, i, out + parts->first[i], parts->first[parts->n], N);
+    }
+    return status;
+}
+
+/* ---- the call ---- */
+
+size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n, int64_t max_rank,
+                                      int max_terms) {
+    return align_up((size_t)(rows * max_k) * sizeof(float)) +
+           align_up((size_t)(rows * max_n) * sizeof(float)) + u_bytes(rows * max_terms, max_rank);
+}
+
 gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
     const int64_t T = args->x.shape[0], K = args->x.shape[1];
     const gn_cuda_parts parts = parts_of(args);
     const int rank = max_rank_of(args);
-    if (gn_cuda_linear_general_workspace(T, K, parts.first[parts.n], rank) > ctx->workspace_bytes)
+    if (gn_cuda_linear_exact_workspace(T, K, parts.first[parts.n], rank,
+                                       gn_cuda_lora_terms_a_row(args)) > ctx->workspace_bytes)
         return GN_ENOMEM;
     char *at = (char *)ctx->workspace;
     gn_tensor x = gn_tensor_2d(carve(&at, (size_t)(T * K) * sizeof(float)), GN_F32, T, K);
@@ -71,9 +163,8 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
                                  (size_t)args->x.ld * sizeof(float), (size_t)K * sizeof(float),
                                  (size_t)T, cudaMemcpyDeviceToDevice, gn_cuda_stream(ctx)));
     if (!status && rank > 0) {
-        float *u = (float *)carve(&at, gn_cuda_lora_bytes(T, rank));
-        lora = (float *)at;
-        status = gn_cuda_lora(ctx, args, x.data, GN_F32, u, lora);
+        lora = (float *)carve(&at, (size_t)(T * parts.first[parts.n]) * sizeof(float));
+        status = add_terms(ctx, args, (const float *)x.data, (float *)at, &parts, lora);
     }
     for (int i = 0; i < args->n_parts && !status; i++) {
         const bool is_up = args->epilogue == GN_SWIGLU && i == 1;

@@ -677,20 +677,22 @@ static struct plan plan_of(const gn_ctx *ctx, int64_t rows, int64_t K, int64_t c
     return plan;
 }
 
-static size_t bytes_of(const struct plan *plan, int64_t rows, int64_t max_rank) {
+static size_t bytes_of(const gn_ctx *ctx, const struct plan *plan, int64_t rows, int64_t max_rank,
+                       int max_terms) {
     return align_up(plan->x_bytes) + align_up(plan->dense_bytes) + align_up(plan->sums_bytes) +
-           align_up(plan->partials_bytes) + (max_rank > 0 ? gn_cuda_lora_bytes(rows, max_rank) : 0);
+           align_up(plan->partials_bytes) +
+           (max_rank > 0 ? gn_cuda_lora_bytes(ctx, rows, max_rank, max_terms) : 0);
 }
 
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
-                                    int64_t max_rank) {
+                                    int64_t max_rank, int max_terms) {
     if (ctx->cuda->mma_clusters == 0) return 0;
     const int64_t groups = max_n / GROUP_ROWS + GN_MAX_PARTS;
     size_t most = 0;
     for (int64_t n = 32; n <= GN_CUDA_MMA_ROWS; n += 32) {
         const int64_t used = rows < n ? rows : n;
         const struct plan plan = plan_of(ctx, used, max_k, max_n, groups, max_rank > 0);
-        const size_t bytes = bytes_of(&plan, used, max_rank);
+        const size_t bytes = bytes_of(ctx, &plan, used, max_rank, max_terms);
         most = bytes > most ? bytes : most;
     }
     return most;
@@ -783,7 +785,8 @@ gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args) {
     const int rank = max_rank_of(args);
     const struct plan plan =
         plan_of(ctx, T, K, parts_of(args).first[args->n_parts], groups_of(args), rank > 0);
-    if (bytes_of(&plan, T, rank) > ctx->workspace_bytes) return GN_ENOMEM;
+    if (bytes_of(ctx, &plan, T, rank, gn_cuda_lora_terms_a_row(args)) > ctx->workspace_bytes)
+        return GN_ENOMEM;
     struct product p = product_of(ctx, args, &plan);
     char *at = (char *)ctx->workspace;
     char *x = carve(&at, plan.x_bytes);
@@ -794,7 +797,7 @@ gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args) {
     gn_status status = pack_x(ctx, args, &plan, x, rank > 0 ? dense : NULL);
     if (!status && rank > 0) {
         p.lora = lora;
-        status = gn_cuda_lora(ctx, args, dense, GN_BF16, (float *)at, lora);
+        status = gn_cuda_lora(ctx, args, dense, args->x.shape[1], at, lora);
     }
     if (status) return status;
     cudaLaunchAttribute attributes[2] = {};

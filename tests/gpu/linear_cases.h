@@ -80,17 +80,41 @@ typedef enum {
     SPLIT_ROWS, /* ranks 1 to 64 side by side, out of order; the last rows have none */
     BLEND,      /* several on a row, one on no row at all */
     SIXTEEN,    /* adapters, side by side */
+    MANY,       /* up to 64, of which every fourth run of rows has none; ranks 1 to 128 */
+    PILE,       /* up to 4 on a row, ranks odd and even, runs of rows that overlap */
     LAYOUTS,
 } layout;
 
-static const char *const layout_names[] = {"no LoRA", "r16",   "r64",        "odd ranks",
-                                           "split",   "blend", "16 adapters"};
+static const char *const layout_names[] = {"no LoRA", "r16",         "r64",  "odd ranks", "split",
+                                           "blend",   "16 adapters", "many", "pile"};
 
-enum { MAX_TERMS = 16, FIRST_PAIR = 2 /* pairs before it belong to other products */ };
+enum { MAX_TERMS = 64, FIRST_PAIR = 2 /* pairs before it belong to other products */ };
 
 typedef struct {
     int row0, rows, rank;
 } term_shape;
+
+static int many_terms(term_shape out[MAX_TERMS], int T) {
+    static const int ranks[] = {16, 1, 64, 8, 128};
+    const int runs = T < MAX_TERMS ? T : MAX_TERMS;
+    int n = 0;
+    for (int i = 0; i < runs; i++) {
+        const int from = i * T / runs;
+        if (i % 4 < 3) out[n] = (term_shape){from, (i + 1) * T / runs - from, ranks[n % 5]}, n++;
+    }
+    return n;
+}
+
+static int pile_of_terms(term_shape out[MAX_TERMS], int T) {
+    static const int ranks[] = {33, 16, 128, 1, 8, 64, 3, 100};
+    int n = 0;
+    for (int i = 0; i < 8; i++) {
+        const int from = i * T / 8, rows = T / 4 + 1;
+        if (i == 5) out[n++] = (term_shape){0, T, 16};
+        out[n++] = (term_shape){from, from + rows < T ? rows : T - from, ranks[i]};
+    }
+    return n;
+}
 
 static int terms_of(term_shape out[MAX_TERMS], layout l, int T) {
     const term_shape one = {0, T, 16}, wide = {0, T, 64};
@@ -108,9 +132,11 @@ static int terms_of(term_shape out[MAX_TERMS], layout l, int T) {
             out[i] = (term_shape){from * T / 6, (from + 1) * T / 6 - from * T / 6, ranks[i]};
         return 5;
     case SIXTEEN:
-        for (int i = 0; i < MAX_TERMS; i++)
+        for (int i = 0; i < 16; i++)
             out[i] = (term_shape){i * T / 16, (i + 1) * T / 16 - i * T / 16, ranks[i % 4]};
-        return MAX_TERMS;
+        return 16;
+    case MANY: return many_terms(out, T);
+    case PILE: return pile_of_terms(out, T);
     default: return 0;
     }
 }
@@ -153,7 +179,7 @@ static void lay_out_adapters(adapters *a, const weight_shape *s, layout l, int T
             const int rank = shapes[i].rank;
             if ((i + part) % 5 == 4) continue; /* this projection is not adapted */
             pair->rank = rank;
-            pair->scale = 0.5f + 0.25f * (float)i;
+            pair->scale = 0.5f + 0.25f * (float)(i % 16);
             add_values(a, &r, dtype, (size_t)(rank * s->K), &pair->a, rank, s->K);
             add_values(a, &r, dtype, (size_t)(s->N[part] * rank), &pair->b, s->N[part], rank);
         }
@@ -267,10 +293,22 @@ static int max_rank(const adapters *a) {
     return most;
 }
 
+/* On one row, at most. */
+static int max_terms(const adapters *a, int T) {
+    int most = 1;
+    for (int t = 0; t < T; t++) {
+        int n = 0;
+        for (int i = 0; i < a->n; i++)
+            n += t >= a->terms[i].row0 && t < a->terms[i].row0 + a->terms[i].rows;
+        if (n > most) most = n;
+    }
+    return most;
+}
+
 static size_t workspace_of(gn_ctx *ctx, const problem *p, int rows) {
     const weight_shape *s = &p->w->s;
     return gn_linear_workspace(ctx, rows, s->K, s->N[0] + s->N[1] + s->N[2], max_rank(p->adapters),
-                               MAX_TERMS);
+                               max_terms(p->adapters, p->c.T));
 }
 
 /* The terms, cut to rows [t0, t0+rows). */

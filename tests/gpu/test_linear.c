@@ -100,6 +100,38 @@ Test(gpu_linear, norms_parts_lora_and_epilogues) {
     conclude(&t, "compositions");
 }
 
+/* Rows on both sides of where LoRA changes its ways. */
+Test(gpu_linear, many_adapters) {
+    const struct composition shapes[] = {
+        {{1024, {136, 40, 24}, 3}, true, false, GN_STORE},
+        {{2048, {128}, 1}, false, false, GN_ADD},
+        {{1024, {96, 96}, 2}, true, false, GN_SWIGLU},
+        {{1000, {70, 33}, 2}, true, true, GN_STORE},
+        {{4096, {24}, 1}, false, true, GN_STORE},
+    };
+    const int rows[] = {12, 17, 24, 40, 64, 65, 100, 129, 256, 257, 300};
+    const layout layouts[] = {WIDE_ADAPTER, ODD_RANKS, MANY, PILE};
+    tally t = {0};
+    sides s = open_sides(GN_BF16);
+    for (int i = 0; i < COUNT(shapes); i++) {
+        const struct composition *k = &shapes[i];
+        weights w = make_weights(&s, k->shape, types[i % 2 ? 15 : 0], (uint64_t)(300 + i));
+        for (int j = 0; j < COUNT(rows) * COUNT(layouts); j++) {
+            if (is_brief() && (i + j) % 9 != 0) continue;
+            const call one = {.T = rows[j / COUNT(layouts)],
+                              .norm = k->norm,
+                              .f32_out = k->f32_out,
+                              .epilogue = k->epilogue,
+                              .lora = layouts[j % COUNT(layouts)],
+                              .lora_dtype = (i + j) % 7 == 0 ? GN_F32 : GN_BF16};
+            check_call(&t, &s, &w, one, (uint64_t)(30000 + 100 * i + j));
+        }
+        settle_weights(&t, &w, "a guard of the weights is written");
+    }
+    close_sides(&s);
+    conclude(&t, "many adapters");
+}
+
 static const struct composition llama[] = {
     {{4096, {4096, 4096, 4096}, 3}, true, false, GN_STORE}, /* 7B */
     {{4096, {4096}, 1}, false, false, GN_ADD},
@@ -357,4 +389,84 @@ Test(gpu_linear, the_workspace_asked_for_is_enough) {
         close_sides(&s);
     }
     conclude(&t, "workspace");
+}
+
+/* ---- recordings ---- */
+
+typedef struct {
+    gn_ctx *ctx;
+    const gn_linear_args *args;
+    int calls;
+} linear_call;
+
+static gn_status call_linear(void *arg) {
+    linear_call *c = arg;
+    c->calls++;
+    return gn_linear(c->ctx, c->args);
+}
+
+/* What a step leaves in y, into `out`. */
+static void stage_and_read(linear_call *c, const gn_lora *terms, bool replay, float *out) {
+    const gn_linear_args *args = c->args;
+    cr_assert_eq(stage_rows(c->ctx, (int)args->x.shape[0], terms, args->n_lora), GN_OK);
+    cr_assert_eq(replay ? gn_ctx_replay(c->ctx, 7, call_linear, c) : gn_linear(c->ctx, args),
+                 GN_OK);
+    cr_assert(read_rows(c->ctx, out, &args->part[0].y));
+}
+
+/* A recording made with some terms serves others of the same ranks and as many rows: the same
+ * adapters in another order, neighbours' rows shared out otherwise. To the bit. */
+static void check_recording(tally *tally, const sides *s, int T) {
+    const weight_shape shape = {1024, {160}, 1};
+    weights w = make_weights(s, shape, types[0], 5);
+    const call one = {.T = T, .f32_out = true, .lora = SIXTEEN, .lora_dtype = GN_BF16};
+    problem p = make_problem(s, &w, one, 6);
+    device_memory m = {.ctx = s->gpu};
+    adapters *placed = place_adapters(&m, p.adapters);
+    gn_lora terms[2][MAX_TERMS];
+    const int n = placed->n;
+    for (int i = 0; i < n; i++) {
+        terms[0][i] = terms[1][i] = placed->terms[i];
+        const gn_lora *other = &placed->terms[(i + 4) % n];
+        terms[1][i].pairs = other->pairs;
+        terms[1][i].placed = other->placed;
+        if (i % 2) terms[1][i].row0++, terms[1][i].rows--;
+        if (i % 2 == 0) terms[1][i].rows++;
+    }
+    const gn_linear_args args = {
+        .x = device_rows(&m, p.x, gn_ctx_activation(s->gpu), T, shape.K, 0, 0),
+        .lora = terms[0],
+        .n_lora = n,
+        .pair = FIRST_PAIR,
+        .n_parts = 1,
+        .part[0] = {device_rows(&m, NULL, GN_F32, T, shape.N[0], 0, 0), &w.placed[0]}};
+    reserve(s->gpu, workspace_of(s->gpu, &p, T));
+    linear_call c = {s->gpu, &args, 0};
+    float *got = malloc((size_t)T * 160 * sizeof *got);
+    float *expected = malloc((size_t)T * 160 * sizeof *expected);
+    for (int i = 0; i < 2; i++) {
+        verdict v = {0};
+        snprintf(v.name, sizeof v.name, "recording, terms %d: %s", i, p.name);
+        stage_and_read(&c, terms[i], true, got);
+        stage_and_read(&c, terms[i], false, expected);
+        for (int j = 0; j < T * 160; j++) judge(&v, j / 160, j % 160, got[j], expected[j], 0);
+        settle(tally, &v, c.calls == 1 ? NULL : "not recorded");
+    }
+    free(got);
+    free(expected);
+    device_free(&m);
+    free(placed);
+    free_problem(&p);
+    free_weights(&w);
+}
+
+Test(gpu_linear, a_recording_serves_other_terms) {
+    const int rows[] = {48, 64, 200, 320};
+    tally t = {0};
+    for (int i = 0; i < COUNT(rows); i++) {
+        sides s = open_sides(GN_BF16);
+        check_recording(&t, &s, rows[i]);
+        close_sides(&s);
+    }
+    conclude(&t, "recordings");
 }
