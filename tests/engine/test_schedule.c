@@ -25,7 +25,7 @@ static void discard(gn_sequence *s) {
 
 /* Plans and "runs" one step; ends what is complete. Returns the rows computed. */
 static int32_t run_step(gn_schedule *s, int32_t *n_done) {
-    gn_schedule_plan(s);
+    gn_schedule_plan(s, true);
     int32_t rows = 0;
     for (int32_t i = 0; i < s->n_planned; i++) {
         gn_sequence *q = s->planned[i];
@@ -54,7 +54,7 @@ Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
     gn_schedule_add(&s, sequence(1, 10, 100, 0));
     cr_assert_eq(run_step(&s, &done), 10);
     gn_schedule_add(&s, sequence(2, 300, 2, 1000));
-    gn_schedule_plan(&s);
+    gn_schedule_plan(&s, true);
     cr_assert_eq(s.n_planned, 2);
     for (int i = 0; i < 2; i++) cr_assert_eq(s.planned[i]->rows, s.planned[i]->id == 1 ? 1 : 16);
     while (run_step(&s, &done) > 0) {
