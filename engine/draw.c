@@ -6,11 +6,11 @@
 struct gn_draw {
     gn_model *model;
     gn_forward *forward;
-    gn_device_sampler *device; /* NULL: drawn on the host */
-    int32_t max_rows, n;       /* n: of the draw that was started */
-    int32_t *rows;             /* (max_rows) of a score */
-    gn_sample_row *asked;      /* (max_rows) */
-    int32_t *ids;              /* (max_rows) drawn on the host */
+    gn_device_sampler *device;    /* NULL: drawn on the host */
+    int32_t max_rows, n;          /* n: of the draw that was started */
+    int32_t *rows;                /* (max_rows) of a score */
+    gn_sample_row *asked;         /* (max_rows) */
+    int32_t *ids;                 /* (max_rows) drawn on the host */
     gn_token_prob *tokens, *tops; /* (max_rows), (max_rows, GN_MAX_TOP_LOGPROBS) */
 };
 

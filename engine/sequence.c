@@ -25,8 +25,8 @@ static gn_status check_edits(const gn_request *r, const gn_config *c, gn_error *
     const int64_t banned = r->min_tokens > 0 ? eos + r->n_stop_ids : 0;
     if (r->sampling.n_bias + banned <= GN_SAMPLE_MAX_EDITS) return GN_OK;
     return gn_fail(err, GN_EINVAL,
-                   "logit_bias has %d entries and min_tokens bans %d stop tokens; together there may "
-                   "be %d",
+                   "logit_bias has %d entries, and min_tokens bans %d stop tokens; together they "
+                   "may be %d",
                    r->sampling.n_bias, (int)banned, GN_SAMPLE_MAX_EDITS);
 }
 

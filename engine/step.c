@@ -247,7 +247,8 @@ static void report_part(gn_stepper *e, const part *p) {
     gn_sequence *s = p->s;
     gn_finish finish = GN_FINISH_NONE;
     gn_schedule_publish(&e->schedule, s);
-    if (p->complete && (s->prompt_probs || s->max_tokens == 0)) finish = gn_sequence_report_prompt(s);
+    if (p->complete && (s->prompt_probs || s->max_tokens == 0))
+        finish = gn_sequence_report_prompt(s);
     if (p->draw >= 0)
         finish = gn_sequence_accept(s, e->tokens[p->draw],
                                     e->tops + (size_t)p->draw * GN_MAX_TOP_LOGPROBS);
@@ -350,8 +351,9 @@ void gn_stepper_close(gn_stepper *e) {
     gn_kv_pool_close(e->pool);
     gn_draw_close(e->draw);
     gn_forward_close(e->forward);
-    void *arrays[] = {e->flights[0].parts, e->flights[1].parts, e->ids,  e->row0,    e->use0,
-                      e->pos0,             e->blocks,           e->uses, e->drawing, e->rows};
+    void *arrays[] = {e->ids,    e->row0, e->use0,    e->pos0,
+                      e->blocks, e->uses, e->drawing, e->rows};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
+    for (int f = 0; f < 2; f++) free(e->flights[f].parts);
     free(e);
 }

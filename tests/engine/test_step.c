@@ -64,8 +64,7 @@ static bench bench_open(void) {
     const char *device = getenv("GN_TEST_DEVICE");
     bench b;
     gn_error err = {0};
-    const gn_model_options options = {.device = device ? device : "cpu",
-                                      .compute = GN_COMPUTE_F32};
+    const gn_model_options options = {.device = device ? device : "cpu", .compute = GN_COMPUTE_F32};
     cr_assert_eq(gn_model_open(&b.model, GN_SOURCE_DIR "/models/bootstrap-13m-nf4", &options, &err),
                  GN_OK, "%s", err.message);
     const char *const dirs[] = {GN_SOURCE_DIR "/models/adapters/pirate",
@@ -84,9 +83,9 @@ static void bench_close(bench *b) {
 /* Request i of a mix: greedy and sampled, with penalties, stop strings, limits, bans, scores,
  * cancellations, one or two or no adapters; prompts that share beginnings. */
 static gn_sequence *sequence_of(const bench *b, int i, reply *r) {
-    static const char *const questions[] = {"What is the capital of France?", "How do I bake bread?",
-                                            "Tell me a story about the sea.", "Name three animals.",
-                                            "Explain gravity to a child."};
+    static const char *const questions[] = {
+        "What is the capital of France?", "How do I bake bread?", "Tell me a story about the sea.",
+        "Name three animals.", "Explain gravity to a child."};
     static const char *const stop[] = {",", "the"};
     static const gn_token_prob bias[] = {{7, 2}, {300, -50}};
     const gn_message message = {"user", questions[i % 5]};

@@ -13,7 +13,10 @@
 #include <time.h>
 
 enum { PROMPT = 16, TOKENS = 320, WARM = 16, STEPS = 256, MAX_STREAMS = 128 };
-enum { CONTEXT = PROMPT + TOKENS, BLOCKS = (CONTEXT + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS };
+enum {
+    CONTEXT = PROMPT + TOKENS,
+    BLOCKS = (CONTEXT + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS
+};
 
 static double seconds(void) {
     struct timespec t;
