@@ -351,8 +351,7 @@ void gn_stepper_close(gn_stepper *e) {
     gn_kv_pool_close(e->pool);
     gn_draw_close(e->draw);
     gn_forward_close(e->forward);
-    void *arrays[] = {e->ids,    e->row0, e->use0,    e->pos0,
-                      e->blocks, e->uses, e->drawing, e->rows};
+    void *arrays[] = {e->ids, e->row0, e->use0, e->pos0, e->blocks, e->uses, e->drawing, e->rows};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
     for (int f = 0; f < 2; f++) free(e->flights[f].parts);
     free(e);
