@@ -288,7 +288,7 @@ static gn_status run_layers(void *arg) {
     const gn_batch *b = ((pass *)arg)->batch;
     gn_tensor x = rows_of(&f->x, b->rows), cos = rows_of(&f->cos, b->rows),
               sin = rows_of(&f->sin, b->rows);
-    gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids);
+    gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids, b->drawn, b->n_drawn);
     if (status == GN_OK)
         status = gn_rope_table(f->model->ctx, &cos, &sin, &f->model->inv_freq, &b->seqs);
     if (status == GN_OK && f->decoder && is_decoding(b) && b->rows <= GN_DECODER_MAX_ROWS &&
@@ -300,7 +300,8 @@ static gn_status run_layers(void *arg) {
 }
 
 /* All that decides what a step of decoding launches: how many rows and terms, of which ranks, how
- * many rows those cover together, and the longest context, to the next power of two. */
+ * many rows those cover together, and the longest context, to the next power of two; and where drawn
+ * tokens are. */
 static uint64_t key_of(const gn_forward *f, const gn_batch *b) {
     int32_t longest = 0;
     for (int32_t i = 0; i < b->seqs.n; i++)
@@ -312,6 +313,7 @@ static uint64_t key_of(const gn_forward *f, const gn_batch *b) {
     gn_hash key = GN_HASH_INIT;
     gn_hash_add(&key, sizes, sizeof sizes);
     gn_hash_add(&key, f->term_ranks, (size_t)f->n_terms * sizeof *f->term_ranks);
+    gn_hash_add(&key, &b->drawn, sizeof b->drawn);
     return key.h[0];
 }
 
@@ -326,38 +328,51 @@ gn_status gn_forward_run(gn_forward *f, const gn_batch *b) {
                           : run_layers(&p);
 }
 
+/* The end of the run of neighbours that begins at rows[i]. */
+static int32_t end_of_run(const int32_t *rows, int32_t i, int32_t n) {
+    for (i++; i < n && rows[i] == rows[i - 1] + 1;) i++;
+    return i;
+}
+
 /* The hidden states of some rows, one after another: where they stand, or copied. */
 static gn_status gather_rows(gn_forward *f, const int32_t *rows, int32_t n, gn_tensor *x) {
     const int64_t hidden = f->model->config.hidden;
-    const float *from = f->x.data;
-    bool neighbours = true;
-    for (int32_t i = 1; i < n; i++) neighbours &= rows[i] == rows[0] + i;
-    *x = rows_of(neighbours ? &f->x : &f->last, n);
-    if (neighbours) {
-        x->data = (float *)f->x.data + rows[0] * hidden;
+    float *from = f->x.data, *to = f->last.data;
+    const bool in_place = end_of_run(rows, 0, n) == n;
+    *x = rows_of(in_place ? &f->x : &f->last, n);
+    if (in_place) {
+        x->data = from + rows[0] * hidden;
         return GN_OK;
     }
     gn_status status = GN_OK;
-    for (int32_t i = 0; i < n && !status; i++)
-        status = gn_ctx_copy(f->model->ctx, (float *)f->last.data + i * hidden,
-                             from + rows[i] * hidden, (size_t)hidden * sizeof *from);
+    for (int32_t i = 0, end; i < n && !status; i = end) {
+        end = end_of_run(rows, i, n);
+        status = gn_ctx_copy(f->model->ctx, to + i * hidden, from + rows[i] * hidden,
+                             (size_t)(end - i) * (size_t)hidden * sizeof *from);
+    }
     return status;
 }
 
-gn_status gn_forward_logits(gn_forward *f, const int32_t *rows, int32_t n, const float **logits) {
+gn_status gn_forward_device_logits(gn_forward *f, const int32_t *rows, int32_t n,
+                                   gn_tensor *logits) {
     if (n < 1 || n > f->limits.max_logits) return GN_EINVAL;
-    gn_ctx *ctx = f->model->ctx;
     gn_linear_args args = {.norm = &f->model->norm,
                            .eps = f->model->config.rms_eps,
                            .epilogue = GN_STORE,
                            .n_parts = 1};
-    args.part[0].y = rows_of(&f->logits, n);
+    *logits = rows_of(&f->logits, n);
+    args.part[0].y = *logits;
     args.part[0].w = &f->model->lm_head;
-    gn_status status = gather_rows(f, rows, n, &args.x);
-    if (!status) status = gn_linear(ctx, &args);
-    *logits = f->logits.data;
-    if (status || !f->host_logits) return status;
-    *logits = f->host_logits;
-    return gn_ctx_read(ctx, f->host_logits, f->logits.data,
+    const gn_status status = gather_rows(f, rows, n, &args.x);
+    return status ? status : gn_linear(f->model->ctx, &args);
+}
+
+gn_status gn_forward_logits(gn_forward *f, const int32_t *rows, int32_t n, const float **logits) {
+    gn_tensor on_device;
+    const gn_status status = gn_forward_device_logits(f, rows, n, &on_device);
+    if (status) return status;
+    *logits = f->host_logits ? f->host_logits : on_device.data;
+    if (!f->host_logits) return GN_OK;
+    return gn_ctx_read(f->model->ctx, f->host_logits, on_device.data,
                        (size_t)n * (size_t)f->model->config.vocab * sizeof **logits);
 }

@@ -16,7 +16,7 @@ typedef struct gn_forward gn_forward;
 typedef struct gn_forward_options {
     int32_t max_rows;   /* tokens of one batch */
     int32_t max_seqs;   /* sequences of one batch */
-    int32_t max_logits; /* rows of one gn_forward_logits */
+    int32_t max_logits; /* rows whose logits are asked for at once */
     int32_t kv_blocks;  /* of GN_KV_BLOCK_TOKENS tokens each */
     int32_t context;    /* tokens of the longest sequence */
     int64_t adapter_bytes; /* of device memory for adapters; 0: no limit */
@@ -36,7 +36,11 @@ void gn_forward_release(gn_forward *f, const gn_adapter *adapter);
 
 typedef struct gn_batch {
     int32_t rows;
-    const int32_t *ids; /* (rows) */
+    /* (rows). -1 - i stands for drawn[i], which is on the device (see gn_embed); drawn is the same
+     * for all batches of one gn_forward. */
+    const int32_t *ids;
+    const int32_t *drawn; /* (n_drawn), or NULL */
+    int32_t n_drawn;
     gn_seqs seqs;       /* seqs.row0[seqs.n] == rows */
     /* Adapters of sequence i, acquired: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
      * adapters and scales share one LoRA term. */
@@ -44,12 +48,15 @@ typedef struct gn_batch {
     const int32_t *use0; /* (seqs.n + 1), or NULL: no adapters at all */
 } gn_batch;
 
-/* Extends the KV cache by the batch and leaves each row's last hidden state for
- * gn_forward_logits. */
+/* Extends the KV cache by the batch and leaves each row's last hidden state for its logits. On a
+ * device of its own this starts the work and does not wait for it; the batch may be reused. */
 GN_CHECKED gn_status gn_forward_run(gn_forward *f, const gn_batch *batch);
 
-/* *logits: (n, vocab) float32 on the host, for the given rows of the last batch; valid until the
+/* *logits: (n, vocab) float32 on the device, for the given rows of the last batch; valid until the
  * next call. n is at most max_logits. */
+GN_CHECKED gn_status gn_forward_device_logits(gn_forward *f, const int32_t *rows, int32_t n,
+                                              gn_tensor *logits);
+/* The same on the host, which waits for them. */
 GN_CHECKED gn_status gn_forward_logits(gn_forward *f, const int32_t *rows, int32_t n,
                                        const float **logits);
 

@@ -176,7 +176,8 @@ typedef struct gn_engine gn_engine;
 
 typedef struct gn_engine_options {
     int32_t max_seqs;         /* sequences in one batch; 0: 64 */
-    int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 */
+    int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 on a CPU,
+                               * 2048 on a GPU */
     int32_t max_queue;        /* waiting requests before GN_EBUSY; 0: 1024 */
     int64_t kv_bytes;         /* KV cache budget; 0: 1 GiB, at most what max_seqs contexts need */
     int32_t context;          /* tokens a sequence may have; 0: the model's */

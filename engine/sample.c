@@ -24,7 +24,7 @@ struct gn_sampler {
     gn_sampling options;
     double inverse_temperature;
     int vocab;
-    gn_token_prob *bias;
+    gn_sample_pair *bias;
     float *logits;         /* of this draw: biased, penalized */
     candidate *candidates; /* of this draw */
     bool *seen;            /* in prompt or reply */
@@ -72,8 +72,9 @@ static bool allocate(gn_sampler *s, const gn_sampling *o) {
     s->replied = calloc(vocab, sizeof *s->replied);
     s->bias = malloc((n_bias + 1) * sizeof *s->bias);
     if (!s->logits || !s->candidates || !s->seen || !s->replied || !s->bias) return false;
-    if (n_bias > 0) memcpy(s->bias, o->bias, n_bias * sizeof *s->bias);
-    s->options.bias = s->bias;
+    for (size_t i = 0; i < n_bias; i++)
+        s->bias[i] = (gn_sample_pair){o->bias[i].id, o->bias[i].logprob};
+    s->options.bias = NULL; /* the caller's */
     return true;
 }
 
@@ -110,6 +111,30 @@ void gn_sampler_accept(gn_sampler *s, int32_t id, bool in_reply) {
     if (in_reply && s->replied[id] < INT32_MAX) s->replied[id]++;
 }
 
+/* ---- for the device ---- */
+
+gn_sample_row gn_sampler_row(const gn_sampler *s) {
+    const gn_sampling *o = &s->options;
+    gn_sample_row row = GN_SAMPLE_ROW_DEFAULT;
+    row.temperature = o->temperature;
+    row.top_k = o->top_k;
+    row.top_p = o->top_p;
+    row.min_p = o->min_p;
+    row.typical_p = o->typical_p;
+    row.repetition_penalty = o->repetition_penalty;
+    row.presence_penalty = o->presence_penalty;
+    row.frequency_penalty = o->frequency_penalty;
+    row.seed = o->seed;
+    row.bias = s->bias;
+    row.n_bias = o->n_bias;
+    return row;
+}
+
+bool gn_sampler_penalizes(const gn_sampler *s) {
+    const gn_sampling *o = &s->options;
+    return o->repetition_penalty != 1 || o->presence_penalty != 0 || o->frequency_penalty != 0;
+}
+
 /* ---- logits ---- */
 
 /* NaN cannot be drawn; infinity would make every other weight NaN. */
@@ -121,7 +146,7 @@ static void adjust_logits(gn_sampler *s, const float *logits, const int32_t *ban
     const gn_sampling *o = &s->options;
     float *x = s->logits;
     for (int i = 0; i < s->vocab; i++) x[i] = finite_above(logits[i]);
-    for (int32_t i = 0; i < o->n_bias; i++) x[o->bias[i].id] += o->bias[i].logprob;
+    for (int32_t i = 0; i < o->n_bias; i++) x[s->bias[i].id] += s->bias[i].value;
     if (o->repetition_penalty != 1)
         for (int i = 0; i < s->vocab; i++)
             if (s->seen[i])

@@ -3,6 +3,7 @@
 #define GN_SAMPLE_H
 
 #include "engine/guanaco.h"
+#include "kernels/sample.h"
 
 /* A request's sampling state: its options and how often each token was seen. */
 typedef struct gn_sampler gn_sampler;
@@ -26,6 +27,11 @@ void gn_sampler_accept(gn_sampler *s, int32_t id, bool in_reply);
  * nothing is left to draw, the lowest id that is not banned (0 when all are). */
 int32_t gn_sampler_draw(gn_sampler *s, const float *logits, int64_t step, const int32_t *banned,
                         int n_banned);
+
+/* The same request to a device's sampler, but for step, banned ids and counts; bias is borrowed
+ * from s. */
+gn_sample_row gn_sampler_row(const gn_sampler *s);
+bool gn_sampler_penalizes(const gn_sampler *s); /* so that it needs counts */
 
 /* log softmax of the raw logits: of `id`, and of the n_top most likely (descending, ties toward
  * the lower id; past the end of the vocabulary id -1). NaN counts as -infinity. */

@@ -96,7 +96,8 @@ static int32_t reserve(gn_schedule *s, gn_sequence *q, int32_t rows) {
             continue;
         }
         gn_sequence *v = victim(s, q);
-        if (!v) break;
+        s->must_preempt |= v && !s->may_preempt;
+        if (!v || !s->may_preempt) break;
         preempt(s, v);
     }
     const int32_t room = q->n_blocks * GN_KV_BLOCK_TOKENS - q->computed;
@@ -147,8 +148,10 @@ static int by_adapters(const void *a, const void *b) {
     return order ? order : (p->id > q->id) - (p->id < q->id);
 }
 
-void gn_schedule_plan(gn_schedule *s) {
+void gn_schedule_plan(gn_schedule *s, bool may_preempt) {
     int32_t budget = s->max_rows;
+    s->may_preempt = may_preempt;
+    s->must_preempt = false;
     s->n_planned = 0;
     for (int32_t i = 0; i < s->n_running; i++) s->running[i]->rows = 0;
 
@@ -171,12 +174,18 @@ void gn_schedule_plan(gn_schedule *s) {
         if (!q) break;
         budget -= plan_rows(s, q, budget);
     }
+    if (s->must_preempt) s->n_planned = 0;
     qsort(s->planned, (size_t)s->n_planned, sizeof *s->planned, by_adapters);
 }
 
 void gn_schedule_advance(gn_schedule *s, gn_sequence *q) {
     q->computed += q->rows;
-    while (q->computed - q->published >= GN_KV_BLOCK_TOKENS) {
+    gn_schedule_publish(s, q);
+}
+
+void gn_schedule_publish(gn_schedule *s, gn_sequence *q) {
+    const int32_t known = q->computed < q->n_tokens ? q->computed : q->n_tokens;
+    while (known - q->published >= GN_KV_BLOCK_TOKENS) {
         const int32_t block = q->blocks[q->published / GN_KV_BLOCK_TOKENS];
         q->serial = gn_kv_pool_publish(s->pool, block, q->serial, q->tokens + q->published);
         q->published += GN_KV_BLOCK_TOKENS;

@@ -19,6 +19,18 @@ static gn_status check_tokens(const char *what, const int32_t *ids, int32_t n, i
     return GN_OK;
 }
 
+/* Samplers edit so many logits of a row and no more; those that stop ids take while they are banned
+ * are counted. */
+static gn_status check_edits(const gn_request *r, const gn_config *c, gn_error *err) {
+    const int64_t eos = r->ignore_eos ? 0 : c->n_eos;
+    const int64_t banned = r->min_tokens > 0 ? eos + r->n_stop_ids : 0;
+    if (r->sampling.n_bias + banned <= GN_SAMPLE_MAX_EDITS) return GN_OK;
+    return gn_fail(err, GN_EINVAL,
+                   "logit_bias has %d entries, and min_tokens bans %d stop tokens; together they "
+                   "may be %d",
+                   r->sampling.n_bias, (int)banned, GN_SAMPLE_MAX_EDITS);
+}
+
 static gn_status check_request(const gn_request *r, const gn_model *model, int32_t context,
                                gn_error *err) {
     const int vocab = model->config.vocab;
@@ -43,8 +55,9 @@ static gn_status check_request(const gn_request *r, const gn_model *model, int32
     }
     if (r->n_stop && !model->tokenizer)
         return gn_fail(err, GN_EINVAL, "stop strings need a tokenizer, and this model has none");
-    const gn_status status = check_tokens("prompt", r->prompt, r->n_prompt, vocab, err);
-    return status ? status : check_tokens("stop_token_ids", r->stop_ids, r->n_stop_ids, vocab, err);
+    gn_status status = check_tokens("prompt", r->prompt, r->n_prompt, vocab, err);
+    if (!status) status = check_tokens("stop_token_ids", r->stop_ids, r->n_stop_ids, vocab, err);
+    return status ? status : check_edits(r, &model->config, err);
 }
 
 static bool copy_stop_ids(gn_sequence *s, const gn_request *r, const gn_config *c) {
@@ -96,6 +109,7 @@ gn_status gn_sequence_open(gn_sequence **out, const gn_request *r, const gn_mode
     s->max_tokens = r->max_tokens < 0 || r->max_tokens > room ? room : r->max_tokens;
     s->min_tokens = r->min_tokens;
     s->logprobs = r->logprobs;
+    s->counts = GN_SAMPLE_NO_COUNTS;
     s->ignore_eos = r->ignore_eos;
     s->on_event = r->on_event;
     s->user = r->user;
@@ -130,16 +144,12 @@ void gn_sequence_close(gn_sequence *s) {
     free(s);
 }
 
-static int32_t completion_tokens(const gn_sequence *s) {
-    return s->n_tokens - s->n_prompt;
-}
-
 static gn_event event_of(const gn_sequence *s) {
     return (gn_event){.id = s->id,
                       .text = "",
                       .prompt_tokens = s->n_prompt,
                       .cached_tokens = s->cached_tokens,
-                      .completion_tokens = completion_tokens(s)};
+                      .completion_tokens = gn_sequence_reply(s)};
 }
 
 /* The ids that end the reply; a request that ignores EOS has only its own. */
@@ -149,15 +159,32 @@ static const int32_t *stop_ids(const gn_sequence *s, int32_t *n) {
     return s->stop_ids + skip;
 }
 
+/* Those that must not be sampled next. */
+static const int32_t *banned_ids(const gn_sequence *s, int32_t *n) {
+    const int32_t *ids = stop_ids(s, n);
+    if (gn_sequence_reply(s) >= s->min_tokens) *n = 0;
+    return ids;
+}
+
 gn_token_prob gn_sequence_sample(gn_sequence *s, const float *logits, int vocab,
                                  gn_token_prob *top) {
     int32_t n_banned = 0;
-    const int32_t step = completion_tokens(s), *banned = stop_ids(s, &n_banned);
-    if (step >= s->min_tokens) n_banned = 0;
-    gn_token_prob token = {gn_sampler_draw(s->sampler, logits, step, banned, n_banned), 0};
+    const int32_t *banned = banned_ids(s, &n_banned);
+    gn_token_prob token = {
+        gn_sampler_draw(s->sampler, logits, gn_sequence_reply(s), banned, n_banned), 0};
     if (s->logprobs >= 0) token.logprob = gn_logprob(logits, vocab, token.id);
     if (s->logprobs > 0) gn_top_logprobs(logits, vocab, s->logprobs, top);
     return token;
+}
+
+gn_sample_row gn_sequence_row(const gn_sequence *s) {
+    gn_sample_row row = gn_sampler_row(s->sampler);
+    row.step = gn_sequence_reply(s);
+    row.banned = banned_ids(s, &row.n_banned);
+    row.counts = s->counts;
+    row.logprob = s->logprobs >= 0;
+    row.n_top = s->logprobs > 0 ? s->logprobs : 0;
+    return row;
 }
 
 /* Feeds the detokenizer; returns STOP when a stop string is complete. */
@@ -185,6 +212,7 @@ static bool is_stop_id(const gn_sequence *s, int32_t id) {
 gn_finish gn_sequence_accept(gn_sequence *s, gn_token_prob token, const gn_token_prob *top) {
     static const gn_error no_memory = {GN_ENOMEM, "out of memory while decoding the reply"};
     s->tokens[s->n_tokens++] = token.id;
+    s->drawn = 0;
     gn_sampler_accept(s->sampler, token.id, true);
     gn_event event = event_of(s);
     event.has_token = true;
@@ -194,7 +222,7 @@ gn_finish gn_sequence_accept(gn_sequence *s, gn_token_prob token, const gn_token
 
     const bool stop_id = is_stop_id(s, token.id);
     gn_finish finish = stop_id ? GN_FINISH_STOP : feed(s, token.id, &event);
-    if (finish == GN_FINISH_NONE && completion_tokens(s) >= s->max_tokens)
+    if (finish == GN_FINISH_NONE && gn_sequence_reply(s) >= s->max_tokens)
         finish = GN_FINISH_LENGTH;
     if (finish == GN_FINISH_ERROR) event.error = &no_memory;
     const bool flush = s->detokenizer && (stop_id || finish == GN_FINISH_LENGTH);

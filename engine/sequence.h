@@ -18,7 +18,10 @@ struct gn_sequence {
     int32_t max_tokens; /* of the reply; fits the context */
     int32_t min_tokens;
 
-    int32_t computed; /* tokens whose keys and values are in the cache */
+    int32_t drawn; /* 1: one more token is drawn, not known here yet, and goes on; else 0 */
+    int32_t draw;  /* which one of the last draw that is */
+
+    int32_t computed; /* tokens, a drawn one included, whose keys and values a step has stored */
     int32_t *blocks;
     int32_t n_blocks;
     int32_t published;     /* tokens in published blocks */
@@ -31,6 +34,7 @@ struct gn_sequence {
     gn_hash adapters; /* content of uses */
 
     gn_sampler *sampler;
+    int32_t counts; /* of the device's sampler, or GN_SAMPLE_NO_COUNTS */
     gn_detokenizer *detokenizer; /* NULL without a tokenizer */
     char id_text[16];            /* without one: the last token's number, which is its text */
     int32_t logprobs;            /* alternatives reported, or -1 */
@@ -52,13 +56,19 @@ void gn_sequence_close(gn_sequence *s); /* its blocks must have been given back 
 
 /* Tokens not computed yet: the whole prompt at first, one while generating. */
 static inline int32_t gn_sequence_pending(const gn_sequence *s) {
-    return s->n_tokens - s->computed;
+    return s->n_tokens + s->drawn - s->computed;
+}
+
+static inline int32_t gn_sequence_reply(const gn_sequence *s) {
+    return s->n_tokens - s->n_prompt;
 }
 
 /* Samples the next token from logits (vocab) and returns it; calls nobody. Safe to run for
  * different sequences at once. top: (logprobs) entries, filled when logprobs > 0. */
 gn_token_prob gn_sequence_sample(gn_sequence *s, const float *logits, int vocab,
                                  gn_token_prob *top);
+/* The same request to a device's sampler. */
+gn_sample_row gn_sequence_row(const gn_sequence *s);
 /* Appends the token, reports it, and returns the reason when it was the last. */
 gn_finish gn_sequence_accept(gn_sequence *s, gn_token_prob token, const gn_token_prob *top);
 /* Records what row `position` of the prompt says about the prompt's next token. */

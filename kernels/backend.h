@@ -16,7 +16,7 @@ extern "C" {
 
 /* member, parameters: the ops, each with the meaning that ops.h gives it */
 #define GN_BACKEND_OPS(X)                                                                          \
-    X(embed, (gn_ctx *, gn_tensor *, const gn_matrix *, const int32_t *))                          \
+    X(embed, (gn_ctx *, gn_tensor *, const gn_matrix *, const int32_t *ids, const int32_t *drawn)) \
     X(rmsnorm, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *, float))               \
     X(linear, (gn_ctx *, const gn_linear_args *))                                                  \
     X(rope_table, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_seqs *))        \

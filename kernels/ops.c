@@ -62,15 +62,16 @@ static bool is_matrix(const gn_matrix *m) {
            is_aligned(m->nested_absmax, sizeof(float));
 }
 
-gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table, const int32_t *ids) {
+gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table, const int32_t *ids,
+                   const int32_t *drawn, int32_t n_drawn) {
     if (!ctx || !is_f32(y, 2) || !is_matrix(table) || table->qtype != GN_Q_NONE ||
         y->shape[1] != table->cols)
         return GN_EINVAL;
     if (y->shape[0] == 0) return GN_OK;
-    if (!ids) return GN_EINVAL;
+    if (!ids || n_drawn < 0 || (n_drawn > 0 && !drawn)) return GN_EINVAL;
     for (int64_t t = 0; t < y->shape[0]; t++)
-        if (ids[t] < 0 || ids[t] >= table->rows) return GN_EINVAL;
-    return ctx->backend->embed(ctx, y, table, ids);
+        if (ids[t] < -n_drawn || ids[t] >= table->rows) return GN_EINVAL;
+    return ctx->backend->embed(ctx, y, table, ids, drawn);
 }
 
 gn_status gn_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_tensor *w, float eps) {

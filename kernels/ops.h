@@ -20,9 +20,12 @@
 extern "C" {
 #endif
 
-/* y[t] = table[ids[t]]. y: (T, C) f32; table: (V, C), not quantized; ids: (T) in [0, V). */
-GN_CHECKED gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table,
-                              const int32_t *ids);
+/* y[t] = table[ids[t]]. y: (T, C) f32; table: (V, C), not quantized; ids: (T) in [0, V). An id of
+ * -1 - i, with i in [0, n_drawn), stands for drawn[i]: a token in [0, V) that was drawn on the
+ * device before the batch was staged, and that the host need not know. drawn may be NULL when
+ * n_drawn is 0. */
+GN_CHECKED gn_status gn_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table, const int32_t *ids,
+                              const int32_t *drawn, int32_t n_drawn);
 
 /* y = x / sqrt(mean(x^2) + eps) * w, row by row. x, y: (T, C) f32, may be the same; w: (C) f32. */
 GN_CHECKED gn_status gn_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const gn_tensor *w,

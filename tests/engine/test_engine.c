@@ -1,7 +1,8 @@
 /* The engine under mixed load, on the default model: what a stream says never depends on its
  * neighbours, on memory pressure, on caches, or on adapters coming and going. On the CPU, or on the
  * device that GN_TEST_DEVICE names: there a promise of equal text holds in float32 only. */
-#include "engine/guanaco.h"
+#include "engine/sample.h"
+#include "engine/score.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -415,6 +416,143 @@ Test(engine, a_prompt_can_be_scored_without_a_reply) {
     cr_assert_eq(r->finish, GN_FINISH_LENGTH);
     cr_assert_eq(r->tokens, 0);
     cr_assert_gt(r->n_prompt, 5);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+/* What a request was told of its prompt and its reply: a token, and the likeliest in its place. */
+enum { MAX_SCORES = 128, TOPS = 3 };
+static struct {
+    int n;
+    gn_token_prob token[MAX_SCORES], top[MAX_SCORES][TOPS];
+} told, expected;
+
+static void add_score(gn_token_prob token, const gn_token_prob *top) {
+    cr_assert_lt(told.n, MAX_SCORES);
+    memcpy(told.top[told.n], top, sizeof told.top[0]);
+    told.token[told.n++] = token;
+}
+
+static void on_scores(void *user, const gn_event *event) {
+    for (int i = 0; i < event->n_prompt; i++)
+        add_score(event->prompt[i], event->prompt_top + (size_t)i * TOPS);
+    if (event->has_token) add_score(event->token, event->top);
+    on_event(user, event);
+}
+
+static void score_prompt_and_reply(gn_request *r) {
+    r->logprobs = TOPS;
+    r->prompt_logprobs = true;
+    r->on_event = on_scores;
+}
+
+static void expect_scores(void *user, int32_t position, const float *logits) {
+    const gn_model *model = user;
+    const int vocab = gn_model_describe(model).vocab, next = position + 1;
+    if (next == told.n) return;
+    expected.token[next].logprob = gn_logprob(logits, vocab, told.token[next].id);
+    gn_top_logprobs(logits, vocab, TOPS, expected.top[next]);
+}
+
+/* Held to the CPU's logits in float32; golden/test_logits allows relative errors of 1e-4 in logits
+ * of about 10. */
+Test(engine, log_probabilities_are_those_of_the_logits) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_model *model;
+    gn_scorer *scorer;
+    gn_error err = {0};
+    const gn_model_options options = {.device = "cpu", .compute = GN_COMPUTE_F32};
+    cr_assert_eq(gn_model_open(&model, MODELS "bootstrap-13m-nf4", &options, &err), GN_OK, "%s",
+                 err.message);
+    cr_assert_eq(gn_scorer_open(&scorer, model, MAX_SCORES, &err), GN_OK, "%s", err.message);
+    gn_adapter *pirate = open_adapter(model, "pirate");
+    const gn_adapter_use use = {pirate, 1};
+    gn_engine *engine =
+        engine_open(b.model, (gn_engine_options){.max_batch_tokens = 16, .max_seqs = 5});
+    for (int i = 0; i < 16; i += 5) {
+        told.n = 0;
+        submit(engine, &b, i, &together[0], score_prompt_and_reply);
+        wait_for_end(&together[0]);
+        cr_assert_eq(told.n, together[0].n_prompt + together[0].tokens);
+        cr_assert(isnan(told.token[0].logprob));
+        int32_t ids[MAX_SCORES];
+        for (int t = 0; t < told.n; t++) ids[t] = told.token[t].id;
+        cr_assert_eq(gn_scorer_run(scorer, ids, told.n, &use, i / 8 % 4, expect_scores, model),
+                     GN_OK);
+        for (int t = 1; t < told.n; t++) {
+            cr_assert_float_eq(told.token[t].logprob, expected.token[t].logprob, 1e-3,
+                               "stream %d token %d: %g, expected %g", i, t,
+                               (double)told.token[t].logprob, (double)expected.token[t].logprob);
+            for (int k = 0; k < TOPS; k++)
+                cr_assert_float_eq(told.top[t][k].logprob, expected.top[t][k].logprob, 1e-3,
+                                   "stream %d token %d alternative %d", i, t, k);
+            if (expected.top[t][0].logprob > expected.top[t][1].logprob + 2e-3f)
+                cr_assert_eq(told.top[t][0].id, expected.top[t][0].id);
+        }
+    }
+    gn_engine_close(engine);
+    gn_adapter_close(pirate);
+    gn_scorer_close(scorer);
+    gn_model_close(model);
+    bench_close(&b);
+}
+
+static void penalize(gn_request *r) {
+    static const gn_token_prob bias[] = {{11, 1.5f}, {200, -4}};
+    sample_with_seed(r);
+    r->sampling.repetition_penalty = 1.3f;
+    r->sampling.presence_penalty = 0.2f;
+    r->sampling.frequency_penalty = 0.4f;
+    r->sampling.bias = bias;
+    r->sampling.n_bias = 2;
+    r->min_tokens = 12;
+}
+
+Test(engine, penalties_and_biases_are_each_request_s_own) {
+    bench b = bench_open(GN_COMPUTE_F32);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    run_alone(engine, &b, alone, penalize);
+    run_together(engine, &b, together, penalize);
+    assert_same(alone, together);
+    for (int i = 0; i < n_streams(); i++) cr_assert_geq(together[i].tokens, 12);
+    gn_engine_close(engine);
+    bench_close(&b);
+}
+
+/* On every device, so that a request does not run on one and fail on another. */
+Test(engine, too_many_biases_are_refused) {
+    bench b = bench_open(GN_COMPUTE_AUTO);
+    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
+    enum { MOST = GN_SAMPLE_MAX_EDITS };
+    static gn_token_prob bias[MOST + 1];
+    const int32_t prompt[] = {1, 2, 3};
+    for (int i = 0; i <= MOST; i++) bias[i].id = i % 100;
+    for (int banned = 0; banned < 2; banned++)
+        for (int n = MOST - 2; n <= MOST + 1; n++) {
+            gn_error err = {0};
+            gn_request r = {.prompt = prompt,
+                            .n_prompt = 3,
+                            .sampling = GN_SAMPLING_DEFAULT,
+                            .max_tokens = 4,
+                            .min_tokens = 2 * banned,
+                            .logprobs = -1,
+                            .ignore_eos = true,
+                            .stop_ids = prompt,
+                            .n_stop_ids = 1,
+                            .on_event = on_event,
+                            .user = &together[0]};
+            r.sampling.bias = bias;
+            r.sampling.n_bias = n;
+            reply_init(&together[0]);
+            const gn_status status = gn_engine_submit(engine, &r, NULL, &err);
+            cr_assert_eq(status, n + banned <= MOST ? GN_OK : GN_EINVAL, "%d, %d", n, banned);
+            if (status) {
+                cr_assert(strstr(err.message, "logit_bias"), "%s", err.message);
+                continue;
+            }
+            wait_for_end(&together[0]);
+            cr_assert_neq(together[0].finish, GN_FINISH_ERROR);
+        }
     gn_engine_close(engine);
     bench_close(&b);
 }

@@ -25,7 +25,7 @@ static void discard(gn_sequence *s) {
 
 /* Plans and "runs" one step; ends what is complete. Returns the rows computed. */
 static int32_t run_step(gn_schedule *s, int32_t *n_done) {
-    gn_schedule_plan(s);
+    gn_schedule_plan(s, true);
     int32_t rows = 0;
     for (int32_t i = 0; i < s->n_planned; i++) {
         gn_sequence *q = s->planned[i];
@@ -54,7 +54,7 @@ Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
     gn_schedule_add(&s, sequence(1, 10, 100, 0));
     cr_assert_eq(run_step(&s, &done), 10);
     gn_schedule_add(&s, sequence(2, 300, 2, 1000));
-    gn_schedule_plan(&s);
+    gn_schedule_plan(&s, true);
     cr_assert_eq(s.n_planned, 2);
     for (int i = 0; i < 2; i++) cr_assert_eq(s.planned[i]->rows, s.planned[i]->id == 1 ? 1 : 16);
     while (run_step(&s, &done) > 0) {
@@ -133,4 +133,67 @@ Test(schedule, preempts_and_still_finishes_everything) {
         gn_schedule_close(&s);
         gn_kv_pool_close(pool);
     }
+}
+
+/* While tokens are on their way nobody can be computed again: such a plan comes out empty, and the
+ * next one, with the tokens there, finds everything as it was. */
+Test(schedule, plans_ahead_of_tokens_unless_it_must_preempt) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 4, false), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    gn_schedule_add(&s, sequence(1, 31, 20, 0));
+    gn_schedule_add(&s, sequence(2, 30, 10, 500));
+    gn_schedule_plan(&s, true);
+    cr_assert_eq(s.n_planned, 2);
+    for (int i = 0; i < 2; i++) {
+        gn_schedule_advance(&s, s.planned[i]);
+        s.planned[i]->drawn = 1;
+        cr_assert_eq(gn_sequence_pending(s.planned[i]), 1);
+    }
+    gn_schedule_plan(&s, false);
+    cr_assert_eq(s.n_planned, 2, "both have room in their last blocks");
+    for (int i = 0; i < 2; i++) {
+        gn_schedule_advance(&s, s.running[i]);
+        s.running[i]->tokens[s.running[i]->n_tokens++] = 5;
+    }
+    gn_schedule_plan(&s, false);
+    cr_assert_eq(s.n_planned, 0, "the first needs a block of the second's");
+    cr_assert_eq(s.n_running, 2);
+    for (int i = 0; i < 2; i++) {
+        s.running[i]->tokens[s.running[i]->n_tokens++] = 5;
+        s.running[i]->drawn = 0;
+    }
+    cr_assert_gt(run_step(&s, &done), 0);
+    cr_assert_eq(s.n_running, 1);
+    cr_assert_eq(s.waiting->id, 2);
+    while (run_step(&s, &done) > 0) {
+    }
+    cr_assert_eq(done, 2);
+    cr_assert_eq(gn_kv_pool_free(pool), 4);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+/* A sequence whose last token is on its way is not planned. */
+Test(schedule, what_is_complete_but_for_its_token_waits) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 4, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    gn_schedule_add(&s, sequence(1, 20, 1, 0));
+    gn_schedule_plan(&s, true);
+    gn_sequence *q = s.planned[0];
+    gn_schedule_advance(&s, q);
+    cr_assert_eq(gn_sequence_pending(q), 0);
+    gn_schedule_plan(&s, false);
+    cr_assert_eq(s.n_planned, 0);
+    cr_assert_eq(run_step(&s, &done), 0);
+    gn_schedule_remove(&s, q);
+    discard(q);
+    cr_assert_eq(gn_kv_pool_free(pool), 4);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
 }

@@ -12,7 +12,7 @@ static const struct {
                   {64, 65, 0}, {2, 11008, 5}, {1, 3001, 0}, {513, 129, 0}, {9, 257, 1}};
 
 Test(gpu_ops, embed_copies_rows) {
-    enum { V = 37 };
+    enum { V = 37, DRAWN = 9 };
     const gn_dtype dtypes[] = {GN_F32, GN_F16, GN_BF16};
     static const int32_t block;
     sides s = open_sides(GN_BF16);
@@ -21,21 +21,28 @@ Test(gpu_ops, embed_copies_rows) {
         const int T = rows_cases[i / 3].T, C = rows_cases[i / 3].C;
         rng r = {(uint64_t)(10 + i)};
         random_matrix table = make_matrix(&r, GN_Q_NONE, false, dtypes[i % 3], V, C);
-        int32_t *ids = malloc((size_t)T * sizeof *ids);
-        for (int t = 0; t < T; t++) ids[t] = rng_below(&r, V);
+        int32_t *ids = malloc((size_t)T * sizeof *ids), *known = malloc((size_t)T * sizeof *known);
+        int32_t drawn[DRAWN];
+        for (int j = 0; j < DRAWN; j++) drawn[j] = rng_below(&r, V);
+        for (int t = 0; t < T; t++) {
+            ids[t] = rng_below(&r, V + DRAWN) - DRAWN;
+            known[t] = ids[t] < 0 ? drawn[-1 - ids[t]] : ids[t];
+        }
         const int32_t row0[] = {0, T}, pos0[] = {0};
         const gn_seqs seqs = {1, 1, row0, pos0, &block};
         device_memory m = {.ctx = s.gpu};
         const gn_matrix placed = device_matrix(&m, &table.m);
+        const int32_t *drawn_there = device_alloc(&m, drawn, sizeof drawn, 0);
         gn_tensor y = device_rows(&m, NULL, GN_F32, T, C, rows_cases[i / 3].pad, 0);
         float *got = malloc((size_t)(T * C) * sizeof *got);
         float *expected = malloc((size_t)(T * C) * sizeof *expected);
         gn_tensor e = gn_tensor_2d(expected, GN_F32, T, C);
         verdict v = {0};
         snprintf(v.name, sizeof v.name, "embed %s T=%d C=%d", gn_dtype_name(dtypes[i % 3]), T, C);
-        cr_assert_eq(gn_embed(s.cpu, &e, &table.m, ids), GN_OK);
+        cr_assert_eq(gn_embed(s.cpu, &e, &table.m, known, NULL, 0), GN_OK);
         cr_assert_eq(gn_stage(s.gpu, ids, &seqs, NULL, 0), GN_OK);
-        const char *why = ran(s.gpu, gn_embed(s.gpu, &y, &placed, ids), v.name);
+        const char *why =
+            ran(s.gpu, gn_embed(s.gpu, &y, &placed, ids, drawn_there, DRAWN), v.name);
         if (!why && !read_rows(s.gpu, got, &y)) why = "a gap between rows of y is written";
         if (!why && !guards_stand(&m)) why = "a guard is written";
         for (int j = 0; j < T * C && !why; j++) judge(&v, j / C, j % C, got[j], expected[j], 0);
@@ -43,6 +50,7 @@ Test(gpu_ops, embed_copies_rows) {
         device_free(&m);
         free_matrix(&table);
         free(ids);
+        free(known);
         free(got);
         free(expected);
     }
@@ -452,7 +460,7 @@ static gn_status step(void *arg) {
         .x = x, .norm = &m->norm, .eps = 1e-5f, .n_parts = 1, .part = {{logits, &m->head}}};
     gn_tensor q3 = with_heads(q, HEADS, HEAD_DIM), y3 = with_heads(y, HEADS, HEAD_DIM);
     const gn_tensor k3 = with_heads(k, KV_HEADS, HEAD_DIM), v3 = with_heads(v, KV_HEADS, HEAD_DIM);
-    gn_status status = gn_embed(m->ctx, &x, &m->table, b->ids);
+    gn_status status = gn_embed(m->ctx, &x, &m->table, b->ids, NULL, 0);
     if (!status) status = gn_rope_table(m->ctx, &cos, &sin, &m->inv_freq, &b->seqs);
     if (!status) status = gn_linear(m->ctx, &qkv);
     if (!status) status = gn_rope_store(m->ctx, &q3, &k3, &v3, &cos, &sin, &b->seqs, &m->kv);

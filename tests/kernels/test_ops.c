@@ -22,7 +22,7 @@ Test(ops, every_backend_has_every_op) {
 
 Test(ops, embed_copies_rows_in_every_dtype) {
     const gn_dtype dtypes[] = {GN_F32, GN_F16, GN_BF16};
-    const int32_t ids[] = {6, 0, 3, 3, 6};
+    const int32_t ids[] = {6, 0, -2, 3, -1}, drawn[] = {5, 2}, expected[] = {6, 0, 2, 3, 5};
     enum { V = 7, C = 33, T = COUNT(ids), LD = C + 2 };
     gn_ctx *ctx = open_ctx(best_isa(), GN_F32, 2);
     for (int i = 0; i < COUNT(dtypes); i++) {
@@ -30,11 +30,11 @@ Test(ops, embed_copies_rows_in_every_dtype) {
         random_matrix table = make_matrix(&r, GN_Q_NONE, false, dtypes[i], V, C);
         guarded y = guarded_alloc(T * LD);
         gn_tensor ty = {y.data, GN_F32, 2, {T, C, 1, 1}, LD};
-        cr_assert_eq(gn_embed(ctx, &ty, &table.m, ids), GN_OK);
+        cr_assert_eq(gn_embed(ctx, &ty, &table.m, ids, drawn, 2), GN_OK);
         guarded_check(&y, "y");
         for (int t = 0; t < T; t++) {
             float row[C];
-            gn_dequantize(row, &table.m, ids[t] * C, C);
+            gn_dequantize(row, &table.m, expected[t] * C, C);
             cr_assert(memcmp(row, y.data + t * LD, sizeof row) == 0);
             cr_assert(is_guard(y.data + t * LD + C, (LD - C) * sizeof(float)));
         }
@@ -121,7 +121,8 @@ typedef struct {
     float x[4 * 64], y[2][4 * 64], w[64], cos[8], sin[8], q[16], k[8], v[8], cache[2][64];
     unsigned char codes[64 * 64];
     float absmax[64], a[2 * 64], b[64 * 2];
-    int32_t ids[4], row0[2], pos0[1], blocks[4];
+    int32_t ids[4], row0[2], pos0[1], blocks[4], n_drawn;
+    const int32_t *drawn;
     gn_matrix table, m[2];
     gn_lora lora;
     gn_lora_pair pairs[2];
@@ -158,6 +159,7 @@ static void make_calls(calls *c) { /* T 4, K 64, N 64; 2 heads of 2 on 1 kv head
                                .n_parts = 2};
     for (int i = 0; i < 2; i++)
         c->args.part[i] = (struct gn_linear_part){gn_tensor_2d(c->y[i], GN_F32, 4, 64), &c->m[i]};
+    c->drawn = c->blocks;
     c->row0[1] = 4;
     c->pos0[0] = 3;
     for (int i = 0; i < 4; i++) c->blocks[i] = 3 - i;
@@ -177,7 +179,7 @@ static void make_calls(calls *c) { /* T 4, K 64, N 64; 2 heads of 2 on 1 kv head
 }
 
 static gn_status embed(calls *c) {
-    return gn_embed(c->ctx, &c->ty, &c->table, c->ids);
+    return gn_embed(c->ctx, &c->ty, &c->table, c->ids, c->drawn, c->n_drawn);
 }
 static gn_status rmsnorm(calls *c) {
     return gn_rmsnorm(c->ctx, &c->ty, &c->tx, &c->tw, 1e-5f);
@@ -206,6 +208,9 @@ static gn_status attention(calls *c) {
     X(embed, c->ty.shape[0] = -1)                                                                  \
     X(embed, c->ids[2] = 2)                                                                        \
     X(embed, c->ids[3] = -1)                                                                       \
+    X(embed, c->ids[3] = -2; c->n_drawn = 1)                                                       \
+    X(embed, c->ids[3] = -1; c->n_drawn = 1; c->drawn = NULL)                                      \
+    X(embed, c->n_drawn = -1)                                                                      \
     X(embed, c->table.qtype = GN_Q_INT8; c->table.absmax = c->absmax)                              \
     X(embed, c->table.data = NULL)                                                                 \
     X(embed, c->table.dtype = GN_I8)                                                               \
