@@ -50,8 +50,8 @@ template <int N> struct cut {
     static constexpr int STAGES = (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
     static constexpr int SHARED_BYTES = TABLE_BYTES + STAGES * STAGE_BYTES;
     static constexpr int THREADS = GROUPS * GROUP_THREADS + WARP;
-    /* __launch_bounds__ would count whole warpgroups, and leave fewer. */
-    static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
+    /* A quarter of the SM has 16384 for its quarter of the warps, rounded up. */
+    static constexpr int REGISTERS = 16384 / ((THREADS / WARP + 3) / 4 * WARP) / 8 * 8;
     static_assert(STAGES * TILES <= NESTED_ENTRY, "stages' scales stand above the table's entries");
     static_assert(STAGE_BYTES % 1024 == 0 && X_BYTES / PEERS % 1024 == 0, "whole swizzled eights");
 };
