@@ -97,8 +97,7 @@ gn_server_options gn_serve_server_options(const gn_serve_options *o) {
                                .adapter_dir = o->adapter_dir,
                                .max_body = o->max_body,
                                .max_connections = o->max_connections,
-                               .log = o->quiet  ? NULL
-                                      : o->json ? stdout
-                                                : stderr,
-                               .json_log = o->json};
+                               .log = o->json ? stdout : stderr,
+                               .json_log = o->json,
+                               .quiet = o->quiet};
 }

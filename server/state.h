@@ -20,9 +20,10 @@ typedef struct gn_counters {
 struct gn_server {
     gn_server_options options; /* with defaults filled in */
     uv_loop_t loop;
-    uv_tcp_t listener, spare; /* spare: for a client that must be turned away */
+    int listen_fd;
+    uv_poll_t listener;
     uv_async_t stop;
-    uv_timer_t drain;
+    uv_timer_t drain, retry;
     uv_signal_t signals[2];
     int port, stops; /* stops: how often it was asked to */
 
@@ -38,6 +39,7 @@ struct gn_server {
     gn_connection *unflushed;   /* those that were written to */
     int n_connections;
     size_t body_bytes; /* held by requests being read or answered */
+    uint64_t starved;  /* when the log last told that connections cannot be accepted; 0: never */
     gn_counters counters;
     char read_buffer[GN_READ_BYTES]; /* every read lands here first */
 };
@@ -45,5 +47,7 @@ struct gn_server {
 void gn_server_connection_closed(gn_server *server);
 /* The line of the access log. */
 void gn_log_exchange(const gn_exchange *x);
+/* What whoever runs the server should know, also when requests are not logged. */
+void gn_log_warning(const gn_server *server, const char *fmt, ...) GN_PRINTF(2, 3);
 
 #endif
