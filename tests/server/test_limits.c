@@ -4,6 +4,8 @@
 #include <sys/resource.h>
 #include <time.h>
 
+#include "tests/support/memory.h"
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -334,17 +336,6 @@ Test(limits, idle_connections) {
 
 /* ---- bodies without an end ---- */
 
-/* The most memory this process has had, in KiB. */
-static long peak_memory(void) {
-    char line[256];
-    long peak = 0;
-    FILE *status = fopen("/proc/self/status", "r");
-    while (fgets(line, sizeof line, status) && sscanf(line, "VmHWM: %ld", &peak) != 1) continue;
-    fclose(status);
-    cr_assert_gt(peak, 0);
-    return peak;
-}
-
 /* Sends a body of up to 1 GiB: until there is an answer, or, when stubborn, until the server has
  * closed the connection. Returns how many bytes that took. */
 static size_t send_body(int fd, bool chunked, bool stubborn) {
@@ -370,7 +361,7 @@ Test(limits, huge_bodies) {
     enum { BUFFERED = 16 << 20 }; /* what the two sockets may hold */
     harness h;
     start_server(&h, NULL);
-    const long memory = peak_memory();
+    const long memory = test_peak_memory();
     for (int i = 0; i < 4; i++) {
         const bool chunked = i % 2, stubborn = i / 2;
         const double start = now();
@@ -389,7 +380,7 @@ Test(limits, huge_bodies) {
                      "case %d: %zu bytes were taken", i, sent);
         close(fd);
     }
-    const long growth = peak_memory() - memory;
+    const long growth = test_peak_memory() - memory;
     cr_assert_lt(growth, 64 << 10, "memory grew by %ld KiB", growth);
     stop_server(&h);
 }
