@@ -93,7 +93,7 @@ void gn_post_tokenize(gn_exchange *x) {
     tokenize_job *job = calloc(1, sizeof *job);
     if (!job) {
         cJSON_Delete(json);
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+        gn_http_no_memory(&x->refusal);
         gn_respond_error(x, &x->refusal);
         return;
     }
