@@ -63,9 +63,10 @@ static gn_tensor_file *open_dir(const char *dir) {
 }
 
 static gn_model *open_model(const char *dir) {
+    const gn_model_options options = {.device = "cpu"};
     gn_model *model = NULL;
     gn_error err = {0};
-    cr_assert_eq(gn_model_open(&model, dir, NULL, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_model_open(&model, dir, &options, &err), GN_OK, "%s", err.message);
     return model;
 }
 
@@ -153,7 +154,8 @@ Test(quantize, the_copy_is_the_model_quantized_while_loading) {
         o.double_quant = form & 2;
         o.out = test_path(form & 1 ? form & 2 ? "a" : "b" : form & 2 ? "c" : "d");
         must_quantize(&o);
-        const gn_model_options m = {.quant = o.type, .no_double_quant = !o.double_quant};
+        const gn_model_options m = {
+            .device = "cpu", .quant = o.type, .no_double_quant = !o.double_quant};
         cr_assert_eq(gn_model_open(&loaded, o.in, &m, &err), GN_OK, "%s", err.message);
         gn_model *copy = open_model(o.out);
         cr_assert_eq(gn_model_describe(copy).quant, o.type);
