@@ -17,7 +17,7 @@ const gn_option gn_serve_option_table[] = {
      .help = "its name in the API (default: the folder's)"},
     {GN_OPT_STRING, "chat-template", FIELD(chat_template), .value = "NAME",
      .help = "guanaco, vicuna, alpaca, llama-2, llama-3, chatml, mistral, or a file (default: the "
-             "model folder's, else by model)"},
+             "model folder's, else guanaco)"},
     {GN_OPT_CHOICE, "quant-type", FIELD(quant), .initial = "auto", .choices = QUANT_CHOICES,
      .help = "how to hold 16- and 32-bit projections; auto is nf4, none leaves them as stored"},
     {GN_OPT_BOOL, "double-quant", FIELD(double_quant), .initial = "true",
