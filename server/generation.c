@@ -11,8 +11,7 @@
 
 enum {
     MAX_CHOICES = 1024,
-    INLINE_BYTES = 16 << 10, /* a longer text is tokenized on a worker thread */
-    MAX_TOKEN_BYTES = 256    /* no tokenizer has longer tokens: an upper bound for texts */
+    MAX_TOKEN_BYTES = 256 /* no tokenizer has longer tokens: an upper bound for texts */
 };
 
 /* ---- life ---- */
@@ -391,7 +390,7 @@ void gn_generation_start(gn_generation *g) {
         return;
     }
     g->work.data = g;
-    if (all > INLINE_BYTES &&
+    if (all > GN_INLINE_BYTES &&
         uv_queue_work(&g->server->loop, &g->work, encode_on_worker, encoded_on_worker) == 0)
         return;
     g->work.data = NULL;

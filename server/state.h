@@ -9,7 +9,12 @@
 #include "server/registry.h"
 #include "server/server.h"
 
-enum { GN_READ_BYTES = 64 << 10, GN_MAX_HEAD = 64 << 10, GN_STATUS_CLASSES = 6 };
+enum {
+    GN_READ_BYTES = 64 << 10,
+    GN_MAX_HEAD = 64 << 10,
+    GN_INLINE_BYTES = 16 << 10, /* a longer text is tokenized on a worker thread */
+    GN_STATUS_CLASSES = 6
+};
 
 typedef struct gn_counters {
     int64_t connections, requests[GN_STATUS_CLASSES]; /* by first digit of the status */

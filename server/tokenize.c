@@ -6,8 +6,6 @@
 #include "server/routes.h"
 #include "server/state.h"
 
-enum { INLINE_BYTES = 16 << 10 }; /* a longer text is tokenized on a worker thread */
-
 typedef struct tokenize_job {
     uv_work_t work;
     gn_server *server;
@@ -110,7 +108,7 @@ void gn_post_tokenize(gn_exchange *x) {
     }
     x->on_abort = on_abort;
     x->user = job;
-    if (size > INLINE_BYTES &&
+    if (size > GN_INLINE_BYTES &&
         uv_queue_work(&x->server->loop, &job->work, encode, encoded_on_worker) == 0)
         return;
     encode(&job->work);
