@@ -26,7 +26,7 @@ typedef struct gn_model gn_model;
 typedef enum gn_compute { GN_COMPUTE_AUTO, GN_COMPUTE_F32, GN_COMPUTE_BF16 } gn_compute;
 
 typedef struct gn_model_options {
-    const char *device;   /* "auto" (NULL), "cpu" */
+    const char *device;   /* "auto" (NULL: the first GPU, else the CPU), "cpu", "cuda", "cuda:N" */
     gn_compute compute;   /* AUTO: bf16 where the device multiplies it natively, else f32 */
     bool as_stored;       /* keep 16/32-bit projections as they are; else quantize to `quant` */
     gn_qtype quant;       /* with as_stored false; GN_Q_NONE means NF4 */

@@ -78,9 +78,9 @@ static const char *range_text(const gn_option *o, char *text, size_t size) {
     text[0] = '\0';
     if (!has_range(o)) return text;
     if (isinf(o->max))
-        snprintf(text, size, " of at least %.15g", o->min);
+        snprintf(text, size, " of at least %.16g", o->min);
     else
-        snprintf(text, size, " from %.15g to %.15g", o->min, o->max);
+        snprintf(text, size, " from %.16g to %.16g", o->min, o->max);
     return text;
 }
 

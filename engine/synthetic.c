@@ -54,6 +54,7 @@ static uint64_t random_bits(uint64_t counter) {
 static void fill_random(const gn_model *m, void *memory, size_t bytes, uint64_t seed) {
     unsigned char *p = memory;
     const int64_t words = (int64_t)(bytes / 8);
+    (void)m; /* nobody asks for it without OpenMP */
 #pragma omp parallel for schedule(static) num_threads(gn_ctx_threads(m->ctx))
     for (int64_t i = 0; i < words; i++) {
         const uint64_t r = random_bits(seed + (uint64_t)i);

@@ -85,7 +85,7 @@ static void install(load_job *job) {
     if (!check_name(x, job->name, job->replace)) return;
     job->adapter = NULL;
     if (gn_registry_put(&x->server->registry, job->name, job->dir, adapter, (int64_t)time(NULL)))
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+        gn_http_no_memory(&x->refusal);
 }
 
 static void files_were_read(uv_work_t *work, int canceled) {
@@ -118,8 +118,7 @@ static void start_load(gn_exchange *x, const char *name, const char *path, bool 
             gn_path_below(&job->dir, x->server->options.adapter_dir, path, &err);
         if (status) gn_http_fail_with(&x->refusal, "lora_path", &err);
     }
-    if (!job || !job->name)
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+    if (!job || !job->name) gn_http_no_memory(&x->refusal);
     if (!x->refusal.status) {
         job->server = x->server;
         job->exchange = x;
@@ -128,7 +127,7 @@ static void start_load(gn_exchange *x, const char *name, const char *path, bool 
         x->on_abort = on_abort;
         x->user = job;
         if (uv_queue_work(&x->server->loop, &job->work, read_files, files_were_read) == 0) return;
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+        gn_http_no_memory(&x->refusal);
     }
     free_job(job);
     gn_respond_error(x, &x->refusal);

@@ -112,8 +112,7 @@ void gn_post_chat_completions(gn_exchange *x) {
     refuse_unsupported(&j);
     g->prompts = calloc(1, sizeof *g->prompts);
     g->n_prompts = g->prompts != NULL;
-    if (!g->prompts)
-        gn_http_fail(j.error, 503, "out_of_memory", "", "The server is out of memory.");
+    if (!g->prompts) gn_http_no_memory(j.error);
     gn_messages_read(&j, &g->messages, &g->n_messages, &g->joined);
     gn_params_read(&g->params, x->server, &j, true);
     read_limits(&g->params, &j);

@@ -9,6 +9,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "server/reader.h"
 #include "server/state.h"
@@ -19,6 +20,7 @@ enum {
     MAX_LINGER_BYTES = 4 << 20, /* read and thrown away so that a refusal can be read */
     LINGER_MS = 2000,
     MAX_BODIES = 64, /* requests of max_body bytes in memory at once */
+    MAX_TOLD = 64,   /* connections beyond the limit that are told so */
     STALL_CHECKS = 4 /* per stall_ms */
 };
 
@@ -444,7 +446,7 @@ static void start_reading(gn_connection *c) {
     }
 }
 
-/* ---- accepting ---- */
+/* ---- opening ---- */
 
 static void refuse_crowd(gn_connection *c) {
     begin_exchange(c);
@@ -457,23 +459,11 @@ static void refuse_crowd(gn_connection *c) {
     gn_respond_error(x, &x->refusal);
 }
 
-static void on_spare_closed(uv_handle_t *spare) {
-    spare->data = NULL;
-}
-
-/* There is no memory for a connection; libuv would hear no other until this one is taken. */
-static void turn_away(gn_server *s, uv_stream_t *listener) {
-    if (s->spare.data) return;
-    uv_tcp_init(&s->loop, &s->spare);
-    s->spare.data = s;
-    (void)uv_accept(listener, (uv_stream_t *)&s->spare);
-    uv_close((uv_handle_t *)&s->spare, on_spare_closed);
-}
-
-void gn_connection_accept(gn_server *s, uv_stream_t *listener) {
-    gn_connection *c = calloc(1, sizeof *c);
+void gn_connection_open(gn_server *s, int fd) {
+    const int most = s->options.max_connections;
+    gn_connection *c = s->n_connections < most + MAX_TOLD ? calloc(1, sizeof *c) : NULL;
     if (!c) {
-        turn_away(s, listener);
+        close(fd);
         return;
     }
     c->server = s;
@@ -487,7 +477,8 @@ void gn_connection_accept(gn_server *s, uv_stream_t *listener) {
     s->connections = c;
     s->n_connections++;
     gn_reader_open(&c->reader, GN_MAX_HEAD, (size_t)s->options.max_body);
-    if (uv_accept(listener, (uv_stream_t *)&c->tcp)) {
+    if (uv_tcp_open(&c->tcp, fd)) {
+        close(fd);
         close_connection(c);
         return;
     }
@@ -495,7 +486,7 @@ void gn_connection_accept(gn_server *s, uv_stream_t *listener) {
     uv_tcp_nodelay(&c->tcp, 1);
     enter(c, IDLE);
     start_reading(c);
-    if (s->n_connections > s->options.max_connections) refuse_crowd(c);
+    if (s->n_connections > most) refuse_crowd(c);
     gn_connections_flush(s);
 }
 

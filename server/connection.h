@@ -10,8 +10,8 @@
 
 #include "server/http.h"
 
-/* Takes the next connection waiting at the listener. */
-void gn_connection_accept(gn_server *server, uv_stream_t *listener);
+/* Serves the client of an accepted socket, which is taken over. */
+void gn_connection_open(gn_server *server, int fd);
 /* Bytes of the response; they may be sent later. */
 void gn_connection_send(gn_connection *c, const void *data, size_t size);
 /* The response was written to its end (x->ended). */

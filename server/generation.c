@@ -11,8 +11,7 @@
 
 enum {
     MAX_CHOICES = 1024,
-    INLINE_BYTES = 16 << 10, /* a longer text is tokenized on a worker thread */
-    MAX_TOKEN_BYTES = 256    /* no tokenizer has longer tokens: an upper bound for texts */
+    MAX_TOKEN_BYTES = 256 /* no tokenizer has longer tokens: an upper bound for texts */
 };
 
 /* ---- life ---- */
@@ -67,7 +66,7 @@ gn_generation *gn_generation_open(gn_exchange *x, const gn_family *family) {
     gn_generation *g = calloc(1, sizeof *g);
     if (!g) {
         cJSON_Delete(json);
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+        gn_http_no_memory(&x->refusal);
         gn_respond_error(x, &x->refusal);
         return NULL;
     }
@@ -306,9 +305,7 @@ static void echo_prompt(gn_generation *g, gn_choice *c) {
 static bool submit_all(gn_generation *g) {
     const int n = g->n_prompts * (int)g->params.n;
     g->choices = calloc((size_t)n, sizeof *g->choices);
-    if (!g->choices)
-        return gn_http_fail(&g->exchange->refusal, 503, "out_of_memory", "",
-                            "The server is out of memory.");
+    if (!g->choices) return gn_http_no_memory(&g->exchange->refusal);
     g->n_choices = g->remaining = n;
     for (int i = 0; i < n; i++) {
         gn_choice *c = &g->choices[i];
@@ -393,7 +390,7 @@ void gn_generation_start(gn_generation *g) {
         return;
     }
     g->work.data = g;
-    if (all > INLINE_BYTES &&
+    if (all > GN_INLINE_BYTES &&
         uv_queue_work(&g->server->loop, &g->work, encode_on_worker, encoded_on_worker) == 0)
         return;
     g->work.data = NULL;

@@ -24,6 +24,10 @@ bool gn_http_fail(gn_http_error *e, int status, const char *code, const char *pa
     return false;
 }
 
+bool gn_http_no_memory(gn_http_error *e) {
+    return gn_http_fail(e, 503, "out_of_memory", "", "The server is out of memory.");
+}
+
 bool gn_http_fail_with(gn_http_error *e, const char *param, const gn_error *error) {
     switch (error->status) {
     case GN_EBUSY:

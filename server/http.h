@@ -25,6 +25,7 @@ typedef struct gn_http_error {
 /* Fills the error, unless it holds one already; always returns false. */
 bool gn_http_fail(gn_http_error *e, int status, const char *code, const char *param,
                   const char *fmt, ...) GN_PRINTF(5, 6);
+bool gn_http_no_memory(gn_http_error *e);
 /* The same from a status of the engine or a loader: the HTTP status follows from it. */
 bool gn_http_fail_with(gn_http_error *e, const char *param, const gn_error *error);
 /* {"error":{"message","type","param","code"}} */

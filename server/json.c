@@ -48,7 +48,7 @@ cJSON *gn_json_body(gn_exchange *x) {
         gn_buffer_append(&x->body, "", 1); /* cJSON wants an end it can look at */
         if (!x->body.failed) json = cJSON_ParseWithLengthOpts(x->body.data, size + 1, &end, true);
         if (x->body.failed)
-            gn_http_fail(e, 503, "out_of_memory", "", "The server is out of memory.");
+            gn_http_no_memory(e);
         else if (!json)
             name_syntax_error(x, end ? end : x->body.data);
         else if (!cJSON_IsObject(json))
@@ -140,7 +140,7 @@ bool gn_json_ids(const cJSON *array, const char *name, int64_t max, int32_t **ou
                  gn_http_error *error) {
     const int size = cJSON_GetArraySize(array);
     int32_t *ids = malloc((size_t)size * sizeof *ids + 1);
-    if (!ids) return gn_http_fail(error, 503, "out_of_memory", "", "The server is out of memory.");
+    if (!ids) return gn_http_no_memory(error);
     const cJSON *item;
     int32_t at = 0;
     cJSON_ArrayForEach(item, array) {

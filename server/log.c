@@ -1,5 +1,7 @@
-/* log.c - the access log: one line a request, for people or as JSON. */
+/* log.c - the log: a line a request, and warnings, for people or as JSON. */
 #include <llhttp.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 
@@ -20,14 +22,19 @@ static void json_line(gn_buffer *b, const gn_exchange *x, const char *method, co
     gn_buffer_text(b, "}\n");
 }
 
-static void plain_line(gn_buffer *b, const gn_exchange *x, const char *method, const char *path,
-                       int64_t ms) {
+static void write_clock(gn_buffer *b) {
     char clock[32];
     struct tm tm;
     const time_t now = time(NULL);
     localtime_r(&now, &tm);
     strftime(clock, sizeof clock, "%H:%M:%S", &tm);
-    gn_buffer_format(b, "%s %d %s ", clock, x->status, method);
+    gn_buffer_text(b, clock);
+}
+
+static void plain_line(gn_buffer *b, const gn_exchange *x, const char *method, const char *path,
+                       int64_t ms) {
+    write_clock(b);
+    gn_buffer_format(b, " %d %s ", x->status, method);
     for (const char *c = path; *c; c++) {
         const char shown = *c > ' ' && *c < 0x7f ? *c : '?'; /* no control characters in a log */
         gn_buffer_append(b, &shown, 1);
@@ -39,9 +46,16 @@ static void plain_line(gn_buffer *b, const gn_exchange *x, const char *method, c
     gn_buffer_text(b, "\n");
 }
 
+/* Frees the line. */
+static void write_line(FILE *log, gn_buffer *line) {
+    if (!line->failed) fwrite(line->data, 1, line->size, log);
+    fflush(log);
+    gn_buffer_free(line);
+}
+
 void gn_log_exchange(const gn_exchange *x) {
     const gn_server *s = x->server;
-    if (!s->options.log) return;
+    if (!s->options.log || s->options.quiet) return;
     const char *method = x->path ? llhttp_method_name((llhttp_method_t)x->method) : "-";
     const char *path = x->path ? x->path : "-";
     const int64_t ms = (int64_t)(uv_now(&s->loop) - x->started);
@@ -50,7 +64,25 @@ void gn_log_exchange(const gn_exchange *x) {
         json_line(&line, x, method, path, ms);
     else
         plain_line(&line, x, method, path, ms);
-    if (!line.failed) fwrite(line.data, 1, line.size, s->options.log);
-    fflush(s->options.log);
-    gn_buffer_free(&line);
+    write_line(s->options.log, &line);
+}
+
+void gn_log_warning(const gn_server *s, const char *fmt, ...) {
+    char text[512];
+    gn_buffer line = {0};
+    va_list args;
+    if (!s->options.log) return;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    if (s->options.json_log) {
+        gn_buffer_format(
+            &line, "{\"event\":\"warning\",\"time\":%lld,\"message\":", (long long)time(NULL));
+        gn_buffer_json_text(&line, text);
+        gn_buffer_text(&line, "}\n");
+    } else {
+        write_clock(&line);
+        gn_buffer_format(&line, " warning: %s\n", text);
+    }
+    write_line(s->options.log, &line);
 }

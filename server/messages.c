@@ -72,15 +72,13 @@ bool gn_messages_read(const gn_json *j, gn_message **out, int *n, gn_buffer *joi
     gn_message *messages = calloc((size_t)count, sizeof *messages);
     *out = messages;
     *n = count;
-    if (!messages)
-        return gn_http_fail(j->error, 503, "out_of_memory", "", "The server is out of memory.");
+    if (!messages) return gn_http_no_memory(j->error);
     int at = 0;
     cJSON_ArrayForEach(entry, list) {
         if (!read_message(j, at, entry, &messages[at], joined)) return false;
         at++;
     }
-    if (joined->failed)
-        return gn_http_fail(j->error, 503, "out_of_memory", "", "The server is out of memory.");
+    if (joined->failed) return gn_http_no_memory(j->error);
     const char *text = joined->data;
     for (int i = 0; i < count; i++) {
         if (messages[i].content) continue;

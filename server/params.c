@@ -52,10 +52,6 @@ void gn_params_check_names(const gn_json *j, const char *const *own, int n_own) 
     gn_json_known(j, known, n, harmless, sizeof harmless / sizeof *harmless);
 }
 
-static void no_memory(gn_http_error *e) {
-    gn_http_fail(e, 503, "out_of_memory", "", "The server is out of memory.");
-}
-
 /* ---- model and adapters ---- */
 
 static void use_adapter(gn_params *p, gn_adapter *adapter, float scale) {
@@ -157,11 +153,15 @@ static int32_t id_of_key(const char *key, int vocab) {
 static void read_bias(gn_params *p, const gn_json *j, int vocab) {
     const cJSON *object = gn_json_get(j, "logit_bias"), *item;
     if (!object || j->error->status) return;
-    p->bias = malloc((size_t)cJSON_GetArraySize(object) * sizeof *p->bias + 1);
-    if (!p->bias) no_memory(j->error);
+    const int size = cJSON_GetArraySize(object);
     if (!cJSON_IsObject(object))
         gn_http_fail(j->error, 400, NULL, "logit_bias",
                      "logit_bias must be an object from token ids to numbers.");
+    else if (size > vocab) /* repeated keys, to make the server hold them */
+        gn_http_fail(j->error, 400, NULL, "logit_bias", "logit_bias has %d entries for %d tokens.",
+                     size, vocab);
+    else if (!(p->bias = malloc((size_t)size * sizeof *p->bias + 1)))
+        gn_http_no_memory(j->error);
     if (j->error->status) return;
     int32_t n = 0;
     cJSON_ArrayForEach(item, object) {
@@ -219,7 +219,7 @@ static void read_stops(gn_params *p, const gn_server *s, const gn_json *j, bool 
     }
     p->stops = malloc((size_t)(n + n_template + 1) * sizeof *p->stops);
     if (!p->stops) {
-        no_memory(j->error);
+        gn_http_no_memory(j->error);
         return;
     }
     for (int i = 0; i < n_template; i++) p->stops[p->request.n_stop++] = template_stops[i];

@@ -24,7 +24,7 @@ static int add_head(llhttp_t *parser, const char *at, size_t size) {
     }
     gn_buffer_append(&x->head, at, size);
     if (!x->head.failed) return 0;
-    gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+    gn_http_no_memory(&x->refusal);
     return HPE_USER;
 }
 
@@ -126,7 +126,7 @@ static int add_body(llhttp_t *parser, const char *at, size_t size) {
     }
     gn_buffer_append(&x->body, at, size);
     if (!x->body.failed) return 0;
-    gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+    gn_http_no_memory(&x->refusal);
     return HPE_USER;
 }
 

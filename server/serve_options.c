@@ -20,7 +20,7 @@ const gn_option gn_serve_option_table[] = {
      .help = "its name in the API (default: the folder's)"},
     {GN_OPT_STRING, "chat-template", FIELD(chat_template), .value = "NAME",
      .help = "guanaco, vicuna, alpaca, llama-2, llama-3, chatml, mistral, or a file (default: the "
-             "model folder's, else by model)"},
+             "model folder's, else guanaco)"},
     {GN_OPT_CHOICE, "quant-type", FIELD(quant), .initial = "auto", .choices = QUANT_CHOICES,
      .help = "how to hold 16- and 32-bit projections; auto is nf4, none leaves them as stored"},
     {GN_OPT_BOOL, "double-quant", FIELD(double_quant), .initial = "true",
@@ -46,8 +46,8 @@ const gn_option gn_serve_option_table[] = {
     {GN_OPT_INT, "max-connections", FIELD(max_connections), .initial = "16384", .min = 1,
      .max = 1 << 20, .help = "open connections; more are refused"},
     GN_OPTION_GROUP("Engine"),
-    {GN_OPT_STRING, "device", FIELD(device), .initial = "auto", .value = "auto|cpu",
-     .help = "where to compute"},
+    {GN_OPT_STRING, "device", FIELD(device), .initial = "auto", .value = "DEVICE",
+     .help = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N"},
     {GN_OPT_CHOICE, "compute-dtype", FIELD(compute), .initial = "auto", .choices = COMPUTE_CHOICES,
      .help = "arithmetic"},
     {GN_OPT_INT, "threads", FIELD(threads), .min = 0, .max = 1024, .help = "0: all cores"},
@@ -100,8 +100,7 @@ gn_server_options gn_serve_server_options(const gn_serve_options *o) {
                                .adapter_dir = o->adapter_dir,
                                .max_body = o->max_body,
                                .max_connections = o->max_connections,
-                               .log = o->quiet  ? NULL
-                                      : o->json ? stdout
-                                                : stderr,
-                               .json_log = o->json};
+                               .log = o->json ? stdout : stderr,
+                               .json_log = o->json,
+                               .quiet = o->quiet};
 }

@@ -14,7 +14,13 @@
 
 #include "server/state.h"
 
-enum { BACKLOG = 4096, SPARE_FILES = 128 };
+enum {
+    BACKLOG = 4096,
+    SPARE_FILES = 256,        /* for what is not a connection, and for those that are refused */
+    ACCEPT_BATCH = 64,        /* connections taken before others are heard again */
+    RETRY_MS = 100,           /* between attempts to accept without descriptors or memory */
+    REPEAT_WARNING_MS = 60000 /* while that lasts */
+};
 
 /* ---- open ---- */
 
@@ -74,24 +80,38 @@ static gn_status bind_listener(gn_server *s, gn_error *err) {
     getsockname(fd, (struct sockaddr *)&bound, &size);
     s->port = ntohs(bound.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&bound)->sin6_port
                                                 : ((struct sockaddr_in *)&bound)->sin_port);
-    if (uv_tcp_open(&s->listener, fd) == 0) return GN_OK;
-    close(fd);
+    s->listen_fd = fd;
+    if (uv_poll_init(&s->loop, &s->listener, fd) == 0) return GN_OK;
     return gn_fail(err, GN_EIO, "cannot use the listening socket");
 }
 
-/* Thousands of idle connections need as many file descriptors. */
-static void raise_file_limit(int connections) {
+/* Connections need as many file descriptors: what the system allows is asked for, and what it does
+ * not allow is not promised. */
+static void fit_file_limit(gn_server *s) {
     struct rlimit limit;
-    const rlim_t wanted = (rlim_t)connections + SPARE_FILES;
-    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur >= wanted) return;
-    limit.rlim_cur = wanted < limit.rlim_max ? wanted : limit.rlim_max;
-    (void)setrlimit(RLIMIT_NOFILE, &limit);
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) && getrlimit(RLIMIT_NOFILE, &limit)) return;
+    const rlim_t files = limit.rlim_cur, room = files > SPARE_FILES ? files - SPARE_FILES : 1;
+    if (room >= (rlim_t)s->options.max_connections) return;
+    gn_log_warning(s,
+                   "the system allows %lld open files, so there is room for %lld connections, not "
+                   "%d; see ulimit -Hn",
+                   (long long)files, (long long)room, s->options.max_connections);
+    s->options.max_connections = (int)room;
 }
 
 /* ---- shutdown ---- */
 
 static void close_if_open(uv_handle_t *handle) {
-    if (!uv_is_closing(handle)) uv_close(handle, NULL);
+    if (handle->type != UV_UNKNOWN_HANDLE && !uv_is_closing(handle)) uv_close(handle, NULL);
+}
+
+static void close_listener(gn_server *s) {
+    close_if_open((uv_handle_t *)&s->listener);
+    uv_timer_stop(&s->retry);
+    if (s->listen_fd >= 0) close(s->listen_fd);
+    s->listen_fd = -1;
 }
 
 /* The loop ends when the last connection is closed and the engine owes no event. */
@@ -114,7 +134,7 @@ static void stop_now(gn_server *s) {
     if (s->stops++ > 0) {
         gn_connections_close(s);
     } else {
-        close_if_open((uv_handle_t *)&s->listener);
+        close_listener(s);
         for (int i = 0; i < 2; i++) close_if_open((uv_handle_t *)&s->signals[i]);
         gn_connections_finish(s);
         uv_timer_start(&s->drain, on_drained, (uint64_t)s->options.drain_ms, 0);
@@ -148,16 +168,18 @@ gn_status gn_server_open(gn_server **out, const gn_server_options *options, gn_e
         return gn_fail(err, GN_ENOMEM, "cannot start the event loop");
     }
     uv_loop_configure(&s->loop, UV_METRICS_IDLE_TIME);
-    uv_tcp_init(&s->loop, &s->listener);
+    s->listen_fd = -1;
     uv_timer_init(&s->loop, &s->drain);
+    uv_timer_init(&s->loop, &s->retry);
     for (int i = 0; i < 2; i++) uv_signal_init(&s->loop, &s->signals[i]);
-    s->listener.data = s->stop.data = s->drain.data = s->signals[0].data = s->signals[1].data = s;
+    s->listener.data = s->stop.data = s->drain.data = s->retry.data = s;
+    s->signals[0].data = s->signals[1].data = s;
     s->created = (int64_t)time(NULL);
     gn_status status = GN_OK;
     if (uv_async_init(&s->loop, &s->stop, on_stop) ||
         gn_mailbox_open(&s->mailbox, &s->loop, on_delivered, s) != GN_OK)
         status = gn_fail(err, GN_ENOMEM, "cannot start the event loop");
-    raise_file_limit(s->options.max_connections);
+    fit_file_limit(s);
     if (!status) status = bind_listener(s, err);
     if (status)
         gn_server_close(s);
@@ -218,8 +240,37 @@ gn_status gn_server_add_adapter(gn_server *s, const char *name, const char *dir,
 
 /* ---- run ---- */
 
-static void on_connection(uv_stream_t *listener, int status) {
-    if (status == 0) gn_connection_accept(listener->data, listener);
+static void listen_again(uv_timer_t *retry);
+
+/* Without descriptors or memory the waiting clients stay in the system's queue. Asking again at
+ * once would only burn time that running requests need. */
+static void rest(gn_server *s, int error) {
+    const uint64_t now = uv_now(&s->loop);
+    uv_poll_stop(&s->listener);
+    uv_timer_start(&s->retry, listen_again, RETRY_MS, 0);
+    if (s->starved && now < s->starved + REPEAT_WARNING_MS) return;
+    s->starved = now;
+    gn_log_warning(s, "cannot accept more connections than these %d for now: %s", s->n_connections,
+                   strerror(error));
+}
+
+static void on_connection(uv_poll_t *listener, int status, int events) {
+    gn_server *s = listener->data;
+    (void)status; /* accept tells */
+    (void)events;
+    for (int i = 0; i < ACCEPT_BATCH; i++) {
+        const int fd = accept4(s->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        const int error = fd < 0 ? errno : 0;
+        if (fd >= 0) gn_connection_open(s, fd);
+        if (error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM)
+            rest(s, error);
+        if (error && error != EINTR && error != ECONNABORTED) return;
+    }
+}
+
+static void listen_again(uv_timer_t *retry) {
+    gn_server *s = retry->data;
+    uv_poll_start(&s->listener, UV_READABLE, on_connection);
 }
 
 static gn_status catch_signals(gn_server *s, gn_error *err) {
@@ -232,10 +283,9 @@ static gn_status catch_signals(gn_server *s, gn_error *err) {
 }
 
 gn_status gn_server_listen(gn_server *s, gn_error *err) {
-    const int code = uv_listen((uv_stream_t *)&s->listener, BACKLOG, on_connection);
-    if (code == UV_EADDRINUSE) return name_bind_error(&s->options, EADDRINUSE, err);
-    if (code)
-        return gn_fail(err, GN_EIO, "cannot listen on port %d: %s", s->port, uv_strerror(code));
+    if (listen(s->listen_fd, BACKLOG)) return name_bind_error(&s->options, errno, err);
+    const int code = uv_poll_start(&s->listener, UV_READABLE, on_connection);
+    if (code) return gn_fail(err, GN_EIO, "cannot listen: %s", uv_strerror(code));
     return catch_signals(s, err);
 }
 
@@ -253,12 +303,11 @@ void gn_server_close(gn_server *s) {
     gn_engine_close(s->engine); /* its last events are in the mailbox after this */
     if (s->mailbox.wake.data) gn_mailbox_close(&s->mailbox);
     gn_registry_close(&s->registry);
-    uv_handle_t *handles[] = {(uv_handle_t *)&s->listener, (uv_handle_t *)&s->drain,
+    close_listener(s);
+    uv_handle_t *handles[] = {(uv_handle_t *)&s->drain, (uv_handle_t *)&s->retry,
                               (uv_handle_t *)&s->signals[0], (uv_handle_t *)&s->signals[1],
                               (uv_handle_t *)&s->stop};
-    for (size_t i = 0; i < sizeof handles / sizeof *handles; i++) {
-        if (handles[i]->type != UV_UNKNOWN_HANDLE) close_if_open(handles[i]);
-    }
+    for (size_t i = 0; i < sizeof handles / sizeof *handles; i++) close_if_open(handles[i]);
     while (uv_loop_close(&s->loop) == UV_EBUSY) uv_run(&s->loop, UV_RUN_DEFAULT);
     free(s->model_name);
     free(s);

@@ -22,14 +22,14 @@ typedef struct gn_server_options {
     bool allow_adapter_loading;
     const char *adapter_dir;   /* what is loaded over HTTP lies below it */
     int64_t max_body;          /* bytes of a request [8 MiB] */
-    int max_connections;       /* [16384] */
+    int max_connections;       /* [16384]; fewer where the system allows fewer open files */
     int header_ms, request_ms; /* to send headers [10 s], the whole request [60 s] */
     int idle_ms;               /* between requests [75 s] */
     int stall_ms;              /* without taking any byte of the response [30 s] */
     int drain_ms;              /* for running requests at shutdown [5 s] */
     int64_t max_unsent;        /* bytes of a stream nobody reads [1 MiB] */
-    FILE *log;                 /* a line per request [none] */
-    bool json_log;
+    FILE *log;                 /* warnings, and a line per request [none] */
+    bool json_log, quiet;      /* log as JSON; log no requests */
 } gn_server_options;
 
 typedef struct gn_server gn_server;

@@ -71,8 +71,7 @@ static bool read_prompts(gn_generation *g, const gn_json *j) {
     const bool several = cJSON_IsArray(prompt) && !cJSON_IsNumber(prompt->child);
     const int n = several ? cJSON_GetArraySize(prompt) : 1;
     g->prompts = calloc((size_t)n + 1, sizeof *g->prompts);
-    if (!g->prompts)
-        return gn_http_fail(j->error, 503, "out_of_memory", "", "The server is out of memory.");
+    if (!g->prompts) return gn_http_no_memory(j->error);
     g->n_prompts = n;
     if (n == 0) return refuse_prompt(j->error);
     if (!several) return read_prompt(&g->prompts[0], prompt, vocab, j->error);

@@ -6,8 +6,6 @@
 #include "server/routes.h"
 #include "server/state.h"
 
-enum { INLINE_BYTES = 16 << 10 }; /* a longer text is tokenized on a worker thread */
-
 typedef struct tokenize_job {
     uv_work_t work;
     gn_server *server;
@@ -93,7 +91,7 @@ void gn_post_tokenize(gn_exchange *x) {
     tokenize_job *job = calloc(1, sizeof *job);
     if (!job) {
         cJSON_Delete(json);
-        gn_http_fail(&x->refusal, 503, "out_of_memory", "", "The server is out of memory.");
+        gn_http_no_memory(&x->refusal);
         gn_respond_error(x, &x->refusal);
         return;
     }
@@ -110,7 +108,7 @@ void gn_post_tokenize(gn_exchange *x) {
     }
     x->on_abort = on_abort;
     x->user = job;
-    if (size > INLINE_BYTES &&
+    if (size > GN_INLINE_BYTES &&
         uv_queue_work(&x->server->loop, &job->work, encode, encoded_on_worker) == 0)
         return;
     encode(&job->work);

@@ -65,8 +65,8 @@ typedef struct gn_model_choice {
          "device",                                                                                 \
          offsetof(type, model.device),                                                             \
          .initial = "auto",                                                                        \
-         .value = "auto|cpu",                                                                      \
-         .help = "where to compute"},                                                              \
+         .value = "DEVICE",                                                                        \
+         .help = "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N"},           \
     {                                                                                              \
         GN_OPT_INT, "threads", offsetof(type, model.threads),                                      \
             .initial = "0", .min = 0, .max = 4096, .help = "0: as many as there are cores"         \

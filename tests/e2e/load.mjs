@@ -1,31 +1,14 @@
 /* load.mjs - many streams over many adapters, in float32, while adapters come and go: each stream
  * says exactly what it says alone, no request fails, and the server's memory does not grow. */
 import assert from 'node:assert/strict';
-import {spawn} from 'node:child_process';
-import {readFileSync} from 'node:fs';
-import {createInterface} from 'node:readline';
 import {test} from 'node:test';
+import {adapterOptions, memoryOf, startServer} from './start-server.mjs';
 
-const {GUANACO_SERVER, GUANACO_MODEL, GUANACO_ADAPTERS} = process.env;
 const questions = ['What is the capital of France?', 'Tell me about the sea.', 'How do I bake bread?',
                    'Why is the sky blue?', 'Name three animals.', 'What should I do today?',
                    'Explain gravity to a child.', 'Write a short poem.'];
 const blend = [{name: 'pirate', scale: 0.5}, {name: 'brief', scale: 0.5}];
 const choices = [{}, {model: 'pirate'}, {model: 'brief'}, {adapters: blend}];
-
-async function start(t) {
-    const server = spawn(GUANACO_SERVER, [
-        'serve', '--port', '0', '--json', '--quiet', '--model', GUANACO_MODEL, '--compute-dtype', 'float32',
-        '--adapter', `pirate=${GUANACO_ADAPTERS}/pirate`, '--adapter', `brief=${GUANACO_ADAPTERS}/brief`,
-        '--allow-adapter-loading', '--adapter-dir', GUANACO_ADAPTERS, '--no-prefix-cache',
-    ], {stdio: ['ignore', 'pipe', 'inherit']});
-    t.after(() => server.kill());
-    for await (const line of createInterface({input: server.stdout})) {
-        const {url} = JSON.parse(line);
-        if (url) return {url, pid: server.pid};
-    }
-    throw new Error('the server ended before it was ready');
-}
 
 async function post(url, path, body) {
     const response = await fetch(`${url}${path}`, {
@@ -46,10 +29,6 @@ async function reply(url, i) {
     return events.slice(0, -1).map(event => JSON.parse(event).choices[0].delta.content ?? '').join('');
 }
 
-function residentMiB(pid) {
-    return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))[1]) / 1024;
-}
-
 /* Loads, replaces and unloads adapters, `rounds` times. */
 async function swap(url, rounds) {
     for (let i = 0; i < rounds; i++) {
@@ -61,7 +40,9 @@ async function swap(url, rounds) {
 }
 
 test('32 mixed streams say what each says alone while adapters are swapped 100 times', async t => {
-    const {url, pid} = await start(t);
+    const {url, pid} = await startServer(t, [
+        ...adapterOptions, '--compute-dtype', 'float32', '--no-prefix-cache',
+    ]);
     const streams = [...Array(32).keys()], alone = [];
     for (const i of streams) alone.push(await reply(url, i));
     for (const i of streams) {
@@ -71,9 +52,9 @@ test('32 mixed streams say what each says alone while adapters are swapped 100 t
     const [together] = await Promise.all([Promise.all(streams.map(i => reply(url, i))), swap(url, 100)]);
     assert.deepEqual(together, alone);
 
-    const before = residentMiB(pid);
+    const before = memoryOf(pid);
     await Promise.all([Promise.all(streams.map(i => reply(url, i))), swap(url, 100)]);
-    const after = residentMiB(pid);
+    const after = memoryOf(pid);
     t.diagnostic(`resident: ${before.toFixed(1)} MiB, after 100 more swaps ${after.toFixed(1)} MiB`);
     assert.ok(after < before + 16, `${before} MiB became ${after} MiB`);
 

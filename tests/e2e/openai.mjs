@@ -4,12 +4,11 @@
  * GUANACO_ADAPTERS are the program, the base and the folder with its adapters, for the tests that
  * need a server with other options. The adapters' replies begin with "Arr!" and "In short:". */
 import assert from 'node:assert/strict';
-import {spawn} from 'node:child_process';
 import {basename} from 'node:path';
-import {createInterface} from 'node:readline';
 import {setTimeout as sleep} from 'node:timers/promises';
 import {test} from 'node:test';
 import OpenAI from 'openai';
+import {startServer} from './start-server.mjs';
 
 const url = process.env.GUANACO_URL;
 const base = basename(process.env.GUANACO_MODEL);
@@ -267,15 +266,8 @@ test('adapters are loaded, replaced and unloaded while the server runs', async (
 });
 
 test('a key is asked for when the server has one', async t => {
-    const options = ['serve', '--port', '0', '--json', '--api-key', 'secret'];
-    const server = spawn(process.env.GUANACO_SERVER, [...options, '--model',
-                                                      process.env.GUANACO_MODEL]);
-    t.after(() => server.kill());
-    const [line] = await Promise.race([
-        createInterface(server.stdout)[Symbol.asyncIterator]().next().then(next => [next.value]),
-        sleep(30000, [undefined], {ref: false}),
-    ]);
-    const guarded = `${JSON.parse(line).url}/v1`;
+    const {url} = await startServer(t, ['--api-key', 'secret']);
+    const guarded = `${url}/v1`;
     const ask = apiKey => new OpenAI({baseURL: guarded, apiKey, maxRetries: 0})
         .chat.completions.create(greedy);
     await assert.rejects(ask('wrong'), OpenAI.AuthenticationError);

@@ -16,18 +16,27 @@
 
 enum { LAYERS = 3, HIDDEN = 128, VOCAB = 512 };
 
+/* What these tests look at lies in the CPU's memory. */
+static gn_model_options on_cpu(const gn_model_options *options) {
+    gn_model_options o = options ? *options : (gn_model_options){0};
+    o.device = "cpu";
+    return o;
+}
+
 static gn_model *must_open(const char *dir, const gn_model_options *options) {
+    const gn_model_options o = on_cpu(options);
     gn_model *model = NULL;
     gn_error err = {0};
-    cr_assert_eq(gn_model_open(&model, dir, options, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_model_open(&model, dir, &o, &err), GN_OK, "%s", err.message);
     return model;
 }
 
 static void expect_error(const char *dir, const gn_model_options *options, gn_status status,
                          const char *part) {
+    const gn_model_options o = on_cpu(options);
     gn_model *model = NULL;
     gn_error err = {0};
-    cr_assert_eq(gn_model_open(&model, dir, options, &err), status, "%s: %s", part, err.message);
+    cr_assert_eq(gn_model_open(&model, dir, &o, &err), status, "%s: %s", part, err.message);
     cr_assert_null(model);
     cr_assert_eq(err.status, status);
     cr_assert(strstr(err.message, part), "\"%s\" lacks \"%s\"", err.message, part);
@@ -430,10 +439,11 @@ Test(model, a_config_for_another_model_is_noticed) {
     copy_golden("tiny-bf16", &set);
     test_tensors_write(&set, "model.safetensors", 0);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const gn_model_options o = on_cpu(NULL);
         gn_model *m = NULL;
         gn_error err = {0};
         write_config(cases[i].more);
-        cr_assert_neq(gn_model_open(&m, test_path(""), NULL, &err), GN_OK, "%s", cases[i].more);
+        cr_assert_neq(gn_model_open(&m, test_path(""), &o, &err), GN_OK, "%s", cases[i].more);
         cr_assert(strstr(err.message, cases[i].part), "%s: %s", cases[i].more, err.message);
     }
 }
@@ -539,7 +549,8 @@ Test(model, four_bits_cannot_become_others) {
 
 Test(model, random_weights_look_like_real_ones) {
     for (int form = 0; form < 3; form++) {
-        const gn_model_options options = {.as_stored = form == 1, .no_double_quant = form == 2};
+        const gn_model_options options = {
+            .device = "cpu", .as_stored = form == 1, .no_double_quant = form == 2};
         gn_model *m = NULL, *again = NULL;
         cr_assert_eq(gn_model_synthetic(&m, "llama-tiny", &options, NULL), GN_OK);
         cr_assert_eq(gn_model_synthetic(&again, "llama-tiny", &options, NULL), GN_OK);
@@ -573,7 +584,7 @@ Test(model, random_weights_come_in_known_shapes) {
     cr_assert_eq(gn_model_synthetic(&m, "llama-8b", NULL, &err), GN_EINVAL);
     cr_assert(strstr(err.message, "llama-8b") && strstr(err.message, "llama-1.1b"), "%s",
               err.message);
-    const gn_model_options options = {.quant = GN_Q_INT4};
+    const gn_model_options options = {.device = "cpu", .quant = GN_Q_INT4};
     cr_assert_eq(gn_model_synthetic(&m, "llama-tiny", &options, &err), GN_EUNSUPPORTED);
     cr_assert(strstr(err.message, "int4"), "%s", err.message);
     cr_assert_null(m);
@@ -585,7 +596,8 @@ Test(model, random_weights_have_no_text) {
     int32_t *ids, n;
     char *text;
     size_t len;
-    cr_assert_eq(gn_model_synthetic(&m, "llama-tiny", NULL, NULL), GN_OK);
+    const gn_model_options options = on_cpu(NULL);
+    cr_assert_eq(gn_model_synthetic(&m, "llama-tiny", &options, NULL), GN_OK);
     cr_assert_eq(gn_tokenize(m, "x", 1, true, &ids, &n, &err), GN_EUNSUPPORTED);
     cr_assert_eq(gn_detokenize(m, &(int32_t){1}, 1, &text, &len, &err), GN_EUNSUPPORTED);
     cr_assert_eq(gn_chat_encode(m, NULL, 0, &ids, &n, &err), GN_EUNSUPPORTED);

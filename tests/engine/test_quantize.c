@@ -10,11 +10,13 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "engine/json_file.h"
 #include "engine/model.h"
 #include "engine/quantize.h"
 #include "tests/support/folder.h"
+#include "tests/support/memory.h"
 
 #define GOLDEN GN_SOURCE_DIR "/tests/golden/data/"
 #define Q0     "model.layers.0.self_attn.q_proj.weight"
@@ -61,9 +63,10 @@ static gn_tensor_file *open_dir(const char *dir) {
 }
 
 static gn_model *open_model(const char *dir) {
+    const gn_model_options options = {.device = "cpu"};
     gn_model *model = NULL;
     gn_error err = {0};
-    cr_assert_eq(gn_model_open(&model, dir, NULL, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_model_open(&model, dir, &options, &err), GN_OK, "%s", err.message);
     return model;
 }
 
@@ -151,7 +154,8 @@ Test(quantize, the_copy_is_the_model_quantized_while_loading) {
         o.double_quant = form & 2;
         o.out = test_path(form & 1 ? form & 2 ? "a" : "b" : form & 2 ? "c" : "d");
         must_quantize(&o);
-        const gn_model_options m = {.quant = o.type, .no_double_quant = !o.double_quant};
+        const gn_model_options m = {
+            .device = "cpu", .quant = o.type, .no_double_quant = !o.double_quant};
         cr_assert_eq(gn_model_open(&loaded, o.in, &m, &err), GN_OK, "%s", err.message);
         gn_model *copy = open_model(o.out);
         cr_assert_eq(gn_model_describe(copy).quant, o.type);
@@ -287,6 +291,75 @@ Test(quantize, progress_ends_with_all_bytes) {
     must_quantize(&o);
     cr_assert(s.n == 30 && s.done == s.total && s.total == 1468160, "%d, %lld of %lld", s.n,
               (long long)s.done, (long long)s.total);
+}
+
+/* ---- memory ---- */
+
+/* Adds a tensor of zeros to a header, a vector when cols is 1; returns where its data end. */
+static int64_t add_zeros(char *header, const char *name, int64_t rows, int64_t cols, int64_t at) {
+    const int64_t end = at + rows * cols * (int64_t)sizeof(float);
+    char more[32] = "";
+    if (cols > 1) snprintf(more, sizeof more, ",%lld", (long long)cols);
+    sprintf(header + strlen(header),
+            "%s\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld%s],\"data_offsets\":[%lld,%lld]}",
+            at ? "," : "{", name, (long long)rows, more, (long long)at, (long long)end);
+    return end;
+}
+
+/* A model of zeros, which take no room on the disk. Returns the bytes of its tensors. */
+static int64_t make_zeros(int hidden, int intermediate, int layers) {
+    gn_config c = {.hidden = hidden, .intermediate = intermediate, .heads = 8, .kv_heads = 8};
+    char header[16384] = "", name[128], text[512];
+    c.head_dim = hidden / c.heads;
+    snprintf(text, sizeof text,
+             "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":8,"
+             "\"hidden_size\":%d,\"intermediate_size\":%d,\"num_hidden_layers\":%d,"
+             "\"num_attention_heads\":8,\"hidden_act\":\"silu\",\"rms_norm_eps\":1e-6,"
+             "\"max_position_embeddings\":64}",
+             hidden, intermediate, layers);
+    cr_assert_eq(mkdir(test_path("in"), 0777), 0);
+    test_write_text("in/config.json", text);
+    int64_t end = add_zeros(header, "model.embed_tokens.weight", 8, hidden, 0);
+    end = add_zeros(header, "lm_head.weight", 8, hidden, end);
+    end = add_zeros(header, "model.norm.weight", hidden, 1, end);
+    for (int layer = 0; layer < layers; layer++) {
+        for (int p = 0; p < GN_PROJ_COUNT; p++) {
+            snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[p]);
+            end = add_zeros(header, name, gn_proj_rows(&c, (gn_proj)p),
+                            gn_proj_cols(&c, (gn_proj)p), end);
+        }
+        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", layer);
+        end = add_zeros(header, name, hidden, 1, end);
+        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", layer);
+        end = add_zeros(header, name, hidden, 1, end);
+    }
+    strcat(header, "}");
+    test_write_safetensors("in/model.safetensors", header, 0);
+    cr_assert_eq(truncate(test_path("in/model.safetensors"), 8 + (int64_t)strlen(header) + end), 0);
+    return end;
+}
+
+#ifdef __SANITIZE_ADDRESS__ /* which keeps what was freed */
+enum { OVERHEAD = 72 << 20 };
+#else
+enum { OVERHEAD = 32 << 20 };
+#endif
+
+/* Weights are in memory one tensor at a time, however many there are. */
+Test(quantize, memory_follows_the_largest_tensor) {
+    enum { HIDDEN = 1024, INTERMEDIATE = 8192, LAYERS = 2 };
+    const int64_t largest = (int64_t)HIDDEN * INTERMEDIATE * (int64_t)sizeof(float);
+    const int64_t all = make_zeros(HIDDEN, INTERMEDIATE, LAYERS);
+    gn_quantize_options o = from_golden();
+    gn_quantize_result result;
+    gn_error err = {0};
+    o.in = test_path("in");
+    cr_assert_gt(all, 2 * (largest + OVERHEAD));
+    const int64_t before = test_peak_memory();
+    cr_assert_eq(gn_quantize_folder(&o, &result, &err), GN_OK, "%s", err.message);
+    const int64_t growth = (test_peak_memory() - before) * 1024;
+    cr_assert_eq(result.bytes_in, all);
+    cr_assert_lt(growth, largest + OVERHEAD, "%lld bytes", (long long)growth);
 }
 
 /* ---- what is refused, and what is left then ---- */

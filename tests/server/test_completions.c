@@ -407,3 +407,17 @@ Test(completions, text_refusals) {
     };
     check_refusals("/v1/completions", cases, sizeof cases / sizeof *cases);
 }
+
+/* Repeated keys would be held as often as they are written. */
+Test(completions, more_biases_than_tokens) {
+    char body[8192] = "{\"prompt\":\"a\",\"logit_bias\":{\"1\":0";
+    harness h;
+    for (int i = 0; i < FAKE_VOCAB; i++) strcat(body, ",\"1\":0");
+    strcat(body, "}}");
+    start_server(&h, NULL);
+    char *answer = post(&h, "/v1/completions", body);
+    cr_assert_eq(status_of(answer), 400, "%s", answer);
+    cr_assert(strstr(answer, "259 entries for 258 tokens"), "%s", answer);
+    free(answer);
+    stop_server(&h);
+}

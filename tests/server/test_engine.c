@@ -11,7 +11,8 @@
 enum { VOCAB = 512, TOKENS = 48 };
 
 static gn_model *open_model(void) {
-    const gn_model_options options = {.compute = GN_COMPUTE_F32, .as_stored = true};
+    const gn_model_options options = {
+        .device = "cpu", .compute = GN_COMPUTE_F32, .as_stored = true};
     gn_error err = {0};
     gn_model *model = NULL;
     cr_assert_eq(gn_model_open(&model, DATA "tiny-bnb-nf4", &options, &err), GN_OK, "%s",

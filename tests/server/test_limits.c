@@ -4,6 +4,8 @@
 #include <sys/resource.h>
 #include <time.h>
 
+#include "tests/support/memory.h"
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -128,7 +130,7 @@ Test(limits, a_client_that_reads_slowly) {
     static const gn_server_options options = {.stall_ms = 400, .max_unsent = 4 << 20};
     harness h;
     start_server(&h, &options);
-    const int fd = dial(&h), small = 4096;
+    const int fd = dial(&h), small = 32 << 10;
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
     ask_endless(fd, 100);
     char buffer[16384], tail[16] = "";
@@ -139,7 +141,7 @@ Test(limits, a_client_that_reads_slowly) {
         total += (size_t)n;
         const size_t keep = n < 15 ? (size_t)n : 15;
         memcpy(tail, buffer + n - keep, keep);
-        usleep(2000);
+        usleep(20000);
         if (n >= 5 && memcmp(buffer + n - 5, "0\r\n\r\n", 5) == 0) break;
     }
     cr_assert_gt(total, (size_t)1 << 20);
@@ -215,14 +217,40 @@ Test(limits, connections) {
     stop_server(&h);
 }
 
-/* Out of file descriptors, the server closes what it cannot take and goes on. */
-Test(limits, file_descriptors) {
-    harness h;
-    start_server(&h, NULL);
-    struct rlimit limit = {64, 64};
+static double cpu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void set_soft_limit(rlim_t files) {
+    struct rlimit limit;
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    limit.rlim_cur = files;
     cr_assert_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
-    int fds[64], n = 0;
-    for (;;) { /* client and server share this process's descriptors */
+}
+
+static int count_lines(const char *text, const char *with) {
+    int n = 0;
+    for (; (text = strstr(text, with)); text++) n++;
+    return n;
+}
+
+/* Out of file descriptors, the server says so once, goes on for those it has without spinning, and
+ * takes those that waited as soon as it can. */
+Test(limits, file_descriptors) {
+    static const char ping[] = "GET /health HTTP/1.1\r\n\r\n";
+    harness h;
+    char *log = NULL;
+    size_t size = 0;
+    const gn_server_options options = {.log = open_memstream(&log, &size), .quiet = true};
+    start_server(&h, &options);
+    const int first = dial(&h);
+    say(first, ping);
+    free(hear(first, "\"status\":\"ok\""));
+    set_soft_limit(64);
+    int fds[64], n = 0; /* client and server share this process's descriptors */
+    for (;;) {
         const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (fd < 0) break;
         const struct sockaddr_in address = {.sin_family = AF_INET,
@@ -233,11 +261,127 @@ Test(limits, file_descriptors) {
         usleep(2000);
     }
     cr_assert_gt(n, 16);
-    for (int i = 0; i < n; i++) close(fds[i]);
-    usleep(200 * 1000);
+    const int last = fds[n - 1];
+    say(last, ping);
+    const double before = cpu_seconds();
+    cr_assert(!readable(last, 500), "it was answered without a descriptor");
+    cr_assert_lt(cpu_seconds() - before, 0.2, "the server spins");
+    say(first, ping);
+    free(hear(first, "\"status\":\"ok\""));
+    for (int i = 0; i < n - 1; i++) close(fds[i]);
+    free(hear(last, "\"status\":\"ok\""));
+    close(last);
+    close(first);
+    stop_server(&h);
+    fclose(options.log);
+    cr_assert_eq(count_lines(log, "warning: cannot accept more connections"), 1, "%s", log);
+    cr_assert(strstr(log, "Too many open files"), "%s", log);
+    free(log);
+}
+
+/* The soft limit is raised; what the hard one leaves no room for is not promised. */
+Test(limits, file_limits_are_raised) {
+    struct rlimit limit;
+    harness h;
+    char *log = NULL;
+    size_t size = 0;
+    const gn_server_options options = {.log = open_memstream(&log, &size), .json_log = true};
+    set_soft_limit(64);
+    start_server(&h, &options);
+    cr_assert_eq(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    cr_assert_eq(limit.rlim_cur, limit.rlim_max);
+    stop_server(&h);
+
+    limit = (struct rlimit){264, 264}; /* all but 8 are kept for other things */
+    cr_assert_eq(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    start_server(&h, &options);
+    int fds[8];
+    for (int i = 0; i < 8; i++) fds[i] = dial(&h);
     char *answer = get(&h, "/health");
-    cr_assert_eq(status_of(answer), 200, "%s", answer);
+    cr_assert_eq(status_of(answer), 503, "%s", answer);
     free(answer);
+    for (int i = 0; i < 8; i++) close(fds[i]);
+    stop_server(&h);
+    fclose(options.log);
+    cr_assert_eq(count_lines(log, "{\"event\":\"warning\""), 1, "%s", log);
+    cr_assert(strstr(log, "264 open files, so there is room for 8 connections"), "%s", log);
+    free(log);
+}
+
+/* tests/e2e/crowd.mjs does this with ten thousand and another process. */
+Test(limits, idle_connections) {
+    enum { N = 1000 };
+    harness h;
+    int fds[N];
+    set_soft_limit(256);
+    start_server(&h, NULL);
+    for (int i = 0; i < N; i++) fds[i] = dial(&h);
+    for (int i = 0; i < 100; i++) {
+        char *answer = post(&h, "/v1/completions", "{\"prompt\":\"abc\"}");
+        cr_assert_eq(status_of(answer), 200, "%s", answer);
+        free(answer);
+    }
+    char *answer = get(&h, "/metrics");
+    cr_assert(strstr(answer, "guanaco_connections 1001\n"), "%s", answer);
+    free(answer);
+    for (int i = 0; i < N; i++) {
+        say(fds[i], "GET /health HTTP/1.1\r\nConnection: close\r\n\r\n");
+        answer = hear(fds[i], NULL);
+        cr_assert_eq(status_of(answer), 200, "connection %d: %s", i, answer);
+        free(answer);
+        close(fds[i]);
+    }
+    stop_server(&h);
+}
+
+/* ---- bodies without an end ---- */
+
+/* Sends a body of up to 1 GiB: until there is an answer, or, when stubborn, until the server has
+ * closed the connection. Returns how many bytes that took. */
+static size_t send_body(int fd, bool chunked, bool stubborn) {
+    static const char head[] = "10000\r\n"; /* 64 KiB in hexadecimal */
+    static char piece[sizeof head - 1 + (64 << 10) + 2];
+    const size_t framing = chunked ? sizeof head - 1 : 0;
+    const size_t size = framing + (64 << 10) + (chunked ? 2 : 0);
+    size_t sent = 0;
+    memset(piece, 'x', sizeof piece);
+    if (chunked) memcpy(piece, head, framing);
+    if (chunked) memcpy(piece + size - 2, "\r\n", 2);
+    while (sent < (size_t)1 << 30 && (stubborn || !readable(fd, 0))) {
+        const ssize_t n = send(fd, piece + sent % size, size - sent % size, MSG_NOSIGNAL);
+        if (n < 0) break;
+        sent += (size_t)n;
+    }
+    return sent;
+}
+
+Test(limits, huge_bodies) {
+    static const char *const framings[] = {"Content-Length: 1073741824\r\n",
+                                           "Transfer-Encoding: chunked\r\n"};
+    enum { BUFFERED = 16 << 20 }; /* what the two sockets may hold */
+    harness h;
+    start_server(&h, NULL);
+    const long memory = test_peak_memory();
+    for (int i = 0; i < 4; i++) {
+        const bool chunked = i % 2, stubborn = i / 2;
+        const double start = now();
+        const int fd = dial(&h);
+        say(fd, "POST /v1/chat/completions HTTP/1.1\r\n");
+        say(fd, framings[chunked]);
+        say(fd, "\r\n");
+        const size_t sent = send_body(fd, chunked, stubborn);
+        if (!stubborn) { /* one that goes on is cut off, which may take the answer with it */
+            char *answer = hear(fd, "\r\n\r\n");
+            cr_assert_eq(status_of(answer), 413, "%s", answer);
+            free(answer);
+        }
+        cr_assert_lt(now() - start, 5);
+        cr_assert_lt(sent, (size_t)BUFFERED + (chunked ? 8 << 20 : 0) + (stubborn ? 4 << 20 : 0),
+                     "case %d: %zu bytes were taken", i, sent);
+        close(fd);
+    }
+    const long growth = test_peak_memory() - memory;
+    cr_assert_lt(growth, 64 << 10, "memory grew by %ld KiB", growth);
     stop_server(&h);
 }
 
