@@ -8,15 +8,17 @@
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
- *     part of x in registers, as the mma's B operand: tokens are the mma's columns, of which there
- *     are 8 or 16; unused ones are zero and cost nothing.
- *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way
- * (cp.async), 150 KiB an SM, enough to span a barrier.
+ *     part of x in registers, as the mma's B operand: rows of x are the mma's columns, of which
+ *     there are 8 or 16; unused ones are zero and cost nothing.
+ *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way (by
+ *     cp.async), also across barriers.
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
- *     lane has a copy in its own bank. Entries are 256 bytes apart: the address is then (byte << 8
- * | 4 lane), which one byte permutation makes. A block's scale multiplies its float32 sums.
- *   - Warps' sums meet in shared memory in a fixed order; RMSNorm's factor, one number a row of x,
- *     is applied there; rotation and the cache, SwiGLU, or the residual addition follow.
+ *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
+ *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
+ *   - Warps' sums meet in shared memory in a fixed order. Rotation and the cache, SwiGLU, or the
+ *     residual addition follow; who adds to the residual stream also leaves what the next product
+ *     reads, in bf16 times the norm's weights, and the squares for the norm's factor, which is
+ *     applied to that product's sums: all blocks read x at once, so it has to be small.
  *
  * Blocks wait for each other, so all must be resident: one an SM, and nothing else that stays. */
 #include "decoder.cuh"
@@ -31,140 +33,72 @@ template <int MOST> static constexpr int TILES = (MOST + 7) / 8;
 
 /* ---- x ---- */
 
-static __device__ __forceinline__ uint32_t pack_squared(float low, float high, float2 weight,
-                                                        float *squares) {
-    *squares += low * low + high * high;
-    return pack_bf16(low * weight.x, high * weight.y);
+/* Rows of x that a warp asks for at once. */
+template <int MOST> static constexpr int AT_ONCE = MOST == 1 ? 1 : 4;
+
+/* The lane's 8 columns, of the UNITS blocks from `block` on, of rows from `first` on. */
+template <int MOST>
+static __device__ __forceinline__ void fetch_x(uint4 a[AT_ONCE<MOST>], const struct program &p,
+                                               const struct phase &ph, int first, int block,
+                                               int end_block, int lane) {
+    const int col = block * GN_BLOCK + lane * 8;
+    const bf16 *from = ph.x + (int64_t)first * ph.blocks * GN_BLOCK + col;
+#pragma unroll
+    for (int i = 0; i < AT_ONCE<MOST>; i++) {
+        a[i] = make_uint4(0, 0, 0, 0);
+        if (first + i < rows_of<MOST>(p) && col < end_block * GN_BLOCK)
+            a[i] = load_fresh16(from + i * ph.blocks * GN_BLOCK);
+    }
 }
 
-/* 8 columns of a row: times the norm's weights, and the sum of their squares. */
-static __device__ __forceinline__ uint4 scale_columns(uint4 a, uint4 b, const float4 weight[2],
-                                                      float *squares) {
-    uint4 v;
-    v.x = pack_squared(__uint_as_float(a.x), __uint_as_float(a.y),
-                       make_float2(weight[0].x, weight[0].y), squares);
-    v.y = pack_squared(__uint_as_float(a.z), __uint_as_float(a.w),
-                       make_float2(weight[0].z, weight[0].w), squares);
-    v.z = pack_squared(__uint_as_float(b.x), __uint_as_float(b.y),
-                       make_float2(weight[1].x, weight[1].y), squares);
-    v.w = pack_squared(__uint_as_float(b.z), __uint_as_float(b.w),
-                       make_float2(weight[1].z, weight[1].w), squares);
-    return v;
-}
-
-/* 8 columns a lane, through the warp's scratch, to the lanes that multiply row t: g = t % 8. */
+/* Through the warp's scratch, to the lanes that multiply row t: those of g = t % 8. A single row
+ * has its blocks in columns of their own: block j in that of g = 2j, and zeros elsewhere. */
+template <int MOST>
 static __device__ __forceinline__ void deal(uint32_t x[UNITS][8], uint4 columns, int t,
                                             uint8_t *scratch, int lane) {
+    const int g = lane / 4, c = lane % 4;
     __syncwarp();
     *(uint4 *)(scratch + lane * 16) = columns;
     __syncwarp();
-    if (lane / 4 != t % 8) return;
 #pragma unroll
     for (int j = 0; j < UNITS; j++) {
-        const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + lane % 4 * 32);
+        if (g != (MOST == 1 ? 2 * j : t % 8)) continue;
+        const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + c * 32);
         const uint4 low = from[0], high = from[1];
         x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
         x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
     }
 }
 
-/* Rows [t0, end) of up to 8, of the residual stream: times the norm's weights; row t's squares are
- * added to squares[t] of the warp, if it is not NULL. */
-static __device__ __forceinline__ void load_stream(uint32_t x[UNITS][8], const struct program &p,
-                                                   const struct phase &ph, int t0, int end, int col,
-                                                   bool has_columns, float *squares,
-                                                   uint8_t *scratch, int lane) {
-    enum { AT_ONCE = 4 };
-    float4 weight[2] = {};
-    if (has_columns) {
-        weight[0] = __ldg((const float4 *)(ph.norm + col));
-        weight[1] = __ldg((const float4 *)(ph.norm + col) + 1);
-    }
-#pragma unroll 1
-    for (int first = t0; first < end; first += AT_ONCE) {
-        uint4 a[AT_ONCE] = {}, b[AT_ONCE] = {};
-        const float *from = p.x + first * p.x_ld + col;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if (first + i >= end || !has_columns) continue;
-            a[i] = load_fresh16(from + i * p.x_ld);
-            b[i] = load_fresh16(from + i * p.x_ld + 4);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            if (first + i >= end) break;
-            float sum = 0.0f;
-            const uint4 columns = scale_columns(a[i], b[i], weight, &sum);
-            if (squares) {
-                sum = warp_sum(sum);
-                if (lane == 0) squares[first + i] += sum;
-            }
-            deal(x, columns, first + i, scratch, lane);
-        }
-    }
-}
-
-/* The same of what attention gave. */
-static __device__ __forceinline__ void load_attention(uint32_t x[UNITS][8], const struct program &p,
-                                                      int t0, int end, int col, bool has_columns,
-                                                      uint8_t *scratch, int lane) {
-#pragma unroll 1
-    for (int t = t0; t < end; t++) {
-        uint4 columns = make_uint4(0, 0, 0, 0);
-        if (has_columns) columns = read_attention(p, t, col);
-        deal(x, columns, t, scratch, lane);
-    }
-}
-
-enum { AHEAD = 2 };
-
-/* The lane's columns of h, of rows [first, first + AHEAD) that are before `end`. */
-static __device__ __forceinline__ void fetch_h(uint4 a[AHEAD], const struct program &p, int first,
-                                               int end, int block, int end_block, int lane) {
-    const int col = block * GN_BLOCK + lane * 8;
-    const bf16 *from = p.h + (int64_t)first * p.intermediate + col;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        a[i] = make_uint4(0, 0, 0, 0);
-        if (first + i < end && col < end_block * GN_BLOCK)
-            a[i] = load_fresh16(from + i * p.intermediate);
-    }
-}
-
-/* The same of h; `ahead` has the columns of its first rows, for t0 = 0. */
-static __device__ __forceinline__ void load_h(uint32_t x[UNITS][8], const struct program &p, int t0,
-                                              int end, int block, int end_block,
-                                              const uint4 ahead[AHEAD], uint8_t *scratch,
-                                              int lane) {
-#pragma unroll 1
-    for (int first = t0; first < end; first += AHEAD) {
-        uint4 a[AHEAD];
-        if (first > 0) fetch_h(a, p, first, end, block, end_block, lane);
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (first + i < end) deal(x, first > 0 ? a[i] : ahead[i], first + i, scratch, lane);
-    }
-}
-
-/* The warp's blocks of columns from `block` on, as the mma's B operand, for all rows. `ahead` is
- * what of them is here already, where x is h, and becomes that of the next blocks. */
+/* The warp's UNITS blocks of columns from `block` on, as the mma's B operand, for all rows. `ahead`
+ * has those of the first rows. */
 template <int MOST>
 static __device__ __forceinline__ void
 load_x(uint32_t x[TILES<MOST>][UNITS][8], const struct program &p, const struct phase &ph,
-       int block, int end_block, uint4 ahead[AHEAD], float *squares, int warp, int lane) {
-    const int col = block * GN_BLOCK + lane * 8;
-    const bool has_columns = col < end_block * GN_BLOCK;
+       int block, int end_block, const uint4 ahead[AT_ONCE<MOST>], int warp, int lane) {
     uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
 #pragma unroll
-    for (int i = 0; i < TILES<MOST>; i++) {
-        const int end = min(8 * i + 8, rows_of<MOST>(p));
-        if (ph.norm)
-            load_stream(x[i], p, ph, 8 * i, end, col, has_columns, squares, scratch, lane);
-        else if (ph.x_is_attention)
-            load_attention(x[i], p, 8 * i, end, col, has_columns, scratch, lane);
-        else
-            load_h(x[i], p, 8 * i, end, block, end_block, ahead, scratch, lane);
-    }
+    for (int n = 0; n < TILES<MOST>; n++)
+#pragma unroll 1
+        for (int first = 8 * n; first < min(8 * n + 8, rows_of<MOST>(p)); first += AT_ONCE<MOST>) {
+            uint4 a[AT_ONCE<MOST>];
+            if (first > 0) fetch_x<MOST>(a, p, ph, first, block, end_block, lane);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE<MOST>; i++)
+                if (first + i < rows_of<MOST>(p))
+                    deal<MOST>(x[n], first > 0 ? a[i] : ahead[i], first + i, scratch, lane);
+        }
+}
+
+/* RMSNorm's factors, a warp a row. */
+template <int MOST>
+static __device__ __forceinline__ void load_factors(const struct program &p, int warp, int lane) {
+    if (warp >= rows_of<MOST>(p)) return;
+    float sum = 0.0f;
+    for (int i = lane; i < (int)gridDim.x; i += WARP)
+        sum += __ldcg(p.squares + warp * gridDim.x + i);
+    sum = warp_sum(sum);
+    if (lane == 0) ((float *)(shared + FACTORS_AT))[warp] = rsqrtf(sum / (float)p.hidden + p.eps);
 }
 
 /* ---- the product ---- */
@@ -197,16 +131,15 @@ static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, in
                      ((const float *)(stage + STAGE_OFFSETS))[h]);
 }
 
-/* acc += block j of a step. */
+/* sum += block j of a step, without its scales. */
 template <int MOST>
-static __device__ __forceinline__ void
-multiply_unit(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-              const uint8_t *stage, int j, const float scale[2], int lane) {
+static __device__ __forceinline__ void multiply_unit(float sum[TILES<MOST>][4],
+                                                     const uint32_t x[TILES<MOST>][UNITS][8],
+                                                     const uint8_t *stage, int j, int lane) {
     const uint8_t *at = stage + j * GN_CUDA_TILE_BYTES + lane * 8;
     const uint2 top = *(const uint2 *)at,
                 bottom = *(const uint2 *)(at + UNITS * GN_CUDA_TILE_BYTES);
     const uint32_t lane4 = lane * 4;
-    float sum[TILES<MOST>][4] = {};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const uint32_t up = k < 2 ? top.x : top.y, down = k < 2 ? bottom.x : bottom.y;
@@ -216,12 +149,54 @@ multiply_unit(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8]
 #pragma unroll
         for (int n = 0; n < TILES<MOST>; n++) mma_bf16(sum[n], a, &x[n][j][2 * k]);
     }
-    const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
-                s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
+}
+
+/* acc = the first n blocks of a step; n is N or, where N < UNITS, less. */
+template <int MOST, int N>
+static __device__ __forceinline__ void
+multiply_rows(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
+              const uint8_t *stage, int n, const float scale[2], int lane) {
 #pragma unroll
-    for (int n = 0; n < TILES<MOST>; n++)
+    for (int j = 0; j < N; j++) {
+        if (N < UNITS && j >= n) break;
+        float sum[TILES<MOST>][4] = {};
+        multiply_unit<MOST>(sum, x, stage, j, lane);
+        const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
+                    s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
 #pragma unroll
-        for (int i = 0; i < 4; i++) acc[n][i] += (i < 2 ? s0 : s1) * sum[n][i];
+        for (int t = 0; t < TILES<MOST>; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[t][i] += (i < 2 ? s0 : s1) * sum[t][i];
+    }
+}
+
+/* The same for a single row, whose block j is in the sums of lane 4g + j alone. */
+template <int N>
+static __device__ __forceinline__ void multiply_row(float acc[1][4], const uint32_t x[1][UNITS][8],
+                                                    const uint8_t *stage, int n,
+                                                    const float scale[2], int lane) {
+    float sum[2][1][4] = {};
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        if (N < UNITS && j >= n) break;
+        multiply_unit<1>(sum[j % 2], x, stage, j, lane);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float v = lane % 4 < n ? (sum[0][0][2 * h] + sum[1][0][2 * h]) * scale[h] : 0.0f;
+        v += __shfl_xor_sync(~0u, v, 1);
+        acc[0][2 * h] = v + __shfl_xor_sync(~0u, v, 2);
+    }
+}
+
+template <int MOST, int N>
+static __device__ __forceinline__ void
+multiply_units(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
+               const uint8_t *stage, int n, const float scale[2], int lane) {
+    if constexpr (MOST == 1)
+        multiply_row<N>(acc, x, stage, n, scale, lane);
+    else
+        multiply_rows<MOST, N>(acc, x, stage, n, scale, lane);
 }
 
 /* Where a warp's sum of (t, row) is, in a batch's group. */
@@ -242,7 +217,7 @@ static __device__ __forceinline__ void leave_sums(const struct program &p,
     for (int n = 0; n < TILES<MOST>; n++) {
         if (8 * n + 2 * c >= rows_of<MOST>(p)) continue;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 4; i += MOST == 1 ? 2 : 1) {
             float *to = (float *)(sums + n * 4 * ENTRY_BYTES) + i % 2 * GROUP_ROWS +
                         i / 2 * GN_CUDA_TILE_ROWS;
             *to = add ? *to + acc[n][i] : acc[n][i];
@@ -260,15 +235,6 @@ static __device__ __forceinline__ float total(const struct program &p, int group
     return sum;
 }
 
-/* RMSNorm's factor of a row. */
-static __device__ __forceinline__ float factor_of(const struct program &p, int t) {
-    const float *squares = (const float *)(shared + SQUARES_AT);
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += squares[w * MAX_T + t];
-    return rsqrtf(sum / (float)p.hidden + p.eps);
-}
-
 /* Rows j and j + D/2 of a head: q rotated, k rotated into the cache, v into the cache. */
 static __device__ __forceinline__ void finish_heads(const struct program &p, const struct phase &ph,
                                                     int group, int row, int t, float low,
@@ -278,17 +244,16 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
     const int head = quotient(group - first, p.by_half);
     const int j = (group - first - head * p.by_half.d) * GN_CUDA_TILE_ROWS + row;
     if (which < 2) {
-        const float c = p.cosines[t * p.cos_ld + j], s = p.sines[t * p.sin_ld + j], x = low;
-        low = x * c - high * s;
-        high = high * c + x * s;
+        const float2 angle = *angle_of(t, j);
+        const float x = low;
+        low = x * angle.x - high * angle.y;
+        high = high * angle.x + x * angle.y;
     }
     bf16 *to = p.q + ((int64_t)t * p.heads + head) * p.D;
     if (which > 0) {
-        const int position = p.batch.row_pos[t];
-        const int64_t block =
-            p.batch.blocks[p.batch.row_seq[t] * (int64_t)p.max_blocks + position / TOKENS];
-        to = which == 1 ? ph.keys + block * p.k_ld : ph.values + block * p.v_ld;
-        to += (head * TOKENS + position % TOKENS) * p.D;
+        const struct slot slot = *slot_of(t);
+        to = which == 1 ? ph.keys + slot.block * p.k_ld : ph.values + slot.block * p.v_ld;
+        to += (head * TOKENS + slot.token) * p.D;
     }
     to[j] = __float2bfloat16(low);
     to[j + half] = __float2bfloat16(high);
@@ -298,32 +263,79 @@ template <int MOST> static __device__ __forceinline__ int by_rows(const struct p
     return MOST == 1 ? i : quotient(i, p.by_T);
 }
 
-/* What ADD adds to: output i of the groups from `first` on. */
+/* One output of the residual stream, of the groups from `first` on. */
+struct output {
+    int group, row, t, n; /* group of the batch; its row; row and column of x */
+};
+
 template <int MOST>
-static __device__ __forceinline__ float *stream_at(const struct program &p, int first, int i) {
-    const int group = by_rows<MOST>(p, i / GROUP_ROWS),
-              t = i / GROUP_ROWS - group * rows_of<MOST>(p);
-    return p.x + t * p.x_ld + (first + group) * GROUP_ROWS + i % GROUP_ROWS;
+static __device__ __forceinline__ struct output output_of(const struct program &p, int first,
+                                                          int i) {
+    struct output o;
+    o.row = i % GROUP_ROWS;
+    o.group = by_rows<MOST>(p, i / GROUP_ROWS);
+    o.t = i / GROUP_ROWS - o.group * rows_of<MOST>(p);
+    o.n = (first + o.group) * GROUP_ROWS + o.row;
+    return o;
 }
 
-/* Results of groups first ... first + n - 1, whose sums are in the gaps. `before` is what the
- * thread's first output is added to. */
+/* What an output is added to, and the next norm's weight. */
+struct before {
+    float x, norm;
+};
+
+static __device__ __forceinline__ struct before before_of(const struct program &p,
+                                                          const struct phase &ph, struct output o) {
+    return {__ldcg(p.x + o.t * p.x_ld + o.n), ph.norm ? __ldg(ph.norm + o.n) : 0.0f};
+}
+
+/* The residual stream's outputs of n groups from `first` on, with sums to be added or, in PREPARE,
+ * without; the thread's first one is added to `early`. */
 template <int MOST>
-static __device__ __forceinline__ void finish(const struct program &p, const struct phase &ph,
-                                              int first, int n, float before) {
-    if (ph.kind == ADD) {
-        for (int i = threadIdx.x; i < n * GROUP_ROWS * rows_of<MOST>(p); i += THREADS) {
-            const int group = by_rows<MOST>(p, i / GROUP_ROWS),
-                      t = i / GROUP_ROWS - group * rows_of<MOST>(p);
-            float *x = stream_at<MOST>(p, first, i);
-            *x = (i < THREADS ? before : __ldcg(x)) + total<MOST>(p, group, i % GROUP_ROWS, t);
+static __device__ __forceinline__ void finish_stream(const struct program &p,
+                                                     const struct phase &ph, int first, int n,
+                                                     struct before early) {
+    float *squares = (float *)(shared + SQUARES_AT);
+    for (int i = threadIdx.x; i < n * GROUP_ROWS * rows_of<MOST>(p); i += THREADS) {
+        const struct output o = output_of<MOST>(p, first, i);
+        const struct before before = i < THREADS ? early : before_of(p, ph, o);
+        float x = before.x;
+        if (ph.kind == ADD) {
+            x += total<MOST>(p, o.group, o.row, o.t);
+            p.x[o.t * p.x_ld + o.n] = x;
         }
-        return;
+        p.normed[(int64_t)o.t * p.hidden + o.n] = __float2bfloat16(x * before.norm);
+        float square = x * x;
+        const uint32_t half = 0xffffu << (threadIdx.x & 16);
+#pragma unroll
+        for (int d = GROUP_ROWS / 2; d > 0; d /= 2) square += __shfl_xor_sync(half, square, d);
+        if (o.row == 0) squares[o.group * rows_of<MOST>(p) + o.t] = square;
     }
+}
+
+/* The sum of a batch's squares, for thread t = row t. */
+template <int MOST>
+static __device__ __forceinline__ float sum_squares(const struct program &p, int n) {
+    float sum = 0.0f;
+    if ((int)threadIdx.x < rows_of<MOST>(p))
+        for (int i = 0; i < n; i++)
+            sum += ((const float *)(shared + SQUARES_AT))[i * rows_of<MOST>(p) + threadIdx.x];
+    return sum;
+}
+
+template <int MOST>
+static __device__ __forceinline__ void leave_squares(const struct program &p, float sum) {
+    if ((int)threadIdx.x < rows_of<MOST>(p)) p.squares[threadIdx.x * gridDim.x + blockIdx.x] = sum;
+}
+
+/* The outputs of n groups of q, k and v or of gate and up from `first` on. */
+template <int MOST>
+static __device__ __forceinline__ void finish_pairs(const struct program &p, const struct phase &ph,
+                                                    int first, int n) {
     for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * rows_of<MOST>(p); i += THREADS) {
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
-        const float factor = factor_of(p, t);
+        const float factor = ((const float *)(shared + FACTORS_AT))[t];
         const float v = total<MOST>(p, group, row, t) * factor;
         const float other = total<MOST>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
@@ -342,17 +354,41 @@ take_step(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
     await(cur);
     const uint8_t *stage = stage_at(cur->taken, warp);
     const float scale[2] = {scale_of<DQ>(stage, 0, lane), scale_of<DQ>(stage, 1, lane)};
-    if (n == UNITS) {
-#pragma unroll
-        for (int j = 0; j < UNITS; j++) multiply_unit<MOST>(acc, x, stage, j, scale, lane);
-    } else {
-#pragma unroll
-        for (int j = 0; j < UNITS - 1; j++)
-            if (j < n) multiply_unit<MOST>(acc, x, stage, j, scale, lane);
-    }
+    if (n == UNITS)
+        multiply_units<MOST, UNITS>(acc, x, stage, n, scale, lane);
+    else
+        multiply_units<MOST, UNITS - 1>(acc, x, stage, n, scale, lane);
     __syncwarp();
     cur->taken++;
     ask<DQ>(cur, p, current, warp, lane);
+}
+
+/* The sums of groups [begin, end) of the phase, into the gaps. has_x: x holds the columns already.
+ */
+template <int MOST, bool DQ>
+static __device__ __forceinline__ void
+multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
+               const struct program &p, int current, struct range blocks, int begin, int end,
+               bool has_x, struct cursor *cur, int warp, int lane) {
+    const struct phase &ph = *phase_at(current);
+    for (int block = blocks.begin; block < blocks.end; block += UNITS) {
+        const int n = min(UNITS, blocks.end - block);
+        if (!has_x) {
+            load_x<MOST>(x, p, ph, block, blocks.end, ahead, warp, lane);
+            const int next = n < blocks.end - block ? block + UNITS : blocks.begin;
+            if (next != block) fetch_x<MOST>(ahead, p, ph, 0, next, blocks.end, lane);
+        }
+#pragma unroll 1
+        for (int group = begin; group < end; group++) {
+            float acc[TILES<MOST>][4] = {};
+            take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
+            leave_sums<MOST>(p, acc, group - begin, block > blocks.begin, warp, lane);
+        }
+    }
+    if (blocks.begin < blocks.end) return;
+    const float none[TILES<MOST>][4] = {};
+    for (int group = begin; group < end; group++)
+        leave_sums<MOST>(p, none, group - begin, false, warp, lane);
 }
 
 template <int MOST, bool DQ>
@@ -360,57 +396,52 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
                                                 struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
-    float *squares = (float *)(shared + SQUARES_AT) + warp * MAX_T;
-    const bool is_h = !ph.norm && !ph.x_is_attention;
+    const bool once = blocks.end - blocks.begin <= UNITS;
     uint32_t x[TILES<MOST>][UNITS][8] = {};
-    uint4 ahead[AHEAD];
-    if (is_h) fetch_h(ahead, p, 0, rows_of<MOST>(p), blocks.begin, blocks.end, lane);
-    if (lane < MAX_T) squares[lane] = 0.0f;
-    __syncwarp();
+    uint4 ahead[AT_ONCE<MOST>];
+    float squares = 0.0f;
+    fetch_x<MOST>(ahead, p, ph, 0, blocks.begin, blocks.end, lane);
+    if (ph.kind != ADD) load_factors<MOST>(p, warp, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
-        const int end = min(begin + p.batch_groups, groups.end);
-        const bool is_first = begin == groups.begin, once = blocks.end - blocks.begin <= UNITS;
-        float before = 0.0f;
-        if (ph.kind == ADD && (int)threadIdx.x < (end - begin) * GROUP_ROWS * rows_of<MOST>(p))
-            before = __ldcg(stream_at<MOST>(p, begin, threadIdx.x));
-        for (int block = blocks.begin; block < blocks.end; block += UNITS) {
-            const int n = min(UNITS, blocks.end - block);
-            if (is_first || !once) {
-                load_x<MOST>(x, p, ph, block, blocks.end, ahead, is_first ? squares : NULL, warp,
-                             lane);
-                if (is_h) {
-                    const int next = n < blocks.end - block ? block + UNITS : blocks.begin;
-                    fetch_h(ahead, p, 0, rows_of<MOST>(p), next, blocks.end, lane);
-                }
-            }
-#pragma unroll 1
-            for (int group = begin; group < end; group++) {
-                float acc[TILES<MOST>][4] = {};
-                take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
-                leave_sums<MOST>(p, acc, group - begin, block > blocks.begin, warp, lane);
-            }
-        }
-        if (blocks.begin == blocks.end) {
-            const float none[TILES<MOST>][4] = {};
-            for (int group = begin; group < end; group++)
-                leave_sums<MOST>(p, none, group - begin, false, warp, lane);
-        }
+        const int end = min(begin + p.batch_groups, groups.end), n = end - begin;
+        struct before early = {};
+        if (ph.kind == ADD && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
+            early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
+        multiply_batch<MOST, DQ>(x, ahead, p, current, blocks, begin, end,
+                                 once && begin > groups.begin, cur, warp, lane);
         __syncthreads();
-        finish<MOST>(p, ph, begin, end - begin, before);
+        if (ph.kind == ADD)
+            finish_stream<MOST>(p, ph, begin, n, early);
+        else
+            finish_pairs<MOST>(p, ph, begin, n);
+        __syncthreads();
+        if (ph.kind == ADD) squares += sum_squares<MOST>(p, n);
+    }
+    if (ph.kind == ADD) leave_squares<MOST>(p, squares);
+}
+
+/* What the first product needs of the embeddings. */
+template <int MOST>
+static __device__ __forceinline__ void prepare(const struct program &p, const struct phase &ph) {
+    const struct range groups = groups_of(ph);
+    float squares = 0.0f;
+    for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
+        const int n = min(p.batch_groups, groups.end - begin);
+        struct before early = {};
+        if ((int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
+            early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
+        finish_stream<MOST>(p, ph, begin, n, early);
+        __syncthreads();
+        squares += sum_squares<MOST>(p, n);
         __syncthreads();
     }
+    leave_squares<MOST>(p, squares);
 }
 
 /* ---- the grid ---- */
 
-static __device__ __forceinline__ void prefetch_norm(const struct phase &ph, int warp, int lane) {
-    const struct range blocks = blocks_of(ph, warp);
-    for (int i = blocks.begin * 2 + lane; i < blocks.end * 2; i += WARP) /* 128 bytes each */
-        prefetch_line(ph.norm + i * (GN_BLOCK / 2));
-}
-
 /* Everything that all blocks wrote before is to be seen after. `meetings`: of the program so far,
- * with this one. While the others come, what the next phase reads that nobody writes is fetched. */
+ * with this one. While the others come, the cache that the next phase reads is fetched. */
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
                                             uint32_t meetings, int warp, int lane) {
     __syncthreads();
@@ -419,7 +450,6 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
         atomicAdd(&p.sync[0], 1u);
     }
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
-    if (next.norm) prefetch_norm(next, warp, lane);
     if (threadIdx.x == 0) {
         while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {
         }
@@ -432,6 +462,20 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
 static __device__ __forceinline__ void leave(const struct program &p) {
     if (threadIdx.x != 0 || atomicAdd(&p.sync[1], 1u) != gridDim.x - 1) return;
     p.sync[0] = p.sync[1] = 0;
+}
+
+/* What all layers need of the rows' positions. */
+template <int MOST> static __device__ __forceinline__ void note_positions(const struct program &p) {
+    const int t = threadIdx.x, half = p.D / 2;
+    if (t < rows_of<MOST>(p)) {
+        const int position = p.batch.row_pos[t];
+        const int32_t *blocks = p.batch.blocks + p.batch.row_seq[t] * (int64_t)p.max_blocks;
+        *slot_of(t) = {blocks[position / TOKENS], position % TOKENS};
+    }
+    for (int i = threadIdx.x; i < rows_of<MOST>(p) * half; i += THREADS) {
+        const int row = i / half, j = i % half;
+        *angle_of(row, j) = make_float2(p.cosines[row * p.cos_ld + j], p.sines[row * p.sin_ld + j]);
+    }
 }
 
 /* A lane's part of phase i, on its way to its place. */
@@ -456,8 +500,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     ask<DQ>(&cur, p, 0, warp, lane);
     fill_tables(p);
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
-    __syncthreads();
     pdl_wait();
+    note_positions<MOST>(p);
+    __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
         if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
@@ -465,7 +510,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
         ask<DQ>(&cur, p, i, warp, lane);
-        if (phase_at(i)->kind != ATTEND)
+        const enum kind kind = phase_at(i)->kind;
+        if (kind == PREPARE)
+            prepare<MOST>(p, *phase_at(i));
+        else if (kind != ATTEND)
             multiply<MOST, DQ>(p, i, &cur, warp, lane);
         else if (p.D <= 64)
             attend<64>(p, *phase_at(i), warp, lane);
@@ -502,41 +550,47 @@ static void list_weights(const gn_matrix *w[PROJECTIONS], const gn_decoder_layer
     memcpy(w, all, sizeof all);
 }
 
-static void deal_groups(struct phase *ph, int64_t rows, int group_rows, int sms) {
-    const int groups = (int)(rows / group_rows);
+/* A product with n weights of `rows` rows together. */
+static void plan_product(struct phase *ph, enum kind kind, const gn_matrix *const w[], int n,
+                         int64_t rows, const bf16 *x, int sms) {
+    const int groups = (int)(rows / GROUP_ROWS);
+    ph->kind = kind;
+    for (int i = 0; i < n; i++) ph->w[i] = placed_weight(w[i]);
     ph->groups_each = groups / sms;
     ph->groups_left = groups % sms;
+    ph->blocks = (int)(w[0]->cols / GN_BLOCK);
+    ph->x = x;
 }
 
-static void plan_layer(struct phase ph[LAYER_PHASES], const gn_decoder_layer *layer, int sms) {
+/* next_norm: of the next layer, or NULL. */
+static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
+                       const gn_decoder_layer *layer, const gn_tensor *next_norm, int sms) {
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
-    memset(ph, 0, LAYER_PHASES * sizeof *ph);
+    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, sms);
+    ph[1].kind = ATTEND;
+    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, sms);
+    ph[2].norm = (const float *)layer->mlp_norm->data;
+    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed, sms);
+    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, sms);
+    ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;
     for (int i = 0; i < LAYER_PHASES; i++) {
         ph[i].keys = (bf16 *)layer->kv->k.data;
         ph[i].values = (bf16 *)layer->kv->v.data;
     }
-    ph[0].kind = QKV;
-    ph[0].norm = (const float *)layer->attn_norm->data;
-    for (int i = 0; i < 3; i++) ph[0].w[i] = placed_weight(w[i]);
-    deal_groups(&ph[0], w[0]->rows + w[1]->rows + w[2]->rows, GROUP_ROWS, sms);
-    ph[0].blocks = (int)(w[0]->cols / GN_BLOCK);
-    ph[1].kind = ATTEND;
-    ph[2].kind = ADD;
-    ph[2].w[0] = placed_weight(layer->o);
-    deal_groups(&ph[2], layer->o->rows, GROUP_ROWS, sms);
-    ph[2].blocks = (int)(layer->o->cols / GN_BLOCK);
-    ph[2].x_is_attention = true;
-    ph[3].kind = SWIGLU;
-    ph[3].norm = (const float *)layer->mlp_norm->data;
-    ph[3].w[0] = placed_weight(layer->gate);
-    ph[3].w[1] = placed_weight(layer->up);
-    deal_groups(&ph[3], layer->gate->rows, GN_CUDA_TILE_ROWS, sms);
-    ph[3].blocks = (int)(layer->gate->cols / GN_BLOCK);
-    ph[4].kind = ADD;
-    ph[4].w[0] = placed_weight(layer->down);
-    deal_groups(&ph[4], layer->down->rows, GROUP_ROWS, sms);
-    ph[4].blocks = (int)(layer->down->cols / GN_BLOCK);
+}
+
+static void plan(struct phase *phases, const struct program *p, const gn_decoder_options *o,
+                 int sms) {
+    struct phase *first = phases;
+    const int groups = p->hidden / GROUP_ROWS;
+    first->kind = PREPARE;
+    first->norm = (const float *)o->layers[0].attn_norm->data;
+    first->groups_each = groups / sms;
+    first->groups_left = groups % sms;
+    for (int i = 0; i < o->n_layers; i++)
+        plan_layer(phases + 1 + i * LAYER_PHASES, p, &o->layers[i],
+                   i + 1 < o->n_layers ? o->layers[i + 1].attn_norm : NULL, sms);
 }
 
 /* Whether two device arrays hold the same floats; a failure to read them counts as no. */
@@ -577,7 +631,7 @@ static bool is_supported(gn_ctx *ctx, const gn_decoder_options *o) {
 }
 
 static int max_splits(const gn_ctx *ctx, const gn_decoder_options *o, int T) {
-    enum { MOST = 4 }; /* each is read by every block */
+    enum { MOST = 8 };
     const int group = o->heads / o->kv_heads;
     const int units = T * o->kv_heads * ((group + QUERIES - 1) / QUERIES);
     const int splits = ctx->cuda->sms / units;
@@ -614,7 +668,6 @@ static struct divisor divide_by(int d) {
 static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     const gn_decoder_layer *first = &o->layers[0];
     struct program *p = &d->program;
-    p->n_phases = o->n_layers * LAYER_PHASES;
     p->heads = o->heads;
     p->kv_heads = o->kv_heads;
     p->D = o->head_dim;
@@ -627,23 +680,35 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->nested_code = first->q->absmax_u8 ? first->q->nested_code : NULL;
     p->by_half = divide_by(p->D / GROUP_ROWS);
     p->by_D = divide_by(p->D);
-    const uint32_t zeros[2] = {0, 0};
-    const size_t rows = MAX_T, bytes = (size_t)p->n_phases * sizeof(struct phase);
-    gn_status status =
-        allocate((void **)&p->q, d->ctx, rows * (size_t)(p->heads * p->D) * sizeof *p->q);
-    if (!status)
-        status = allocate((void **)&p->h, d->ctx, rows * (size_t)p->intermediate * sizeof *p->h);
-    if (!status) status = allocate((void **)&p->partials, d->ctx, partial_bytes(d->ctx, o));
-    if (!status) status = allocate((void **)&p->sync, d->ctx, sizeof zeros);
-    if (!status) status = allocate(&d->phases, d->ctx, bytes);
-    if (status) return status;
+    p->n_phases = 1 + o->n_layers * LAYER_PHASES;
+    const size_t rows = MAX_T, sms = (size_t)d->ctx->cuda->sms, dim = (size_t)(p->heads * p->D);
+    const size_t phase_bytes = (size_t)p->n_phases * sizeof(struct phase);
+    const struct {
+        void **at;
+        size_t bytes;
+        bool zero;
+    } parts[] = {
+        {(void **)&p->normed, rows * (size_t)p->hidden * sizeof *p->normed, false},
+        {(void **)&p->squares, rows * sms * sizeof *p->squares, false},
+        {(void **)&p->q, rows * dim * sizeof *p->q, false},
+        {(void **)&p->attended, rows * dim * sizeof *p->attended, false},
+        {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, false},
+        {(void **)&p->partials, partial_bytes(d->ctx, o), false},
+        {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, true},
+        {(void **)&p->sync, 2 * sizeof *p->sync, true},
+        {&d->phases, phase_bytes, true},
+    };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes);
+        if (!status && parts[i].zero)
+            status = gn_cuda_status(cudaMemset(*parts[i].at, 0, parts[i].bytes));
+        if (status) return status;
+    }
     p->phases = (const struct phase *)d->phases;
     struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
     if (!phases) return GN_ENOMEM;
-    for (int i = 0; i < o->n_layers; i++)
-        plan_layer(phases + i * LAYER_PHASES, &o->layers[i], d->ctx->cuda->sms);
-    status = gn_ctx_write(d->ctx, d->phases, phases, bytes);
-    if (!status) status = gn_ctx_write(d->ctx, p->sync, zeros, sizeof zeros);
+    plan(phases, p, o, d->ctx->cuda->sms);
+    const gn_status status = gn_ctx_write(d->ctx, d->phases, phases, phase_bytes);
     free(phases);
     return status;
 }
@@ -668,7 +733,9 @@ gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_o
 
 void gn_cuda_decoder_close(gn_decoder *d) {
     if (!d) return;
-    void *memory[] = {d->program.q, d->program.h, d->program.partials, d->program.sync, d->phases};
+    const struct program *p = &d->program;
+    void *memory[] = {p->normed,   p->squares,     p->q,    p->attended, p->h,
+                      p->partials, p->splits_done, p->sync, d->phases};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) gn_ctx_free(d->ctx, memory[i]);
     free(d);
 }

@@ -12,6 +12,7 @@ enum {
     UNITS = 4,  /* blocks of 64 columns in a step */
     STAGES = 3, /* steps of a warp that are on their way */
     MAX_T = GN_DECODER_MAX_ROWS,
+    MAX_D = 128,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
 };
 
@@ -26,18 +27,18 @@ struct weight {
     int rows;
 };
 
-enum kind { QKV, ATTEND, ADD, SWIGLU };
+enum kind { PREPARE, QKV, ATTEND, ADD, SWIGLU };
 
 /* What happens between two barriers of the grid. A product's group is two tiles of 8 rows: halves
  * of a head that rotate together, gate's and up's, or neighbours. */
 struct alignas(16) phase {
     struct weight w[3];
-    const float *norm;   /* of x first, or NULL */
+    const bf16 *x;       /* what is multiplied, (T, 64 blocks) */
+    const float *norm;   /* PREPARE, ADD: of the next product's x, or NULL */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
     int groups_each, groups_left; /* of a block; one more for each of the first blocks */
     int blocks;                   /* of 64 columns */
-    int x_is_attention;           /* else x is the residual stream (with a norm) or h */
 };
 
 /* To divide small numbers by: x / d is the upper half of x inverse. */
@@ -53,8 +54,13 @@ struct program {
     float *x;
     int64_t x_ld, cos_ld, sin_ld, k_ld, v_ld; /* of a row; of a cache block */
     const float *cosines, *sines;
-    bf16 *q, *h;     /* (T, heads D), (T, intermediate) */
-    float *partials; /* (T, heads, splits, D + 4): see decoder_attention.cuh */
+    /* RMSNorm's input times its weights, and the squares of that input, summed by each block of the
+     * grid; its factor, one number a row, is applied to the product's sums. */
+    bf16 *normed;           /* (T, hidden) */
+    float *squares;         /* (MAX_T, blocks of the grid) */
+    bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
+    float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
+    uint32_t *splits_done;  /* (T, kv heads, tiles) */
     int splits, max_blocks;
     gn_cuda_batch batch;
     const float *code, *nested_code;    /* of all weights; NULL without double quantization */
@@ -70,6 +76,11 @@ template <int MOST> static __device__ __forceinline__ int rows_of(const struct p
 
 /* ---- shared memory ---- */
 
+/* Where the cache takes a row's key and value. */
+struct slot {
+    int block, token;
+};
+
 /* The table of decoded bytes has an entry every 256 bytes and leaves every other 128 free: a "gap".
  * Float i of the gaps is here. */
 enum {
@@ -82,12 +93,16 @@ enum {
     STAGE_BYTES = STAGE_OFFSETS + 16,
     STAGES_AT = TABLE_BYTES,
     NESTED_AT = STAGES_AT + WARPS * STAGES * STAGE_BYTES,
-    SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float),
+    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
+    SQUARES_AT = FACTORS_AT + MAX_T * (int)sizeof(float),    /* (groups of a batch, T) */
+    SLOTS_AT = SQUARES_AT + 2 * MAX_T * (int)sizeof(float),  /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
     SCRATCH_BYTES = UNITS * GN_BLOCK * 2,
-    SCRATCH_AT = SQUARES_AT + WARPS * MAX_T * (int)sizeof(float),
+    SCRATCH_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
     PHASES_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
     PHASES = 4, /* at hand: the current one, two more, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
+    LAST_AT = ITEM_AT + 32,                                   /* likewise */
     SHARED_BYTES = ITEM_AT + 64,
 };
 
@@ -95,6 +110,15 @@ extern __shared__ __align__(1024) uint8_t shared[];
 
 static __device__ __forceinline__ float *gap(int i) {
     return (float *)(shared + i / 32 * ENTRY_BYTES + ENTRY_BYTES / 2 + i % 32 * 4);
+}
+
+static __device__ __forceinline__ struct slot *slot_of(int t) {
+    return (struct slot *)(shared + SLOTS_AT) + t;
+}
+
+/* Cosine and sine of angle j of row t. */
+static __device__ __forceinline__ float2 *angle_of(int t, int j) {
+    return (float2 *)(shared + ANGLES_AT) + t * (MAX_D / 2) + j;
 }
 
 static __device__ __forceinline__ struct phase *phase_at(int i) {

@@ -2,9 +2,9 @@
  *
  * An item is a row, a kv head, up to 8 of the queries that share it, and every splits-th run of
  * cache blocks. A block takes an item at a time; its warps take cache blocks in turn and combine
- * their results in shared memory. What remains, of each split a sum of values (D) by weights
- * relative to their maximum, that maximum (of scores by log2 e) and the sum of the weights, goes
- * into program.partials; who reads x for the next product combines the splits. */
+ * their results in shared memory. Where a context is long enough for several splits, each leaves a
+ * sum of values (D) by weights relative to their maximum, that maximum (of scores by log2 e) and
+ * the sum of the weights in program.partials, and the last to come combines them. */
 #ifndef GN_CUDA_DECODER_ATTENTION_CUH
 #define GN_CUDA_DECODER_ATTENTION_CUH
 
@@ -147,25 +147,78 @@ static __device__ __forceinline__ float *partial_at(const struct program &p, int
     return p.partials + (((int64_t)t * p.heads + head) * p.splits + split) * (p.D + 4);
 }
 
-/* The records of the first `n` warps, one float of a query a thread. */
+/* Dimension d of a query from `n` results: its maximum, its sum and its outputs are where `state`
+ * and `out` say for result i. */
+template <typename State, typename Out>
+static __device__ __forceinline__ float combine(int n, State state, Out out, float2 *top_sum) {
+    float top = -INFINITY, sum = 0.0f, total = 0.0f;
+    for (int i = 0; i < n; i++) top = fmaxf(top, state(i).x);
+#pragma unroll 4
+    for (int i = 0; i < n; i++) {
+        const float2 its = state(i);
+        const float by = exp2_fast(its.x - top);
+        sum += by * its.y;
+        total += by * out(i);
+    }
+    *top_sum = make_float2(top, sum);
+    return total;
+}
+
+/* The records of the first `n` warps, one float of a query a thread. is_whole: there are no other
+ * splits. */
 template <int P>
 static __device__ __forceinline__ void combine_records(const struct program &p, struct item item,
-                                                       int n) {
+                                                       int n, bool is_whole) {
     const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
     const int size = record_floats(item.n_queries, P);
     for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
-        const int query = i / p.D, d = i % p.D, state = item.n_queries * P + 2 * query;
-        float top = -INFINITY, sum = 0.0f, out = 0.0f;
-        for (int w = 0; w < n; w++) top = fmaxf(top, *gap(w * size + state));
-#pragma unroll 4
-        for (int w = 0; w < n; w++) {
-            const float by = exp2_fast(*gap(w * size + state) - top);
-            sum += by * *gap(w * size + state + 1);
-            out += by * *gap(w * size + query * P + d);
+        const int query = quotient(i, p.by_D), d = i - query * p.D;
+        const int state = item.n_queries * P + 2 * query, at = query * P + d;
+        float2 top_sum;
+        const float out = combine(
+            n,
+            [=](int w) { return make_float2(*gap(w * size + state), *gap(w * size + state + 1)); },
+            [=](int w) { return *gap(w * size + at); }, &top_sum);
+        if (is_whole) {
+            p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
+                __float2bfloat16(out / top_sum.y);
+            continue;
         }
         float *to = partial_at(p, item.t, head + query, item.split);
         to[d] = out;
-        if (d == 0) *(float2 *)(to + p.D) = make_float2(top, sum);
+        if (d == 0) *(float2 *)(to + p.D) = top_sum;
+    }
+}
+
+/* Whether this block is the last of `n` to have left its part of the item. */
+static __device__ __forceinline__ bool is_last(const struct program &p, int i, int n) {
+    bool *last = (bool *)(shared + LAST_AT);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        uint32_t *done = &p.splits_done[i / p.splits];
+        *last = atomicAdd(done, 1u) == (uint32_t)n - 1;
+        if (*last) *done = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return *last;
+}
+
+static __device__ __forceinline__ void combine_splits(const struct program &p, struct item item,
+                                                      int n) {
+    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+    for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
+        const int query = quotient(i, p.by_D), d = i - query * p.D;
+        float2 top_sum;
+        const float out = combine(
+            n,
+            [=](int s) {
+                return __ldcg((const float2 *)(partial_at(p, item.t, head + query, s) + p.D));
+            },
+            [=](int s) { return __ldcg(partial_at(p, item.t, head + query, s) + d); }, &top_sum);
+        p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
+            __float2bfloat16(out / top_sum.y);
     }
 }
 
@@ -175,8 +228,9 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
         const struct item item = i == (int)blockIdx.x ? *first_item() : item_of(p, i);
-        const int first = item.split * item.workers;
-        const int busy = min(item.workers, n_cache_blocks(p, item.t) - first);
+        const int blocks = n_cache_blocks(p, item.t), first = item.split * item.workers;
+        const int busy = min(item.workers, blocks - first);
+        const int splits = min(p.splits, (blocks + item.workers - 1) / item.workers);
         if (busy <= 0) continue;
         if (warp < busy) {
             struct result<P> r = {
@@ -186,35 +240,10 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
             leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();
-        combine_records<P>(p, item, busy);
+        combine_records<P>(p, item, busy, splits == 1);
+        if (splits > 1 && is_last(p, i, splits)) combine_splits(p, item, splits);
         __syncthreads();
     }
-}
-
-/* 8 neighbouring columns of a row's attention, from those of its splits that saw any position. */
-static __device__ __forceinline__ uint4 read_attention(const struct program &p, int t, int col) {
-    const int head = quotient(col, p.by_D), d = col - head * p.D;
-    const int group = p.heads / p.kv_heads, last = group / QUERIES * QUERIES;
-    const int tile = head % group / QUERIES * QUERIES;
-    const int workers = n_workers(p, tile < last ? QUERIES : group - last);
-    const int blocks = n_cache_blocks(p, t);
-    float y[8] = {}, top = -INFINITY, sum = 0.0f;
-    for (int s = 0; s < p.splits && s * workers < blocks; s++) {
-        const float *from = partial_at(p, t, head, s);
-        const float2 state = __ldcg((const float2 *)(from + p.D));
-        const float4 low = __ldcg((const float4 *)(from + d)),
-                     high = __ldcg((const float4 *)(from + d) + 1);
-        const float now = fmaxf(top, state.x);
-        const float old = exp2_fast(top - now), by = exp2_fast(state.x - now);
-        const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = y[i] * old + part[i] * by;
-        sum = sum * old + state.y * by;
-        top = now;
-    }
-    const float scale = 1.0f / sum;
-    return make_uint4(pack_bf16(y[0] * scale, y[1] * scale), pack_bf16(y[2] * scale, y[3] * scale),
-                      pack_bf16(y[4] * scale, y[5] * scale), pack_bf16(y[6] * scale, y[7] * scale));
 }
 
 #endif
