@@ -291,17 +291,19 @@ static gn_status run_layers(void *arg) {
     gn_status status = gn_embed(f->model->ctx, &x, &f->model->embed, b->ids, b->drawn, b->n_drawn);
     if (status == GN_OK)
         status = gn_rope_table(f->model->ctx, &cos, &sin, &f->model->inv_freq, &b->seqs);
-    if (status == GN_OK && f->decoder && is_decoding(b) && b->rows <= GN_DECODER_MAX_ROWS &&
-        f->n_terms == 0)
-        return gn_decoder_run(f->decoder, &x, &cos, &sin, &b->seqs);
+    if (status == GN_OK && f->decoder && is_decoding(b) && b->rows <= GN_DECODER_MAX_ROWS) {
+        status = gn_decoder_run(f->decoder, &x, &cos, &sin, &b->seqs, f->terms, f->n_terms);
+        if (status != GN_EUNSUPPORTED) return status;
+        status = GN_OK;
+    }
     for (int i = 0; status == GN_OK && i < f->model->config.layers; i++)
         status = run_layer(f, b, i);
     return status;
 }
 
 /* All that decides what a step of decoding launches: how many rows and terms, of which ranks, how
- * many rows those cover together, and the longest context, to the next power of two; and where drawn
- * tokens are. */
+ * many rows those cover together, and the longest context, to the next power of two; and where
+ * drawn tokens are. */
 static uint64_t key_of(const gn_forward *f, const gn_batch *b) {
     int32_t longest = 0;
     for (int32_t i = 0; i < b->seqs.n; i++)

@@ -16,9 +16,10 @@ void gn_decoder_close(gn_decoder *d) {
 }
 
 gn_status gn_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin,
-                         const gn_seqs *seqs) {
+                         const gn_seqs *seqs, const gn_lora *lora, int n_lora) {
     if (!d || !x || !cos || !sin || !seqs || x->dtype != GN_F32 || x->shape[0] < 1 ||
-        x->shape[0] > GN_DECODER_MAX_ROWS || seqs->n != x->shape[0] || x->ld % 4 != 0)
+        x->shape[0] > GN_DECODER_MAX_ROWS || seqs->n != x->shape[0] || x->ld % 4 != 0 ||
+        n_lora < 0 || (n_lora > 0 && !lora))
         return GN_EINVAL;
-    return gn_cuda_decoder_run(d, x, cos, sin, seqs);
+    return gn_cuda_decoder_run(d, x, cos, sin, seqs, lora, n_lora);
 }

@@ -35,16 +35,19 @@ void gn_decoder_close(gn_decoder *d);
 
 /* The staged batch, one row of each sequence and at most GN_DECODER_MAX_ROWS, through all layers:
  * x (T, hidden) f32 holds the embeddings and becomes the last hidden states, the cache grows by T
- * positions. No LoRA. cos, sin: of gn_rope_table. May be recorded (gn_ctx_replay). */
+ * positions. cos, sin: of gn_rope_table. lora: the batch's terms, as staged; GN_EUNSUPPORTED where
+ * they are not bfloat16. Working memory: that of gn_linear. May be recorded (gn_ctx_replay). */
 GN_CHECKED gn_status gn_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
-                                    const gn_tensor *sin, const gn_seqs *seqs);
+                                    const gn_tensor *sin, const gn_seqs *seqs, const gn_lora *lora,
+                                    int n_lora);
 
 /* ---- for kernels/ only: the device's part (cuda/decoder.cu, no_cuda.c) ---- */
 
 gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options);
 void gn_cuda_decoder_close(gn_decoder *d);
 gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
-                              const gn_tensor *sin, const gn_seqs *seqs);
+                              const gn_tensor *sin, const gn_seqs *seqs, const gn_lora *lora,
+                              int n_lora);
 
 #ifdef __cplusplus
 }

@@ -5,13 +5,15 @@
 
 gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err) {
     (void)ctx, (void)auto_compute;
-    return gn_fail(err, GN_EDEVICE,
-                   "device cuda:%d: this build has no CUDA support; use \"cpu\" or \"auto\", or build "
-                   "where nvcc is found",
-                   index);
+    return gn_fail(
+        err, GN_EDEVICE,
+        "device cuda:%d: this build has no CUDA support; use \"cpu\" or \"auto\", or build "
+        "where nvcc is found",
+        index);
 }
 
-gn_status gn_cuda_sampler_open(gn_cuda_sampler **out, gn_ctx *ctx, int32_t max_rows, int32_t vocab) {
+gn_status gn_cuda_sampler_open(gn_cuda_sampler **out, gn_ctx *ctx, int32_t max_rows,
+                               int32_t vocab) {
     (void)out, (void)ctx, (void)max_rows, (void)vocab;
     return GN_EUNSUPPORTED;
 }
@@ -46,7 +48,8 @@ void gn_cuda_decoder_close(gn_decoder *d) {
 }
 
 gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
-                              const gn_tensor *sin, const gn_seqs *seqs) {
-    (void)d, (void)x, (void)cos, (void)sin, (void)seqs;
+                              const gn_tensor *sin, const gn_seqs *seqs, const gn_lora *lora,
+                              int n_lora) {
+    (void)d, (void)x, (void)cos, (void)sin, (void)seqs, (void)lora, (void)n_lora;
     return GN_EUNSUPPORTED;
 }

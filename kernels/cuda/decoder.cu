@@ -27,6 +27,7 @@
 #include <string.h>
 
 #include "decoder_attention.cuh"
+#include "decoder_lora.cuh"
 
 /* A kernel for up to MOST rows of x has them in so many tiles of 8. */
 template <int MOST> static constexpr int TILES = (MOST + 7) / 8;
@@ -199,20 +200,23 @@ multiply_units(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8
         multiply_rows<MOST, N>(acc, x, stage, n, scale, lane);
 }
 
+/* Who leaves sums of a group: the warps that multiply and, as one, those for LoRA. */
+template <bool LORA> static constexpr int SLOTS = WARPS + LORA;
+
 /* Where a warp's sum of (t, row) is, in a batch's group. */
-template <int MOST>
+template <int MOST, bool LORA>
 static __device__ __forceinline__ uint8_t *sum_at(const struct program &p, int group, int warp,
                                                   int t, int row) {
-    return shared + (group * WARPS + warp) * sums_bytes(rows_of<MOST>(p)) + t / 2 * ENTRY_BYTES +
-           ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
+    return shared + (group * SLOTS<LORA> + warp) * sums_bytes(rows_of<MOST>(p)) +
+           t / 2 * ENTRY_BYTES + ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
 }
 
-template <int MOST>
+template <int MOST, bool LORA>
 static __device__ __forceinline__ void leave_sums(const struct program &p,
                                                   const float acc[TILES<MOST>][4], int group,
                                                   bool add, int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
-    uint8_t *sums = sum_at<MOST>(p, group, warp, 2 * c, g);
+    uint8_t *sums = sum_at<MOST, LORA>(p, group, warp, 2 * c, g);
 #pragma unroll
     for (int n = 0; n < TILES<MOST>; n++) {
         if (8 * n + 2 * c >= rows_of<MOST>(p)) continue;
@@ -225,13 +229,13 @@ static __device__ __forceinline__ void leave_sums(const struct program &p,
     }
 }
 
-template <int MOST>
+template <int MOST, bool LORA>
 static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
-    const uint8_t *sums = sum_at<MOST>(p, group, 0, t, row);
+    const uint8_t *sums = sum_at<MOST, LORA>(p, group, 0, t, row);
     const int step = sums_bytes(rows_of<MOST>(p));
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) sum += *(const float *)(sums + w * step);
+    for (int w = 0; w < SLOTS<LORA>; w++) sum += *(const float *)(sums + w * step);
     return sum;
 }
 
@@ -291,7 +295,7 @@ static __device__ __forceinline__ struct before before_of(const struct program &
 
 /* The residual stream's outputs of n groups from `first` on, with sums to be added or, in PREPARE,
  * without; the thread's first one is added to `early`. */
-template <int MOST>
+template <int MOST, bool LORA>
 static __device__ __forceinline__ void finish_stream(const struct program &p,
                                                      const struct phase &ph, int first, int n,
                                                      struct before early) {
@@ -301,7 +305,7 @@ static __device__ __forceinline__ void finish_stream(const struct program &p,
         const struct before before = i < THREADS ? early : before_of(p, ph, o);
         float x = before.x;
         if (ph.kind == ADD) {
-            x += total<MOST>(p, o.group, o.row, o.t);
+            x += total<MOST, LORA>(p, o.group, o.row, o.t);
             p.x[o.t * p.x_ld + o.n] = x;
         }
         p.normed[(int64_t)o.t * p.hidden + o.n] = __float2bfloat16(x * before.norm);
@@ -329,15 +333,15 @@ static __device__ __forceinline__ void leave_squares(const struct program &p, fl
 }
 
 /* The outputs of n groups of q, k and v or of gate and up from `first` on. */
-template <int MOST>
+template <int MOST, bool LORA>
 static __device__ __forceinline__ void finish_pairs(const struct program &p, const struct phase &ph,
                                                     int first, int n) {
     for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * rows_of<MOST>(p); i += THREADS) {
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
         const float factor = ((const float *)(shared + FACTORS_AT))[t];
-        const float v = total<MOST>(p, group, row, t) * factor;
-        const float other = total<MOST>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
+        const float v = total<MOST, LORA>(p, group, row, t) * factor;
+        const float other = total<MOST, LORA>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
             p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
                 __float2bfloat16(v / (1.0f + __expf(-v)) * other);
@@ -365,7 +369,7 @@ take_step(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
 
 /* The sums of groups [begin, end) of the phase, into the gaps. has_x: x holds the columns already.
  */
-template <int MOST, bool DQ>
+template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void
 multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
                const struct program &p, int current, struct range blocks, int begin, int end,
@@ -382,16 +386,18 @@ multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
         for (int group = begin; group < end; group++) {
             float acc[TILES<MOST>][4] = {};
             take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
-            leave_sums<MOST>(p, acc, group - begin, block > blocks.begin, warp, lane);
+            leave_sums<MOST, LORA>(p, acc, group - begin, block > blocks.begin, warp, lane);
         }
     }
     if (blocks.begin < blocks.end) return;
     const float none[TILES<MOST>][4] = {};
     for (int group = begin; group < end; group++)
-        leave_sums<MOST>(p, none, group - begin, false, warp, lane);
+        leave_sums<MOST, LORA>(p, none, group - begin, false, warp, lane);
 }
 
-template <int MOST, bool DQ>
+/* What the warps that multiply do in a phase, and what its helpers do: they meet at the same
+ * barriers. */
+template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void multiply(const struct program &p, int current,
                                                 struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
@@ -407,30 +413,49 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
         struct before early = {};
         if (ph.kind == ADD && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
             early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
-        multiply_batch<MOST, DQ>(x, ahead, p, current, blocks, begin, end,
-                                 once && begin > groups.begin, cur, warp, lane);
+        multiply_batch<MOST, DQ, LORA>(x, ahead, p, current, blocks, begin, end,
+                                       once && begin > groups.begin, cur, warp, lane);
         __syncthreads();
         if (ph.kind == ADD)
-            finish_stream<MOST>(p, ph, begin, n, early);
+            finish_stream<MOST, LORA>(p, ph, begin, n, early);
         else
-            finish_pairs<MOST>(p, ph, begin, n);
+            finish_pairs<MOST, LORA>(p, ph, begin, n);
         __syncthreads();
         if (ph.kind == ADD) squares += sum_squares<MOST>(p, n);
     }
     if (ph.kind == ADD) leave_squares<MOST>(p, squares);
 }
 
-/* What the first product needs of the embeddings. */
+/* `times`: products of the program so far, with this one. */
 template <int MOST>
-static __device__ __forceinline__ void prepare(const struct program &p, const struct phase &ph) {
+static __device__ __forceinline__ void help(const struct program &p, int current, uint32_t times,
+                                            int helper, int lane) {
+    const struct phase &ph = *phase_at(current);
+    const struct range groups = groups_of(ph);
+    shrink(p, ph, (int)blockIdx.x * HELPERS + helper, (int)gridDim.x * HELPERS, lane);
+    meet_helpers(p, times, lane);
+    for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
+        const int n = min(p.batch_groups, groups.end - begin);
+        expand(p, ph, begin, n, helper, lane, [&](int group, int t, int row) {
+            return (float *)sum_at<MOST, true>(p, group, WARPS, t, row);
+        });
+        __syncthreads();
+        __syncthreads();
+    }
+}
+
+/* What the first product needs of the embeddings. */
+template <int MOST, bool LORA>
+static __device__ __forceinline__ void prepare(const struct program &p, const struct phase &ph,
+                                               bool helps) {
     const struct range groups = groups_of(ph);
     float squares = 0.0f;
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int n = min(p.batch_groups, groups.end - begin);
         struct before early = {};
-        if ((int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
+        if (!helps && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
             early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
-        finish_stream<MOST>(p, ph, begin, n, early);
+        if (!helps) finish_stream<MOST, LORA>(p, ph, begin, n, early);
         __syncthreads();
         squares += sum_squares<MOST>(p, n);
         __syncthreads();
@@ -461,7 +486,7 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
 /* The last block to leave makes the counters ready for the next program. */
 static __device__ __forceinline__ void leave(const struct program &p) {
     if (threadIdx.x != 0 || atomicAdd(&p.sync[1], 1u) != gridDim.x - 1) return;
-    p.sync[0] = p.sync[1] = 0;
+    p.sync[0] = p.sync[1] = p.sync[2] = 0;
 }
 
 /* What all layers need of the rows' positions. */
@@ -487,34 +512,40 @@ static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) 
     if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
 }
 
-template <int MOST, bool DQ>
-static __global__ void __launch_bounds__(THREADS, 1)
+template <int MOST, bool DQ, bool LORA>
+static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     decoder_kernel(const __grid_constant__ struct program p) {
     pdl_trigger();
     const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
+    const bool helps = LORA && warp >= WARPS;
     struct cursor cur = {};
     cur.at = -1;
     for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
         store_phase(i, load_phase(p, i, lane), lane);
     __syncthreads();
-    ask<DQ>(&cur, p, 0, warp, lane);
-    fill_tables(p);
+    if (!helps) {
+        ask<DQ>(&cur, p, 0, warp, lane);
+        fill_tables(p);
+    }
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
     pdl_wait();
-    note_positions<MOST>(p);
+    if (!helps) note_positions<MOST>(p);
     __syncthreads();
+    uint32_t products = 0;
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
         if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
+        const enum kind kind = phase_at(i)->kind;
         const int coming = i + PHASES - 1;
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
-        ask<DQ>(&cur, p, i, warp, lane);
-        const enum kind kind = phase_at(i)->kind;
+        if (!helps) ask<DQ>(&cur, p, i, warp, lane);
         if (kind == PREPARE)
-            prepare<MOST>(p, *phase_at(i));
+            prepare<MOST, LORA>(p, *phase_at(i), helps);
+        else if (kind != ATTEND && helps)
+            help<MOST>(p, i, ++products, warp - WARPS, lane);
         else if (kind != ATTEND)
-            multiply<MOST, DQ>(p, i, &cur, warp, lane);
+            multiply<MOST, DQ, LORA>(p, i, &cur, warp, lane);
         else if (p.D <= 64)
             attend<64>(p, *phase_at(i), warp, lane);
         else
@@ -552,7 +583,7 @@ static void list_weights(const gn_matrix *w[PROJECTIONS], const gn_decoder_layer
 
 /* A product with n weights of `rows` rows together. */
 static void plan_product(struct phase *ph, enum kind kind, const gn_matrix *const w[], int n,
-                         int64_t rows, const bf16 *x, int sms) {
+                         int64_t rows, const bf16 *x, int pair, int sms) {
     const int groups = (int)(rows / GROUP_ROWS);
     ph->kind = kind;
     for (int i = 0; i < n; i++) ph->w[i] = placed_weight(w[i]);
@@ -560,19 +591,22 @@ static void plan_product(struct phase *ph, enum kind kind, const gn_matrix *cons
     ph->groups_left = groups % sms;
     ph->blocks = (int)(w[0]->cols / GN_BLOCK);
     ph->x = x;
+    ph->pair = pair;
+    ph->n_parts = n;
 }
 
 /* next_norm: of the next layer, or NULL. */
 static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
-                       const gn_decoder_layer *layer, const gn_tensor *next_norm, int sms) {
+                       const gn_decoder_layer *layer, const gn_tensor *next_norm, int pair,
+                       int sms) {
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
-    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, sms);
+    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, pair, sms);
     ph[1].kind = ATTEND;
-    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, sms);
+    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, pair + 3, sms);
     ph[2].norm = (const float *)layer->mlp_norm->data;
-    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed, sms);
-    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, sms);
+    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed, pair + 4, sms);
+    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, pair + 6, sms);
     ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;
     for (int i = 0; i < LAYER_PHASES; i++) {
         ph[i].keys = (bf16 *)layer->kv->k.data;
@@ -590,7 +624,7 @@ static void plan(struct phase *phases, const struct program *p, const gn_decoder
     first->groups_left = groups % sms;
     for (int i = 0; i < o->n_layers; i++)
         plan_layer(phases + 1 + i * LAYER_PHASES, p, &o->layers[i],
-                   i + 1 < o->n_layers ? o->layers[i + 1].attn_norm : NULL, sms);
+                   i + 1 < o->n_layers ? o->layers[i + 1].attn_norm : NULL, i * PROJECTIONS, sms);
 }
 
 /* Whether two device arrays hold the same floats; a failure to read them counts as no. */
@@ -654,10 +688,15 @@ static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
 
 typedef void decoder_fn(const struct program);
 
-static decoder_fn *kernel_for(int T, bool double_quant) {
-    if (T <= 1) return double_quant ? decoder_kernel<1, true> : decoder_kernel<1, false>;
-    if (T <= 8) return double_quant ? decoder_kernel<8, true> : decoder_kernel<8, false>;
-    return double_quant ? decoder_kernel<16, true> : decoder_kernel<16, false>;
+template <bool DQ, bool LORA> static decoder_fn *kernel_of(int T) {
+    return T <= 1   ? decoder_kernel<1, DQ, LORA>
+           : T <= 8 ? decoder_kernel<8, DQ, LORA>
+                    : decoder_kernel<16, DQ, LORA>;
+}
+
+static decoder_fn *kernel_for(int T, bool double_quant, bool lora) {
+    if (lora) return double_quant ? kernel_of<true, true>(T) : kernel_of<false, true>(T);
+    return double_quant ? kernel_of<true, false>(T) : kernel_of<false, false>(T);
 }
 
 /* x / d for x d < 2^32. */
@@ -695,7 +734,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
         {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, false},
         {(void **)&p->partials, partial_bytes(d->ctx, o), false},
         {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, true},
-        {(void **)&p->sync, 2 * sizeof *p->sync, true},
+        {(void **)&p->sync, 3 * sizeof *p->sync, true},
         {&d->phases, phase_bytes, true},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -715,8 +754,8 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
 
 gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
     if (!is_supported(ctx, options)) return GN_EUNSUPPORTED;
-    for (int i = 0; i < 6; i++)
-        if (cudaFuncSetAttribute(kernel_for(i / 2 * 8, i % 2),
+    for (int i = 0; i < 12; i++)
+        if (cudaFuncSetAttribute(kernel_for(i / 4 * 8, i % 2, i / 2 % 2),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  SHARED_BYTES) != cudaSuccess)
             return GN_EUNSUPPORTED;
@@ -740,9 +779,39 @@ void gn_cuda_decoder_close(gn_decoder *d) {
     free(d);
 }
 
+/* Whether the kernel can read all of a term's matrices. */
+static bool is_term(const struct program *p, const gn_lora *term) {
+    const int n = p->n_phases / LAYER_PHASES * PROJECTIONS;
+    for (int i = 0; i < n; i++) {
+        const gn_tensor *a = &term->pairs[i].a, *b = &term->pairs[i].b;
+        if (term->pairs[i].rank > 0 && (a->dtype != GN_BF16 || b->dtype != GN_BF16 ||
+                                        a->ld % 8 != 0 || (uintptr_t)a->data % 16 != 0))
+            return false;
+    }
+    return true;
+}
+
+/* For u of any phase. */
+static size_t u_bytes(const struct program *p, const gn_lora *terms, int n_terms) {
+    const int n = p->n_phases / LAYER_PHASES * PROJECTIONS;
+    size_t floats = 0;
+    for (int i = 0; i < n_terms; i++) {
+        int most = 0;
+        for (int j = 0; j < n; j++)
+            most = terms[i].pairs[j].rank > most ? terms[i].pairs[j].rank : most;
+        floats += (size_t)(GN_MAX_PARTS * terms[i].rows * most);
+    }
+    return floats * sizeof(float);
+}
+
 gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
-                              const gn_tensor *sin, const gn_seqs *seqs) {
+                              const gn_tensor *sin, const gn_seqs *seqs, const gn_lora *terms,
+                              int n_terms) {
     struct program p = d->program;
+    for (int i = 0; i < n_terms; i++)
+        if (!is_term(&p, &terms[i])) return GN_EUNSUPPORTED;
+    if (u_bytes(&p, terms, n_terms) > d->ctx->workspace_bytes) return GN_ENOMEM;
+    const bool lora = n_terms > 0;
     p.T = (int)x->shape[0];
     p.x = (float *)x->data;
     p.x_ld = x->ld;
@@ -752,10 +821,13 @@ gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
     p.sin_ld = sin->ld;
     p.max_blocks = seqs->max_blocks;
     p.batch = d->ctx->cuda->batch;
-    p.batch_groups = TABLE_BYTES / (WARPS * sums_bytes(p.T));
+    p.n_terms = n_terms;
+    p.u = (float *)d->ctx->workspace;
+    p.batch_groups = TABLE_BYTES / ((lora ? SLOTS<true> : SLOTS<false>)*sums_bytes(p.T));
     p.by_T = divide_by(p.T);
     const gn_decoder_options shape = {NULL, 0, p.heads, p.kv_heads, p.D, p.eps};
     p.splits = max_splits(d->ctx, &shape, p.T);
-    return launch(d->ctx, kernel_for(p.T, p.nested_code != NULL), dim3((unsigned)d->ctx->cuda->sms),
-                  dim3(THREADS), SHARED_BYTES, p);
+    return launch(d->ctx, kernel_for(p.T, p.nested_code != NULL, lora),
+                  dim3((unsigned)d->ctx->cuda->sms), dim3(THREADS + (lora ? HELPERS * WARP : 0)),
+                  SHARED_BYTES, p);
 }

@@ -7,10 +7,11 @@
 #include "kernels/decoder.h"
 
 enum {
-    WARPS = 16,
+    WARPS = 16, /* that multiply */
     THREADS = WARPS * WARP,
-    UNITS = 4,  /* blocks of 64 columns in a step */
-    STAGES = 3, /* steps of a warp that are on their way */
+    HELPERS = 2, /* warps beside them, for LoRA */
+    UNITS = 4,   /* blocks of 64 columns in a step */
+    STAGES = 3,  /* steps of a warp that are on their way */
     MAX_T = GN_DECODER_MAX_ROWS,
     MAX_D = 128,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
@@ -37,6 +38,7 @@ struct alignas(16) phase {
     const float *norm;   /* PREPARE, ADD: of the next product's x, or NULL */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
+    int pair, n_parts;            /* LoRA's, of the phase's first weight */
     int groups_each, groups_left; /* of a block; one more for each of the first blocks */
     int blocks;                   /* of 64 columns */
 };
@@ -66,7 +68,9 @@ struct program {
     const float *code, *nested_code;    /* of all weights; NULL without double quantization */
     int batch_groups;                   /* whose sums fit in the gaps together */
     struct divisor by_T, by_half, by_D; /* rows; groups of a head; its columns */
-    uint32_t *sync;                     /* blocks that arrived, blocks that left */
+    int n_terms;                        /* of LoRA, in batch.terms */
+    float *u;                           /* decoder_lora.cuh */
+    uint32_t *sync; /* blocks that arrived, blocks that left, helpers whose u is there */
 };
 
 /* Rows of x, for a kernel that is made for up to MOST: a constant where that is 1. */

@@ -240,8 +240,8 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
             leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();
-        combine_records<P>(p, item, busy, splits == 1);
-        if (splits > 1 && is_last(p, i, splits)) combine_splits(p, item, splits);
+        if (warp < WARPS) combine_records<P>(p, item, busy, splits == 1);
+        if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, splits);
         __syncthreads();
     }
 }

@@ -66,7 +66,7 @@ typedef struct {
     struct device_block {
         char *memory, *data; /* from gn_ctx_alloc; between the guards */
         size_t bytes;
-    } blocks[32];
+    } blocks[160];
 } device_memory;
 
 /* `shift` bytes past a multiple of 256: `bytes` from `host`, or NaN where that is NULL. */

@@ -19,17 +19,20 @@ static const shape shapes[] = {
 };
 static const int row_counts[] = {1, 2, 3, 4, 7, 8, 9, 16};
 
-enum { LAYERS = 3, PROJ = 7, TOKENS = 16, SEQ_BLOCKS = 64, SEQS = GN_DECODER_MAX_ROWS };
+enum { LAYERS = 3, PROJ = 7, TERMS = 3, TOKENS = 16, SEQ_BLOCKS = 64, SEQS = GN_DECODER_MAX_ROWS };
 
 /* A model of a few layers on the GPU, its activations, and two caches with the same past. */
 typedef struct {
     const sides *sides;
     shape s;
-    device_memory weights, rest;
+    device_memory weights, adapters, rest;
     gn_matrix w[LAYERS][PROJ];
     gn_tensor norms[LAYERS][2];
     gn_kv kv[2][LAYERS]; /* of the decoder, of the ops */
     gn_tensor x[2], q, k, v, a, h, cos, sin, inv_freq;
+    gn_lora_pair pairs[TERMS][LAYERS * PROJ];
+    gn_lora terms[TERMS]; /* their rows are a case's own */
+    int n_terms;
     int32_t blocks[SEQS * SEQ_BLOCKS];
     float *start; /* (SEQS, hidden): x before */
 } model;
@@ -65,10 +68,35 @@ static gn_tensor cache(model *m, const float *past) {
     return t;
 }
 
+/* One adapter on all layers, but for a projection here and there. */
+static void open_term(model *m, rng *r, int term, int rank, const int rows[], const int cols[]) {
+    gn_lora_pair *pairs = m->pairs[term];
+    for (int i = 0; i < m->s.layers * PROJ; i++) {
+        const int p = i % PROJ;
+        if ((i + term) % 5 == 4) continue;
+        float *a = random_floats(r, (size_t)(rank * cols[p]));
+        float *b = random_floats(r, (size_t)(rows[p] * rank));
+        for (int j = 0; j < rank * cols[p]; j++) a[j] /= sqrtf((float)cols[p]);
+        for (int j = 0; j < rows[p] * rank; j++) b[j] /= sqrtf((float)rank);
+        pairs[i] =
+            (gn_lora_pair){rank, 0.5f, device_rows(&m->adapters, a, GN_BF16, rank, cols[p], 0, 0),
+                           device_rows(&m->adapters, b, GN_BF16, rows[p], rank, 0, 0)};
+        free(a);
+        free(b);
+    }
+    m->terms[term] =
+        (gn_lora){.scale = term % 2 ? -0.7f : 1.1f,
+                  .pairs = pairs,
+                  .placed = device_alloc(&m->adapters, pairs, sizeof m->pairs[term], 0)};
+}
+
 static void open_model(model *m, const sides *sides, shape s) {
     rng r = {(uint64_t)(s.hidden + s.heads)};
-    *m = (model){
-        .sides = sides, .s = s, .weights = {.ctx = sides->gpu}, .rest = {.ctx = sides->gpu}};
+    *m = (model){.sides = sides,
+                 .s = s,
+                 .weights = {.ctx = sides->gpu},
+                 .adapters = {.ctx = sides->gpu},
+                 .rest = {.ctx = sides->gpu}};
     const int dim = s.heads * s.D, kv = s.kv_heads * s.D;
     const int rows[PROJ] = {dim, kv, kv, s.hidden, s.intermediate, s.intermediate, s.hidden};
     const int cols[PROJ] = {s.hidden, s.hidden, s.hidden, dim, s.hidden, s.hidden, s.intermediate};
@@ -83,6 +111,8 @@ static void open_model(model *m, const sides *sides, shape s) {
             free(past);
         }
     }
+    static const int ranks[TERMS] = {16, 7, 64};
+    for (int i = 0; i < TERMS; i++) open_term(m, &r, i, ranks[i], rows, cols);
     m->start = random_floats(&r, (size_t)(SEQS * s.hidden));
     for (int i = 0; i < 2; i++)
         m->x[i] = device_rows(&m->rest, m->start, GN_F32, SEQS, s.hidden, 0, 0);
@@ -100,6 +130,7 @@ static void open_model(model *m, const sides *sides, shape s) {
 
 static void close_model(model *m) {
     device_free(&m->weights);
+    device_free(&m->adapters);
     device_free(&m->rest);
     free(m->start);
 }
@@ -197,13 +228,24 @@ static void compare(model *m, verdict *v, int T) {
         }
 }
 
-static void test_case(tally *tally, model *m, gn_decoder *d, int T, int times) {
+/* A row's two adapters, then others' one, and rows with none. */
+static void cover_rows(model *m, int T, bool lora) {
+    const int half = (T + 1) / 2;
+    m->n_terms = lora ? TERMS : 0;
+    for (int i = 0; i < TERMS; i++) {
+        m->terms[i].row0 = i < 2 ? 0 : half;
+        m->terms[i].rows = i < 2 ? (i == 0 ? half : 1) : T - half - T / 4;
+    }
+}
+
+static void test_case(tally *tally, model *m, gn_decoder *d, int T, bool lora) {
     static const int32_t pasts[] = {0,  5, 15,  16, 100, 255, 700, 31,
                                     32, 1, 400, 63, 64,  17,  900, 2};
     gn_ctx *gpu = m->sides->gpu;
     verdict v = {0};
-    snprintf(v.name, sizeof v.name, "%d/%d heads %d/%d D=%d T=%d", m->s.hidden, m->s.intermediate,
-             m->s.heads, m->s.kv_heads, m->s.D, T);
+    cover_rows(m, T, lora);
+    snprintf(v.name, sizeof v.name, "%d/%d heads %d/%d D=%d T=%d%s", m->s.hidden, m->s.intermediate,
+             m->s.heads, m->s.kv_heads, m->s.D, T, lora ? " LoRA" : "");
     int32_t row0[SEQS + 1], pos0[SEQS], ids[SEQS] = {0};
     for (int i = 0; i <= T; i++) row0[i] = i;
     for (int i = 0; i < T; i++) pos0[i] = pasts[(i + T) % SEQS];
@@ -214,11 +256,11 @@ static void test_case(tally *tally, model *m, gn_decoder *d, int T, int times) {
         cr_assert_eq(gn_ctx_write(gpu, m->x[i].data, m->start,
                                   (size_t)(SEQS * m->s.hidden) * sizeof *m->start),
                      GN_OK);
-    cr_assert_eq(gn_stage(gpu, ids, &seqs, NULL, 0), GN_OK);
+    cr_assert_eq(gn_stage(gpu, ids, &seqs, m->terms, m->n_terms), GN_OK);
     const char *why = ran(gpu, gn_rope_table(gpu, &cos, &sin, &m->inv_freq, &seqs), v.name);
-    for (int i = 0; i < times && !why; i++)
-        why = ran(gpu, gn_decoder_run(d, &x, &cos, &sin, &seqs), v.name);
-    for (int i = 0; i < times && !why; i++) why = ran(gpu, run_ops(m, T, &seqs), v.name);
+    if (!why)
+        why = ran(gpu, gn_decoder_run(d, &x, &cos, &sin, &seqs, m->terms, m->n_terms), v.name);
+    if (!why) why = ran(gpu, run_ops(m, T, &seqs), v.name);
     if (!why) compare(m, &v, T);
     if (!guards_stand(&m->rest)) why = "a guard is written";
     settle(tally, &v, why);
@@ -227,13 +269,14 @@ static void test_case(tally *tally, model *m, gn_decoder *d, int T, int times) {
 Test(gpu_decoder, does_what_the_ops_do) {
     sides s = open_sides(GN_BF16);
     tally tally = {0};
-    const size_t workspace = gn_linear_workspace(s.gpu, SEQS, 11008, 2 * 11008, 0, 0);
+    const size_t workspace = gn_linear_workspace(s.gpu, SEQS, 11008, 2 * 11008, 64, 2);
     reserve(s.gpu, workspace + gn_attention_workspace(s.gpu, 1024));
     for (int i = 0; i < (is_brief() ? 2 : COUNT(shapes)); i++) {
         model m;
         open_model(&m, &s, shapes[i]);
         gn_decoder *d = open_decoder(&m);
-        for (int j = 0; j < COUNT(row_counts); j++) test_case(&tally, &m, d, row_counts[j], 1);
+        for (int j = 0; j < 2 * COUNT(row_counts); j++)
+            test_case(&tally, &m, d, row_counts[j / 2], j % 2);
         gn_decoder_close(d);
         close_model(&m);
     }
@@ -247,6 +290,8 @@ Test(gpu_decoder, repeats_itself_to_the_bit) {
     open_model(&m, &s, shapes[2]);
     gn_decoder *d = open_decoder(&m);
     float *first = NULL;
+    reserve(s.gpu, gn_linear_workspace(s.gpu, SEQS, 1408, 2 * 1408, 64, 2));
+    cover_rows(&m, 5, true);
     const int T = 5, n = T * m.s.hidden;
     const int32_t row0[] = {0, 1, 2, 3, 4, 5}, pos0[] = {3, 40, 300, 16, 0}, ids[5] = {0};
     const gn_seqs seqs = {T, SEQ_BLOCKS, row0, pos0, m.blocks};
@@ -254,9 +299,9 @@ Test(gpu_decoder, repeats_itself_to_the_bit) {
     for (int i = 0; i < 20; i++) {
         float *now = malloc((size_t)n * sizeof *now);
         cr_assert_eq(gn_ctx_write(s.gpu, x.data, m.start, (size_t)n * sizeof *now), GN_OK);
-        cr_assert_eq(gn_stage(s.gpu, ids, &seqs, NULL, 0), GN_OK);
+        cr_assert_eq(gn_stage(s.gpu, ids, &seqs, m.terms, m.n_terms), GN_OK);
         cr_assert_eq(gn_rope_table(s.gpu, &cos, &sin, &m.inv_freq, &seqs), GN_OK);
-        cr_assert_eq(gn_decoder_run(d, &x, &cos, &sin, &seqs), GN_OK);
+        cr_assert_eq(gn_decoder_run(d, &x, &cos, &sin, &seqs, m.terms, m.n_terms), GN_OK);
         cr_assert_eq(gn_ctx_read(s.gpu, now, x.data, (size_t)n * sizeof *now), GN_OK);
         if (first) cr_assert_arr_eq(now, first, (size_t)n * sizeof *now);
         if (first)
