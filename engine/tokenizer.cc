@@ -255,6 +255,34 @@ gn_status gn_tokenizer_encode(const gn_tokenizer *t, const char *text, size_t le
     });
 }
 
+gn_status gn_tokenizer_encode_places(const gn_tokenizer *t, const char *text, size_t len,
+                                     int32_t **ids, int32_t **begins, int32_t *n, gn_error *err) {
+    *ids = *begins = nullptr;
+    *n = 0;
+    if (len > max_text)
+        return gn_fail(err, GN_ETOOBIG, "text of %zu bytes; at most %zu can be tokenized at once",
+                       len, max_text);
+    return guarded(err, [&] {
+        sentencepiece::ImmutableSentencePieceText pieces;
+        const auto done = t->processor.Encode(std::string_view(text, len), pieces.mutable_proto());
+        if (!done.ok()) return gn_fail(err, GN_EFORMAT, "SentencePiece: %s", done.error_message());
+        const size_t bytes = (pieces.pieces_size() + 1) * sizeof **ids; /* never of zero bytes */
+        *ids = (int32_t *)malloc(bytes);
+        *begins = (int32_t *)malloc(bytes);
+        if (!*ids || !*begins) {
+            free(*ids);
+            free(*begins);
+            *ids = *begins = nullptr;
+            return gn_fail(err, GN_ENOMEM, "out of memory");
+        }
+        for (const auto &piece : pieces.pieces()) {
+            (*ids)[*n] = (int32_t)piece.id();
+            (*begins)[(*n)++] = (int32_t)piece.begin();
+        }
+        return GN_OK;
+    });
+}
+
 const char *gn_tokenizer_bytes(const gn_tokenizer *t, int32_t id, size_t *len) {
     *len = 0;
     if (id < 0 || id >= gn_tokenizer_size(t)) return "";
