@@ -263,6 +263,7 @@ static gn_status map_chat(mapper *m, const cJSON *row, const char *name) {
     cJSON_ArrayForEach(message, messages) {
         if (!status) status = add_turn(m, message);
     }
+    if (!status && m->n == 0) status = gn_fail(m->err, GN_EFORMAT, "\"%s\" is empty", name);
     return status ? status : take_chat(m);
 }
 

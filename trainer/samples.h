@@ -36,7 +36,7 @@ GN_CHECKED gn_status gn_samples_append(gn_samples *s, const gn_samples *other);
 
 /* The file DIR/KEY.samples. Reading checks every length, id and the content's hash: what is not
  * whole, or another machine's, is GN_EFORMAT; no file is GN_ENOENT. Writing makes the folder where
- * needed, and replaces the file at once. */
+ * needed, and replaces the file at once; there is at least one sample. */
 GN_CHECKED gn_status gn_samples_read(gn_samples *s, const char *dir, const gn_hash *key, int vocab,
                                      gn_error *err);
 GN_CHECKED gn_status gn_samples_write(const gn_samples *s, const char *dir, const gn_hash *key,
