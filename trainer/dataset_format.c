@@ -353,7 +353,7 @@ static gn_format detect(const cJSON *row) {
     if (field(row, "instruction"))
         return field(row, "instances") ? GN_FORMAT_SELF_INSTRUCT : GN_FORMAT_ALPACA;
     if (text_of(row, "prompt") && text_of(row, "completion")) return GN_FORMAT_SELF_INSTRUCT;
-    if (text_of(row, "output")) return GN_FORMAT_INPUT_OUTPUT;
+    if (field(row, "output")) return GN_FORMAT_INPUT_OUTPUT;
     if (text && strstr(text, "\n<bot>: ")) return GN_FORMAT_CHIP2;
     if (text && strstr(text, "### Human:")) return GN_FORMAT_OASST1;
     return GN_FORMAT_AUTO;

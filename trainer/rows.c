@@ -124,7 +124,7 @@ static gn_status cut_array(gn_rows *r, size_t at, gn_error *err) {
     return gn_fail(err, GN_EFORMAT,
                    "%s:%lld: the array is cut short: its closing bracket is missing, after %lld "
                    "whole rows",
-                   r->path, (long long)line, (long long)r->n);
+                   r->path, 1 + (long long)count_lines(r->text, r->size), (long long)r->n);
 }
 
 /* The line end behind the record at `at`: quotes hold line ends when they open a field. */
