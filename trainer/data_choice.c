@@ -10,7 +10,16 @@
 
 static void print_note(void *user, const char *text) {
     (void)user;
+    gn_progress("%s", "");
     fprintf(stderr, "%s\n", text);
+}
+
+static void show_progress(void *user, int64_t done, int64_t total) {
+    (void)user;
+    if (done < total)
+        gn_progress("tokenizing: %.0f%%", 100.0 * (double)done / (double)total);
+    else
+        gn_progress("%s", "");
 }
 
 /* *dir is malloc'ed; NULL: no cache. */
@@ -51,7 +60,8 @@ gn_status gn_data_choice_open(const gn_data_choice *choice, const char *model_di
                                         .skip_bad_rows = choice->skip_bad_rows,
                                         .threads = threads,
                                         .cache_dir = cache,
-                                        .note = print_note};
+                                        .note = print_note,
+                                        .progress = show_progress};
     status = gn_dataset_open(out, &options, err);
     free(cache);
     return status;

@@ -127,25 +127,32 @@ static void encode_block(job *j, int64_t index) {
 }
 
 /* Blocks are begun in order, so those before one that failed are done in the end. */
+static bool encode_next(job *j) {
+    if (atomic_load(&j->failed)) return false;
+    const int64_t index = atomic_fetch_add(&j->next, 1);
+    if (index >= j->n_blocks) return false;
+    encode_block(j, index);
+    return true;
+}
+
 static void *encode_blocks(void *arg) {
-    job *j = arg;
-    while (!atomic_load(&j->failed)) {
-        const int64_t index = atomic_fetch_add(&j->next, 1);
-        if (index >= j->n_blocks) break;
-        encode_block(j, index);
+    while (encode_next(arg)) {
     }
     return NULL;
 }
 
-static void run_threads(job *j, int threads) {
+static void run_threads(job *j, const gn_dataset_options *o) {
     pthread_t others[MAX_THREADS];
-    int n = 0;
-    if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    const int64_t rows = gn_rows_count(j->rows);
+    int threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN), n = 0;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     while (n < threads - 1 && n < j->n_blocks - 1 &&
            pthread_create(&others[n], NULL, encode_blocks, j) == 0)
         n++;
-    encode_blocks(j);
+    while (encode_next(j)) {
+        const int64_t begun = atomic_load(&j->next) * BLOCK_ROWS;
+        if (o->progress) o->progress(o->user, begun < rows ? begun : rows, rows);
+    }
     while (n > 0) pthread_join(others[--n], NULL);
 }
 
@@ -175,7 +182,7 @@ static gn_status encode_rows(const opening *o, const gn_rows *rows, gn_format fo
              .n_blocks = (gn_rows_count(rows) + BLOCK_ROWS - 1) / BLOCK_ROWS};
     j.blocks = calloc((size_t)j.n_blocks, sizeof *j.blocks);
     if (!j.blocks) return no_memory(o->err);
-    run_threads(&j, o->options->threads);
+    run_threads(&j, o->options);
     const gn_status status = join_blocks(o, &j, out);
     for (int64_t i = 0; i < j.n_blocks; i++) gn_samples_free(&j.blocks[i].samples);
     free(j.blocks);

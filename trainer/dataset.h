@@ -23,10 +23,12 @@ typedef struct gn_dataset_options {
     int source_max_len, target_max_len;
     int max_len; /* of tokenized rows, which are not cut */
     bool train_on_source;
-    bool skip_bad_rows;                         /* count them; else the first is an error */
-    int threads;                                /* 0: as many as there are cores */
-    const char *cache_dir;                      /* NULL: no cache */
-    void (*note)(void *user, const char *text); /* may be NULL */
+    bool skip_bad_rows;    /* count them; else the first is an error */
+    int threads;           /* 0: as many as there are cores */
+    const char *cache_dir; /* NULL: no cache */
+    /* On the calling thread; may be NULL. progress: rows of a file being tokenized. */
+    void (*note)(void *user, const char *text);
+    void (*progress)(void *user, int64_t done, int64_t total);
     void *user;
 } gn_dataset_options;
 
