@@ -26,6 +26,7 @@ struct gn_tokenizer {
     std::string bytes;          /* of all pieces, one after another */
     std::vector<size_t> starts; /* of each piece in bytes, and the end */
     std::unordered_map<std::string, int32_t> special;
+    int32_t bos, eos; /* SentencePiece looks them up by name */
 };
 
 namespace {
@@ -195,6 +196,8 @@ gn_status load(gn_tokenizer *t, const std::string &path, int vocab, gn_error *er
         return gn_fail(err, GN_EFORMAT, "%s: %s", path.c_str(), loaded.error_message());
     if (t->processor.GetPieceSize() != (int)pieces.size())
         return gn_fail(err, GN_EFORMAT, "%s: malformed list of pieces", path.c_str());
+    t->bos = t->processor.bos_id();
+    t->eos = t->processor.eos_id();
     return make_tables(t, pieces, path.c_str(), err);
 }
 
@@ -219,11 +222,11 @@ int gn_tokenizer_size(const gn_tokenizer *t) {
 }
 
 int32_t gn_tokenizer_bos(const gn_tokenizer *t) {
-    return t->processor.bos_id();
+    return t->bos;
 }
 
 int32_t gn_tokenizer_eos(const gn_tokenizer *t) {
-    return t->processor.eos_id();
+    return t->eos;
 }
 
 int32_t gn_tokenizer_special(const gn_tokenizer *t, const char *piece, size_t len) {
