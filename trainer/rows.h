@@ -14,8 +14,8 @@
 
 typedef struct gn_rows gn_rows;
 
-/* GN_EUNSUPPORTED: the name ends in none of these. GN_EFORMAT: there are no rows, a .json array does
- * not end where the file does, or the columns have no names. */
+/* GN_EUNSUPPORTED: the name ends in none of these. GN_EFORMAT: there are no rows, a .json array
+ * does not end where the file does, or the columns have no names. */
 GN_CHECKED gn_status gn_rows_open(gn_rows **out, const char *path, gn_error *err);
 /* The same for text in memory: malloc'ed, `size` bytes and a zero byte, and the rows' from now on
  * whatever comes back. `path` says the kind and stands in messages. */
@@ -27,8 +27,8 @@ const char *gn_rows_path(const gn_rows *rows);
 int64_t gn_rows_line(const gn_rows *rows, int64_t i); /* in the file, from 1, where row i begins */
 void gn_rows_add_to_hash(const gn_rows *rows, gn_hash *hash); /* the file's contents and kind */
 
-/* Row i, to be freed by cJSON_Delete. A row that is not JSON or not an object, is not UTF-8, holds a
- * zero character, is over 64 MiB or has another number of fields than there are columns is
+/* Row i, to be freed by cJSON_Delete. A row that is not JSON or not an object, is not UTF-8, holds
+ * a zero character, is over 64 MiB or has another number of fields than there are columns is
  * GN_EFORMAT; the message leaves it to the caller to name file and line. From any thread. */
 GN_CHECKED gn_status gn_rows_parse(const gn_rows *rows, int64_t i, cJSON **row, gn_error *err);
 
