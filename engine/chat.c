@@ -276,7 +276,11 @@ typedef struct prompt {
     const gn_tokenizer *t;
     buffer run;     /* text since the last control piece */
     buffer pending; /* system text that waits for a user message */
+    bool training;
+    bool learning; /* what is written now is learned */
+    buffer marks;  /* (run.len) with training: which bytes of the run are learned */
     int32_t *ids;
+    bool *learned; /* (n) with training */
     size_t n, room;
     gn_status status;
     gn_error *err;
@@ -304,28 +308,50 @@ static void append(prompt *p, buffer *b, const char *data, size_t len) {
     b->len += len;
 }
 
-static void push_ids(prompt *p, const int32_t *ids, size_t n) {
+static void grow_ids(prompt *p, size_t n) {
+    if (p->status || p->n + n <= p->room) return;
+    const size_t room = 2 * (p->n + n) + 64;
+    int32_t *ids = realloc(p->ids, room * sizeof *ids);
+    if (!ids) return fail(p, GN_ENOMEM, "out of memory");
+    p->ids = ids;
+    if (p->training) {
+        bool *learned = realloc(p->learned, room * sizeof *learned);
+        if (!learned) return fail(p, GN_ENOMEM, "out of memory");
+        p->learned = learned;
+    }
+    p->room = room;
+}
+
+/* begins (n): where in the run each token begins; NULL: the tokens are control pieces. */
+static void push_ids(prompt *p, const int32_t *ids, const int32_t *begins, size_t n) {
     if (p->status || n == 0) return;
     if (n > (size_t)INT32_MAX - p->n) return fail(p, GN_ETOOBIG, "too many tokens");
-    if (p->n + n > p->room) {
-        const size_t room = 2 * (p->n + n) + 64;
-        int32_t *grown = realloc(p->ids, room * sizeof *grown);
-        if (!grown) return fail(p, GN_ENOMEM, "out of memory");
-        p->ids = grown;
-        p->room = room;
-    }
+    grow_ids(p, n);
+    if (p->status) return;
     memcpy(p->ids + p->n, ids, n * sizeof *ids);
+    for (size_t i = 0; p->training && i < n; i++)
+        p->learned[p->n + i] = begins ? p->marks.data[begins[i]] : p->learning;
     p->n += n;
+}
+
+static void add_run(prompt *p, const char *text, size_t len) {
+    append(p, &p->run, text, len);
+    if (!p->training || p->status) return;
+    append(p, &p->marks, text, len);
+    if (!p->status) memset(p->marks.data + p->marks.len - len, p->learning, len);
 }
 
 static void end_run(prompt *p) {
     if (p->status || p->run.len == 0) return;
-    int32_t *ids, n;
-    p->status = gn_tokenizer_encode(p->t, p->run.data, p->run.len, &ids, &n, p->err);
+    int32_t *ids, *begins = NULL, n;
+    p->status = p->training ? gn_tokenizer_encode_places(p->t, p->run.data, p->run.len, &ids,
+                                                         &begins, &n, p->err)
+                            : gn_tokenizer_encode(p->t, p->run.data, p->run.len, &ids, &n, p->err);
     if (p->status) return;
-    push_ids(p, ids, (size_t)n);
+    push_ids(p, ids, begins, (size_t)n);
     free(ids);
-    p->run.len = 0;
+    free(begins);
+    p->run.len = p->marks.len = 0;
 }
 
 /* The length of the control piece that text begins with, or 0. */
@@ -350,17 +376,36 @@ static void add_literal(prompt *p, const char *text, size_t len) {
             i++;
             continue;
         }
-        append(p, &p->run, text + start, i - start);
+        add_run(p, text + start, i - start);
         end_run(p);
-        push_ids(p, &id, 1);
+        push_ids(p, &id, NULL, 1);
         start = i += piece;
     }
-    append(p, &p->run, text + start, len - start);
+    add_run(p, text + start, len - start);
+}
+
+/* After an assistant's turn that no control piece ended, what the model has to write last is the
+ * stop string that opens the next text. Writes it, and returns its length. */
+static size_t add_learned_stop(prompt *p, const char *text) {
+    const size_t literal = strcspn(text, "{");
+    size_t longest = 0;
+    for (int i = 0; i < p->c->n_stops; i++) {
+        const size_t len = strlen(p->c->stops[i]);
+        if (len <= literal && len > longest && !memcmp(text, p->c->stops[i], len)) longest = len;
+    }
+    if (p->learning)
+        add_literal(p, text, longest);
+    else
+        longest = 0;
+    p->learning = false;
+    return longest;
 }
 
 static void add_text(prompt *p, text_key key, slice system, slice content) {
     static const char content_mark[] = "{content}", system_mark[] = "{system}";
-    const char *start = p->c->text[key], *at = start;
+    const char *start = p->c->text[key];
+    start += add_learned_stop(p, start);
+    const char *at = start;
     while ((at = strchr(at, '{')) != NULL) {
         const bool is_content = !strncmp(at, content_mark, sizeof content_mark - 1);
         const bool is_system =
@@ -371,11 +416,49 @@ static void add_text(prompt *p, text_key key, slice system, slice content) {
         }
         const slice value = is_content ? content : system;
         add_literal(p, start, (size_t)(at - start));
-        append(p, &p->run, value.data, value.len);
+        add_run(p, value.data, value.len);
         at += is_content ? sizeof content_mark - 1 : sizeof system_mark - 1;
         start = at;
     }
     add_literal(p, start, strlen(start));
+}
+
+/* The length of text up to the end of the first control piece in it, or 0. */
+static size_t turn_end(const gn_tokenizer *t, const char *text) {
+    const size_t len = strlen(text);
+    int32_t id;
+    for (size_t i = 0; i < len; i++) {
+        const size_t piece = control_piece(t, text + i, len - i, &id);
+        if (piece > 0) return i + piece;
+    }
+    return 0;
+}
+
+/* `last`: of a conversation to learn from, which ends where the assistant's turn does. */
+static void add_assistant(prompt *p, const char *content, bool learn, bool last) {
+    const char *text = p->c->text[ASSISTANT], *generation = p->c->text[GENERATION];
+    const char *value = strstr(text, "{content}"), *rest = value + strlen("{content}");
+    const size_t before = (size_t)(value - text), prompted = strlen(generation);
+    const bool is_prefix = prompted <= before && !memcmp(text, generation, prompted);
+    const size_t given = is_prefix ? prompted : before, end = turn_end(p->t, rest);
+    p->learning = false;
+    add_literal(p, text, given);
+    p->learning = learn;
+    add_literal(p, text + given, before - given);
+    add_run(p, content, strlen(content));
+    if (end > 0) {
+        add_literal(p, rest, end);
+        p->learning = false;
+        if (!last) add_literal(p, rest + end, strlen(rest + end));
+        return;
+    }
+    size_t len = strlen(rest);
+    while (last && len > 0 && strchr(" \t\r\n", rest[len - 1])) len--;
+    add_literal(p, rest, len);
+    if (!last) return;
+    end_run(p);
+    const int32_t eos = gn_tokenizer_eos(p->t);
+    if (eos >= 0) push_ids(p, &eos, NULL, 1);
 }
 
 static void add_system(prompt *p, const char *text) {
@@ -410,8 +493,7 @@ static void add_default(prompt *p) {
     if (p->c->text[DEFAULT_SYSTEM]) add_system(p, p->c->text[DEFAULT_SYSTEM]);
 }
 
-static void add_conversation(prompt *p, const gn_message *messages, int n) {
-    const slice none = {"", 0};
+static void add_conversation(prompt *p, const gn_message *messages, const bool *learn, int n) {
     bool system = false;
     for (int i = 0; i < n; i++) system = system || is_system(&messages[i]);
     if (!system) add_default(p);
@@ -422,10 +504,10 @@ static void add_conversation(prompt *p, const gn_message *messages, int n) {
         else if (!strcmp(m->role, "user"))
             add_user(p, m->content);
         else
-            add_text(p, ASSISTANT, none, slice_of(m->content));
+            add_assistant(p, m->content, !learn || learn[i], p->training && i == n - 1);
     }
     if (p->pending.len > 0) add_user(p, "");
-    add_literal(p, p->c->text[GENERATION], strlen(p->c->text[GENERATION]));
+    if (!p->training) add_literal(p, p->c->text[GENERATION], strlen(p->c->text[GENERATION]));
     end_run(p);
 }
 
@@ -444,24 +526,55 @@ static gn_status check_messages(const gn_message *messages, int n, gn_error *err
     return GN_OK;
 }
 
+static gn_status encode(prompt *p, const gn_message *messages, const bool *learn, int n_messages) {
+    gn_status status = check_messages(messages, n_messages, p->err);
+    if (status) return status;
+    const int32_t bos = gn_tokenizer_bos(p->t);
+    if (bos >= 0) push_ids(p, &bos, NULL, 1);
+    add_conversation(p, messages, learn, n_messages);
+    free(p->run.data);
+    free(p->pending.data);
+    free(p->marks.data);
+    if (p->status) {
+        free(p->ids);
+        free(p->learned);
+    }
+    return p->status;
+}
+
 gn_status gn_chat_template_encode(const gn_chat_template *c, const gn_tokenizer *t,
                                   const gn_message *messages, int n_messages, int32_t **ids,
                                   int32_t *n, gn_error *err) {
     *ids = NULL;
     *n = 0;
-    gn_status status = check_messages(messages, n_messages, err);
-    if (status) return status;
     prompt p = {.c = c, .t = t, .err = err};
-    const int32_t bos = gn_tokenizer_bos(t);
-    if (bos >= 0) push_ids(&p, &bos, 1);
-    add_conversation(&p, messages, n_messages);
-    free(p.run.data);
-    free(p.pending.data);
-    if (p.status) {
-        free(p.ids);
-        return p.status;
-    }
+    const gn_status status = encode(&p, messages, NULL, n_messages);
+    if (status) return status;
     *ids = p.ids;
     *n = (int32_t)p.n;
     return GN_OK;
+}
+
+gn_status gn_chat_template_encode_learned(const gn_chat_template *c, const gn_tokenizer *t,
+                                          const gn_message *messages, const bool *learn,
+                                          int n_messages, int32_t **ids, bool **learned, int32_t *n,
+                                          gn_error *err) {
+    *ids = NULL;
+    *learned = NULL;
+    *n = 0;
+    prompt p = {.c = c, .t = t, .training = true, .err = err};
+    const gn_status status = encode(&p, messages, learn, n_messages);
+    if (status) return status;
+    *ids = p.ids;
+    *learned = p.learned;
+    *n = (int32_t)p.n;
+    return GN_OK;
+}
+
+void gn_chat_template_add_to_hash(const gn_chat_template *c, gn_hash *hash) {
+    for (int k = 0; k < TEXT_COUNT; k++) {
+        const slice text = slice_of(c->text[k] ? c->text[k] : "");
+        gn_hash_add(hash, text.data, text.len + (c->text[k] != NULL));
+    }
+    for (int i = 0; i < c->n_stops; i++) gn_hash_add(hash, c->stops[i], strlen(c->stops[i]));
 }

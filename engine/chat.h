@@ -26,6 +26,7 @@
 #define GN_CHAT_H
 
 #include "engine/guanaco.h"
+#include "engine/hash.h"
 #include "engine/tokenizer.h"
 
 typedef struct gn_chat_template gn_chat_template;
@@ -43,5 +44,18 @@ const char *const *gn_chat_template_stops(const gn_chat_template *c, int *n);
 GN_CHECKED gn_status gn_chat_template_encode(const gn_chat_template *c, const gn_tokenizer *t,
                                              const gn_message *messages, int n_messages,
                                              int32_t **ids, int32_t *n, gn_error *err);
+/* For training: BOS, then the conversation, without a generation prompt. (*learned)[i] says whether
+ * token i is what the assistant must write: in each assistant message what follows the generation
+ * prompt, up to the control piece that ends the turn. Where the template has none, the turn ends
+ * with a stop string that opens the next user message, or, after the last message, with EOS.
+ * `learn` (n_messages, or NULL: all) leaves assistant messages out. *ids and *learned are
+ * malloc'ed. */
+GN_CHECKED gn_status gn_chat_template_encode_learned(const gn_chat_template *c,
+                                                     const gn_tokenizer *t,
+                                                     const gn_message *messages, const bool *learn,
+                                                     int n_messages, int32_t **ids, bool **learned,
+                                                     int32_t *n, gn_error *err);
+/* Templates with equal hashes encode alike. */
+void gn_chat_template_add_to_hash(const gn_chat_template *c, gn_hash *hash);
 
 #endif

@@ -26,6 +26,7 @@ struct gn_tokenizer {
     std::string bytes;          /* of all pieces, one after another */
     std::vector<size_t> starts; /* of each piece in bytes, and the end */
     std::unordered_map<std::string, int32_t> special;
+    int32_t bos, eos; /* SentencePiece looks them up by name */
 };
 
 namespace {
@@ -195,6 +196,8 @@ gn_status load(gn_tokenizer *t, const std::string &path, int vocab, gn_error *er
         return gn_fail(err, GN_EFORMAT, "%s: %s", path.c_str(), loaded.error_message());
     if (t->processor.GetPieceSize() != (int)pieces.size())
         return gn_fail(err, GN_EFORMAT, "%s: malformed list of pieces", path.c_str());
+    t->bos = t->processor.bos_id();
+    t->eos = t->processor.eos_id();
     return make_tables(t, pieces, path.c_str(), err);
 }
 
@@ -219,11 +222,11 @@ int gn_tokenizer_size(const gn_tokenizer *t) {
 }
 
 int32_t gn_tokenizer_bos(const gn_tokenizer *t) {
-    return t->processor.bos_id();
+    return t->bos;
 }
 
 int32_t gn_tokenizer_eos(const gn_tokenizer *t) {
-    return t->processor.eos_id();
+    return t->eos;
 }
 
 int32_t gn_tokenizer_special(const gn_tokenizer *t, const char *piece, size_t len) {
@@ -251,6 +254,34 @@ gn_status gn_tokenizer_encode(const gn_tokenizer *t, const char *text, size_t le
         if (!*ids) return gn_fail(err, GN_ENOMEM, "out of memory");
         if (!encoded.empty()) memcpy(*ids, encoded.data(), encoded.size() * sizeof **ids);
         *n = (int32_t)encoded.size();
+        return GN_OK;
+    });
+}
+
+gn_status gn_tokenizer_encode_places(const gn_tokenizer *t, const char *text, size_t len,
+                                     int32_t **ids, int32_t **begins, int32_t *n, gn_error *err) {
+    *ids = *begins = nullptr;
+    *n = 0;
+    if (len > max_text)
+        return gn_fail(err, GN_ETOOBIG, "text of %zu bytes; at most %zu can be tokenized at once",
+                       len, max_text);
+    return guarded(err, [&] {
+        sentencepiece::ImmutableSentencePieceText pieces;
+        const auto done = t->processor.Encode(std::string_view(text, len), pieces.mutable_proto());
+        if (!done.ok()) return gn_fail(err, GN_EFORMAT, "SentencePiece: %s", done.error_message());
+        const size_t bytes = (pieces.pieces_size() + 1) * sizeof **ids; /* never of zero bytes */
+        *ids = (int32_t *)malloc(bytes);
+        *begins = (int32_t *)malloc(bytes);
+        if (!*ids || !*begins) {
+            free(*ids);
+            free(*begins);
+            *ids = *begins = nullptr;
+            return gn_fail(err, GN_ENOMEM, "out of memory");
+        }
+        for (const auto &piece : pieces.pieces()) {
+            (*ids)[*n] = (int32_t)piece.id();
+            (*begins)[(*n)++] = (int32_t)piece.begin();
+        }
         return GN_OK;
     });
 }

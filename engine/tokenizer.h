@@ -27,6 +27,10 @@ int32_t gn_tokenizer_special(const gn_tokenizer *t, const char *piece, size_t le
  * and user-defined markers (<...>, [...]) in it are plain text. *ids is malloc'ed. */
 GN_CHECKED gn_status gn_tokenizer_encode(const gn_tokenizer *t, const char *text, size_t len,
                                          int32_t **ids, int32_t *n, gn_error *err);
+/* The same, and the byte of the text at which each token begins: *begins is malloc'ed. */
+GN_CHECKED gn_status gn_tokenizer_encode_places(const gn_tokenizer *t, const char *text, size_t len,
+                                                int32_t **ids, int32_t **begins, int32_t *n,
+                                                gn_error *err);
 /* The bytes one piece stands for, not terminated; control pieces and the unknown piece are empty,
  * as Hugging Face decodes with skip_special_tokens; ids past the end too. */
 const char *gn_tokenizer_bytes(const gn_tokenizer *t, int32_t id, size_t *len);

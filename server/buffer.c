@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/utf8.h"
+
 enum { SMALLEST = 256 };
 
 void gn_buffer_free(gn_buffer *b) {
@@ -64,32 +66,6 @@ void gn_buffer_format(gn_buffer *b, const char *fmt, ...) {
 void gn_buffer_consume(gn_buffer *b, size_t n) {
     b->size -= n;
     if (b->size) memmove(b->data, b->data + n, b->size);
-}
-
-int gn_utf8_length(const char *p, size_t size) {
-    const unsigned char *u = (const unsigned char *)p;
-    if (size == 0) return 0;
-    if (u[0] < 0x80) return 1;
-    const int n = u[0] >= 0xf0 ? 4 : u[0] >= 0xe0 ? 3 : 2;
-    if (u[0] < 0xc2 || u[0] > 0xf4 || size < (size_t)n) return 0;
-    for (int i = 1; i < n; i++) {
-        if ((u[i] & 0xc0) != 0x80) return 0;
-    }
-    if (u[0] == 0xe0 && u[1] < 0xa0) return 0; /* overlong */
-    if (u[0] == 0xed && u[1] > 0x9f) return 0; /* surrogate */
-    if (u[0] == 0xf0 && u[1] < 0x90) return 0; /* overlong */
-    if (u[0] == 0xf4 && u[1] > 0x8f) return 0; /* past U+10FFFF */
-    return n;
-}
-
-size_t gn_utf8_check(const char *p, size_t size) {
-    size_t at = 0;
-    while (at < size) {
-        const int n = gn_utf8_length(p + at, size - at);
-        if (n == 0) return at;
-        at += (size_t)n;
-    }
-    return size;
 }
 
 /* Writes what must be escaped; returns how many bytes it took from p. */

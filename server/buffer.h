@@ -31,10 +31,4 @@ void gn_buffer_json_text(gn_buffer *b, const char *text); /* NULL is null */
  * null and +-9999 (OpenAI's floor for logarithms). */
 void gn_buffer_json_float(gn_buffer *b, float value);
 
-/* Length of the UTF-8 character at p, or 0 when what stands there is not one (overlong forms,
- * surrogates and values past U+10FFFF are not). */
-int gn_utf8_length(const char *p, size_t size);
-/* The offset of the first byte that is not UTF-8; `size` when all is well. */
-size_t gn_utf8_check(const char *p, size_t size);
-
 #endif

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "engine/options.h" /* gn_nearest */
+#include "engine/utf8.h"
 
 /* ---- the body ---- */
 

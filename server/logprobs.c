@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "engine/utf8.h"
 #include "server/state.h"
 
 static const char *bytes_of(const gn_choice *c, int32_t id, size_t *size) {

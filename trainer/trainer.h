@@ -24,6 +24,7 @@ int gn_quantize_command(int n, char *const *args);
 int gn_eval_ppl_command(int n, char *const *args);
 int gn_eval_logits_command(int n, char *const *args);
 int gn_bench_command(int n, char *const *args);
+int gn_data_command(int n, char *const *args);
 
 /* Parses args and deals with --help and mistakes; false: end with *exit_status. */
 GN_CHECKED bool gn_command_options(const gn_option *table, void *fields, const char *usage, int n,

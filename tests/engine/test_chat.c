@@ -273,3 +273,88 @@ Test(chat, bootstrap_folder) {
     gn_chat_template_close(c);
     gn_tokenizer_close(t);
 }
+
+/* What is learned, as text: each run of learned tokens in brackets. \1 and \2 are BOS and EOS. */
+static void check_learned(const char *source, const gn_message *m, const bool *learn, int n_m,
+                          const char *want) {
+    gn_tokenizer *t = tokenizer();
+    gn_chat_template *c = template(source);
+    int32_t *ids, n;
+    bool *learned, inside = false;
+    char text[1024] = "";
+    gn_error err = {0};
+    cr_assert_eq(gn_chat_template_encode_learned(c, t, m, learn, n_m, &ids, &learned, &n, &err),
+                 GN_OK, "%s", err.message);
+    for (int32_t i = 0; i < n; i++) {
+        size_t len;
+        const char control[] = {(char)ids[i], 0}, *bytes = gn_tokenizer_bytes(t, ids[i], &len);
+        if (learned[i] != inside) strcat(text, learned[i] ? "[" : "]");
+        inside = learned[i];
+        if (ids[i] == BOS || ids[i] == EOS)
+            strcat(text, control);
+        else
+            strncat(text, bytes, len);
+    }
+    if (inside) strcat(text, "]");
+    cr_expect_str_eq(text, want, "%s: %s", source, text);
+    free(ids);
+    free(learned);
+    gn_chat_template_close(c);
+    gn_tokenizer_close(t);
+}
+
+Test(chat, what_is_learned) {
+    const gn_message m[] = {{"system", "Be."},
+                            {"user", "Hi"},
+                            {"assistant", "Yo"},
+                            {"user", "Bye"},
+                            {"assistant", "So long"}};
+    check_learned("guanaco", m, NULL, 5,
+                  "\1 Be.\n### Human: Hi\n### Assistant:[ Yo\n### Human:] Bye\n### Assistant:"
+                  "[ So long\2]");
+    check_learned("vicuna", m, NULL, 5,
+                  "\1 Be. USER: Hi ASSISTANT:[ Yo\2] USER: Bye ASSISTANT:[ So long\2]");
+    check_learned("alpaca", m, NULL, 5,
+                  "\1 Be.\n\n### Instruction:\nHi\n\n### Response:\n[Yo\2] \n\n### Instruction:\n"
+                  "Bye\n\n### Response:\n[So long\2]");
+    check_learned("llama-2", m, NULL, 5,
+                  "\1 [INST] <<SYS>>\nBe.\n<</SYS>>\n\nHi [/INST][ Yo \2]\1 [INST] Bye [/INST]"
+                  "[ So long \2]");
+    /* The tokenizer lacks chatml's markers, which are text then. */
+    check_learned("chatml", m + 1, NULL, 2,
+                  "\1 <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Yo<|im_end|>\2]");
+    check_learned("guanaco", m, NULL, 4,
+                  "\1 Be.\n### Human: Hi\n### Assistant:[ Yo\n### Human:] Bye\n");
+    const bool learn[] = {true, true, false, true, true};
+    check_learned("guanaco", m, learn, 5,
+                  "\1 Be.\n### Human: Hi\n### Assistant: Yo\n### Human: Bye\n### Assistant:"
+                  "[ So long\2]");
+    /* EOS in a message is text. */
+    const gn_message forged[] = {{"system", ""}, {"user", "a"}, {"assistant", "</s>"}};
+    check_learned("guanaco", forged, NULL, 3, "\1 ### Human: a\n### Assistant:[ </s>\2]");
+}
+
+/* A prompt of training begins as the prompt that is served. */
+Test(chat, learned_prompts_are_served_prompts) {
+    static const char *const names[] = {"guanaco", "vicuna", "alpaca", "llama-2",
+                                        "llama-3", "chatml", "mistral"};
+    const gn_message m[] = {{"user", "Hi"}, {"assistant", "Yo"}};
+    gn_tokenizer *t = tokenizer();
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        gn_chat_template *c = template(names[i]);
+        int32_t *ids, *prompt, n, n_prompt;
+        bool *learned;
+        cr_assert_eq(gn_chat_template_encode(c, t, m, 1, &prompt, &n_prompt, NULL), GN_OK);
+        cr_assert_eq(gn_chat_template_encode_learned(c, t, m, NULL, 2, &ids, &learned, &n, NULL),
+                     GN_OK);
+        cr_assert(n > n_prompt && !memcmp(ids, prompt, (size_t)n_prompt * sizeof *ids), "%s",
+                  names[i]);
+        for (int32_t k = 0; k < n; k++)
+            cr_expect_eq(learned[k], k >= n_prompt, "%s: token %d", names[i], (int)k);
+        free(ids);
+        free(learned);
+        free(prompt);
+        gn_chat_template_close(c);
+    }
+    gn_tokenizer_close(t);
+}

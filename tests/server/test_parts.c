@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/utf8.h"
 #include "server/mailbox.h"
 #include "server/registry.h"
 #include "server/serve_options.h"
