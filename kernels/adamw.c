@@ -47,6 +47,7 @@ gn_status gn_sum_squares(gn_ctx *ctx, double *sum, const gn_tensor *x) {
     if (!ctx || !sum || !x || !is_f32_or_bf16(x) || x->shape[0] < 0 ||
         x->shape[0] > PTRDIFF_MAX / 8 || !is_vector(x, x->shape[0]))
         return GN_EINVAL;
+    if (ctx->workspace_bytes < GN_SUM_WORKSPACE) return GN_ENOMEM;
     return x->shape[0] == 0 ? GN_OK : ctx->backend->sum_squares(ctx, sum, x);
 }
 

@@ -40,7 +40,8 @@ typedef struct gn_adamw_args {
 GN_CHECKED gn_status gn_adamw(gn_ctx *ctx, const gn_adamw_args *args);
 
 /* *sum += the sum of the squares of x, (n) F32 or BF16; sum is on the device. Added in an order
- * that only n decides. */
+ * that only n decides. Needs GN_SUM_WORKSPACE bytes of working memory (gn_ctx_reserve). */
+enum { GN_SUM_WORKSPACE = 4096 };
 GN_CHECKED gn_status gn_sum_squares(gn_ctx *ctx, double *sum, const gn_tensor *x);
 
 /* What torch.nn.utils.clip_grad_norm_ multiplies gradients of this norm by; max_norm 0: 1. */

@@ -8,7 +8,7 @@
 #include "cpu.h"
 #include "kernels/quant_tables.h"
 
-enum { BLOCK = GN_MOMENT_BLOCK, MAX_CHUNKS = 512 };
+enum { BLOCK = GN_MOMENT_BLOCK, MAX_CHUNKS = GN_SUM_WORKSPACE / sizeof(double) };
 
 static void *at(const gn_tensor *t, int64_t i) {
     return (char *)t->data + (size_t)i * gn_dtype_size(t->dtype);
@@ -93,7 +93,7 @@ gn_status gn_cpu_adamw(gn_ctx *ctx, const gn_adamw_args *args) {
 struct sum {
     const gn_tensor *x;
     int64_t chunk; /* elements, a multiple of BLOCK */
-    double part[MAX_CHUNKS];
+    double *part;  /* (MAX_CHUNKS), the working memory */
 };
 
 static void sum_chunk(void *arg, int64_t c) {
@@ -113,8 +113,8 @@ static void sum_chunk(void *arg, int64_t c) {
 gn_status gn_cpu_sum_squares(gn_ctx *ctx, double *sum, const gn_tensor *x) {
     const int64_t n = x->shape[0];
     const int64_t shared = (n + MAX_CHUNKS - 1) / MAX_CHUNKS;
-    struct sum op = {
-        x, gn_cpu_round_up(shared < GN_CPU_SERIAL ? GN_CPU_SERIAL : shared, BLOCK), {0}};
+    struct sum op = {x, gn_cpu_round_up(shared < GN_CPU_SERIAL ? GN_CPU_SERIAL : shared, BLOCK),
+                     ctx->workspace};
     const int64_t chunks = (n + op.chunk - 1) / op.chunk;
     gn_cpu_for(ctx->pool, chunks, sum_chunk, &op);
     for (int64_t c = 0; c < chunks; c++) *sum += op.part[c];
