@@ -13,9 +13,10 @@
 extern "C" {
 #endif
 
-enum { GN_MOMENT_BLOCK = 256 };
+enum { GN_MOMENT_BLOCK = 256, GN_ZERO_CODE = 127 /* of zero in the signed map */ };
 
-/* A running mean of gradients or of their squares; zeroed before the first update. */
+/* A running mean of gradients or of their squares; zero before the first update. In 8 bits that is
+ * an absmax of zero, whatever the codes. */
 typedef struct gn_moment {
     gn_tensor values; /* (n) F32, or U8 codes */
     float *absmax;    /* with U8: (ceil(n / GN_MOMENT_BLOCK)) */
