@@ -152,6 +152,10 @@ void gn_optimizer_set_steps(gn_optimizer *o, int64_t steps) {
     o->steps = steps;
 }
 
+const gn_parameters *gn_optimizer_parameters(const gn_optimizer *o) {
+    return o->parameters;
+}
+
 gn_pages *gn_optimizer_pages(gn_optimizer *o) {
     return o->pages;
 }

@@ -37,6 +37,8 @@ GN_CHECKED gn_status gn_optimizer_step(gn_optimizer *o, double lr, float grad_sc
 int64_t gn_optimizer_steps(const gn_optimizer *o);
 void gn_optimizer_set_steps(gn_optimizer *o, int64_t steps);
 
+const gn_parameters *gn_optimizer_parameters(const gn_optimizer *o);
+
 /* Residency: a spike in activations lowers the budget. */
 gn_pages *gn_optimizer_pages(gn_optimizer *o);
 
