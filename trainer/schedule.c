@@ -2,6 +2,26 @@
 #include "trainer/schedule.h"
 
 #include <math.h>
+#include <string.h>
+
+static const char *const names[] = {
+#define X(name, text) text,
+    GN_LR_MAP(X)
+#undef X
+};
+
+const char *gn_lr_name(gn_lr_kind kind) {
+    return names[kind];
+}
+
+gn_status gn_lr_parse(gn_lr_kind *out, const char *name) {
+    for (int i = 0; i < GN_LR_KIND_COUNT; i++) {
+        if (strcmp(name, names[i]) != 0) continue;
+        *out = (gn_lr_kind)i;
+        return GN_OK;
+    }
+    return GN_EINVAL;
+}
 
 static double max(double a, double b) {
     return a > b ? a : b;

@@ -15,7 +15,12 @@ typedef enum gn_lr_kind {
 #define X(name, text) GN_LR_##name,
     GN_LR_MAP(X)
 #undef X
+        GN_LR_KIND_COUNT
 } gn_lr_kind;
+
+const char *gn_lr_name(gn_lr_kind kind);
+/* GN_EINVAL for a name not in GN_LR_MAP. */
+GN_CHECKED gn_status gn_lr_parse(gn_lr_kind *out, const char *name);
 
 typedef struct gn_lr_schedule {
     gn_lr_kind kind;

@@ -1,4 +1,4 @@
-/* Learning rates against values that transformers 4's get_scheduler gives. */
+/* Learning rates against values that transformers' get_scheduler gives. */
 #include "trainer/schedule.h"
 
 #include <criterion/criterion.h>
@@ -52,4 +52,14 @@ Test(lr_schedule, warmup_of_a_ratio) {
     cr_assert_eq(gn_lr_warmup_steps(0, 1875), 0);
     cr_assert_eq(gn_lr_warmup_steps(0.5, 3), 2);
     cr_assert_eq(gn_lr_warmup_steps(1, 10), 10);
+}
+
+Test(lr_schedule, names) {
+    for (int i = 0; i < GN_LR_KIND_COUNT; i++) {
+        gn_lr_kind kind;
+        cr_assert_eq(gn_lr_parse(&kind, gn_lr_name((gn_lr_kind)i)), GN_OK);
+        cr_assert_eq((int)kind, i);
+    }
+    gn_lr_kind kind;
+    cr_assert_eq(gn_lr_parse(&kind, "polynomial"), GN_EINVAL);
 }
