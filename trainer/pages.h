@@ -12,24 +12,7 @@
 #ifndef GN_PAGES_H
 #define GN_PAGES_H
 
-#include "kernels/base.h"
-
-/* Where pages go. Copies run in the order they were queued, beside the ops. `slot` numbers the
- * places that pages have on the device. */
-typedef struct gn_page_device {
-    void *user;
-    void *(*alloc_host)(void *user, size_t bytes); /* memory that copies run fast from and to */
-    void (*free_host)(void *user, void *memory);
-    void *(*alloc)(void *user, size_t bytes);
-    void (*free)(void *user, void *memory); /* waits for its copies */
-    gn_status (*upload)(void *user, int slot, void *device, const void *host, size_t bytes);
-    gn_status (*download)(void *user, int slot, void *host, const void *device, size_t bytes);
-    /* Ops queued from now on run after the slot's copies. */
-    gn_status (*begin_use)(void *user, int slot);
-    /* Copies of the slot queued from now on run after the ops so far. */
-    gn_status (*end_use)(void *user, int slot);
-    gn_status (*wait)(void *user); /* until all copies have run */
-} gn_page_device;
+#include "kernels/page_device.h"
 
 typedef struct gn_pages gn_pages;
 

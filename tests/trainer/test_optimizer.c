@@ -1,5 +1,6 @@
 /* The optimizer: its pages change nothing, whatever their size, their budget and the device;
- * padding stays zero; state is read and set parameter by parameter. */
+ * padding stays zero; state is read and set parameter by parameter. GN_TEST_DEVICE=cuda holds a GPU
+ * to the CPU, to the bit. */
 #include "trainer/optimizer.h"
 
 #include <criterion/criterion.h>
@@ -18,7 +19,7 @@ static const gn_parameter shapes[] = {
 };
 enum { N = sizeof shapes / sizeof *shapes };
 
-/* A device whose memory is the host's: copies run at once. */
+/* A page device whose memory is the host's: copies run at once. */
 static void *host_alloc(void *user, size_t bytes) {
     (void)user;
     return malloc(bytes);
@@ -45,11 +46,17 @@ static gn_status host_wait(void *user) {
     return GN_OK;
 }
 
-static const gn_page_device device = {NULL,      host_alloc, host_free,  host_alloc, host_free,
-                                      host_copy, host_copy,  host_fence, host_fence, host_wait};
+static void host_close(gn_page_device *device) {
+    (void)device;
+}
+
+static gn_page_device host_device = {NULL,       host_alloc, host_free, host_alloc,
+                                     host_free,  host_copy,  host_copy, host_fence,
+                                     host_fence, host_wait,  host_close};
 
 typedef struct run {
     gn_ctx *ctx;
+    gn_page_device *pages; /* NULL: state is used where it is */
     gn_parameters *p;
     gn_optimizer *o;
 } run;
@@ -58,36 +65,62 @@ static float value(size_t i, int64_t j, int salt) {
     return sinf((float)(i * 1000 + (size_t)j) * 0.37f + (float)salt);
 }
 
-static run open_run(gn_dtype weights, const gn_optimizer_options *options,
-                    const gn_page_device *on) {
-    run r;
+static gn_ctx *open_ctx(const char *device) {
+    gn_ctx *ctx;
     gn_error err = {0};
-    cr_assert_eq(gn_ctx_open(&r.ctx, &(gn_ctx_options){.device = "cpu", .threads = 2}, &err), GN_OK,
+    cr_assert_eq(gn_ctx_open(&ctx, &(gn_ctx_options){.device = device, .threads = 2}, &err), GN_OK,
                  "%s", err.message);
-    cr_assert_eq(gn_parameters_open(&r.p, r.ctx, shapes, N, weights, GN_F32, &err), GN_OK, "%s",
+    return ctx;
+}
+
+static void finish_run(run *r, gn_dtype weights, const gn_optimizer_options *options) {
+    gn_error err = {0};
+    cr_assert_eq(gn_parameters_open(&r->p, r->ctx, shapes, N, weights, GN_F32, &err), GN_OK, "%s",
                  err.message);
-    cr_assert_eq(gn_optimizer_open(&r.o, r.p, options, on, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_optimizer_open(&r->o, r->p, options, r->pages, &err), GN_OK, "%s", err.message);
     for (size_t i = 0; i < N; i++) {
-        const int64_t n = r.p->items[i].numel;
+        const int64_t n = r->p->items[i].numel;
         float *values = malloc((size_t)n * sizeof *values);
         for (int64_t j = 0; j < n; j++) values[j] = value(i, j, 0);
-        cr_assert_eq(gn_optimizer_set(r.o, GN_STATE_MASTER, i, values), GN_OK);
+        cr_assert_eq(gn_optimizer_set(r->o, GN_STATE_MASTER, i, values), GN_OK);
         free(values);
     }
+}
+
+/* On the CPU, with state where it is. */
+static run open_run(gn_dtype weights, const gn_optimizer_options *options) {
+    run r = {.ctx = open_ctx("cpu")};
+    finish_run(&r, weights, options);
+    return r;
+}
+
+/* On the device that is tested, with pages that travel. */
+static run open_paged(gn_dtype weights, const gn_optimizer_options *options) {
+    const char *device = getenv("GN_TEST_DEVICE");
+    run r = {.ctx = open_ctx(device ? device : "cpu")};
+    cr_assert_eq(gn_page_device_open(&r.pages, r.ctx), GN_OK);
+    cr_assert_eq(r.pages == NULL, gn_ctx_is_host(r.ctx));
+    if (!r.pages) r.pages = &host_device;
+    finish_run(&r, weights, options);
     return r;
 }
 
 static void close_run(run *r) {
     gn_optimizer_close(r->o);
     gn_parameters_close(r->p);
+    gn_page_device_close(r->pages);
     gn_ctx_close(r->ctx);
 }
 
 static void set_grads(const run *r, int64_t step) {
     for (size_t i = 0; i < N; i++) {
-        const gn_tensor g = gn_parameter_grad(r->p, i);
-        for (int64_t j = 0; j < r->p->items[i].numel; j++)
-            ((float *)g.data)[j] = value(i, j, (int)step + 1);
+        const int64_t n = r->p->items[i].numel;
+        float *values = malloc((size_t)n * sizeof *values);
+        for (int64_t j = 0; j < n; j++) values[j] = value(i, j, (int)step + 1);
+        cr_assert_eq(gn_ctx_write(r->ctx, gn_parameter_grad(r->p, i).data, values,
+                                  (size_t)n * sizeof *values),
+                     GN_OK);
+        free(values);
     }
 }
 
@@ -97,6 +130,14 @@ static void steps(const run *r, int n) {
         cr_assert_eq(gn_optimizer_prefetch(r->o), GN_OK);
         cr_assert_eq(gn_optimizer_step(r->o, 1e-2, 0.5f), GN_OK);
     }
+}
+
+/* All weights, in the host's memory. */
+static void *weights_of(const run *r, size_t *bytes) {
+    *bytes = (size_t)r->p->weights.shape[0] * gn_dtype_size(r->p->weights.dtype);
+    void *data = malloc(*bytes);
+    cr_assert_eq(gn_ctx_read(r->ctx, data, r->p->weights.data, *bytes), GN_OK);
+    return data;
 }
 
 static void *get(const run *r, gn_state s, size_t i, size_t *bytes) {
@@ -120,8 +161,12 @@ static void expect_equal(const run *a, const run *b) {
             free(db);
         }
     }
-    const size_t bytes = (size_t)a->p->weights.shape[0] * gn_dtype_size(a->p->weights.dtype);
-    cr_assert(memcmp(a->p->weights.data, b->p->weights.data, bytes) == 0, "weights differ");
+    size_t na, nb;
+    void *wa = weights_of(a, &na), *wb = weights_of(b, &nb);
+    cr_assert_eq(na, nb);
+    cr_assert(memcmp(wa, wb, na) == 0, "weights differ");
+    free(wa);
+    free(wb);
 }
 
 static gn_optimizer_options options_of(bool eight_bit, size_t page_bytes, size_t budget) {
@@ -140,7 +185,7 @@ Test(optimizer, pages_change_nothing) {
         const gn_dtype weights = k & 2 ? GN_BF16 : GN_F32;
         const gn_optimizer_options whole = options_of(eight_bit, 0, SIZE_MAX);
         const gn_optimizer_options paged = options_of(eight_bit, 1, 70 << 10);
-        run a = open_run(weights, &whole, NULL), b = open_run(weights, &paged, &device);
+        run a = open_run(weights, &whole), b = open_paged(weights, &paged);
         steps(&a, STEPS);
         steps(&b, STEPS);
         expect_equal(&a, &b);
@@ -155,7 +200,7 @@ Test(optimizer, pages_change_nothing) {
 
 Test(optimizer, follows_adamw_and_keeps_padding_zero) {
     const gn_optimizer_options options = options_of(false, 1, SIZE_MAX);
-    run r = open_run(GN_F32, &options, NULL);
+    run r = open_run(GN_F32, &options);
     steps(&r, 1);
     const float *w = r.p->weights.data;
     int64_t end = 0;
@@ -176,7 +221,7 @@ Test(optimizer, follows_adamw_and_keeps_padding_zero) {
 
 Test(optimizer, norm_of_all_gradients) {
     const gn_optimizer_options options = options_of(true, 0, SIZE_MAX);
-    run r = open_run(GN_BF16, &options, NULL);
+    run r = open_paged(GN_BF16, &options);
     double norm, expected = 0;
     set_grads(&r, 0);
     for (size_t i = 0; i < N; i++)
@@ -195,7 +240,7 @@ Test(optimizer, state_moves_to_another) {
         const gn_dtype weights = k & 2 ? GN_BF16 : GN_F32;
         const gn_optimizer_options one = options_of(k & 1, 0, SIZE_MAX);
         const gn_optimizer_options other = options_of(k & 1, 1, 70 << 10);
-        run a = open_run(weights, &one, NULL), b = open_run(weights, &other, &device);
+        run a = open_run(weights, &one), b = open_paged(weights, &other);
         steps(&a, 2);
         for (size_t i = 0; i < N; i++) {
             for (int s = 0; s < GN_STATE_COUNT; s++) {
@@ -217,7 +262,7 @@ Test(optimizer, state_moves_to_another) {
 
 Test(optimizer, masters_start_at_the_weights) {
     const gn_optimizer_options options = options_of(false, 1, SIZE_MAX);
-    run r = open_run(GN_BF16, &options, NULL);
+    run r = open_run(GN_BF16, &options);
     gn_optimizer *second;
     gn_error err = {0};
     cr_assert_eq(gn_optimizer_open(&second, r.p, &options, NULL, &err), GN_OK);
