@@ -114,9 +114,16 @@ static gn_status fake_wait(void *user) {
 
 static void fake_open(fake *f) {
     memset(f, 0, sizeof *f);
-    f->device =
-        (gn_page_device){f,           fake_alloc_host, fake_free_host, fake_alloc,   fake_free,
-                         fake_upload, fake_download,   fake_begin_use, fake_end_use, fake_wait};
+    f->device = (gn_page_device){.user = f,
+                                 .alloc_host = fake_alloc_host,
+                                 .free_host = fake_free_host,
+                                 .alloc = fake_alloc,
+                                 .free = fake_free,
+                                 .upload = fake_upload,
+                                 .download = fake_download,
+                                 .begin_use = fake_begin_use,
+                                 .end_use = fake_end_use,
+                                 .wait = fake_wait};
 }
 
 static gn_pages *open_pages(fake *f, int n, int budget) {
