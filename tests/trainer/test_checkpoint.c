@@ -12,6 +12,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "engine/json_file.h"
@@ -456,6 +457,12 @@ Test(checkpoint, an_output_that_cannot_be_written) {
     close_run(&r);
 }
 
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 /* A child saves as fast as it can and is killed; what it left is resumed, and the next goes on. */
 Test(checkpoint, kills_at_any_moment, .timeout = 300) {
     enum { KILLS = 40 };
@@ -464,7 +471,9 @@ Test(checkpoint, kills_at_any_moment, .timeout = 300) {
     int64_t step = 0;
     int went_on = 0;
     for (int k = 0; k < KILLS; k++) {
+        const double begin = seconds();
         save(&r, step, 2);
+        const double one_save = seconds() - begin;
         const pid_t child = fork();
         if (child == 0) {
             gn_error err = {0};
@@ -472,7 +481,7 @@ Test(checkpoint, kills_at_any_moment, .timeout = 300) {
                 if (save_marked(&r, s, 2, &err) != GN_OK) _exit(1);
         }
         random = random * 6364136223846793005u + 1442695040888963407u;
-        usleep((useconds_t)(random >> 40) % 250000);
+        usleep((useconds_t)(3e6 * one_save * (double)(random >> 40) * 0x1p-24));
         cr_assert_eq(kill(child, SIGKILL), 0);
         int how;
         cr_assert_eq(waitpid(child, &how, 0), child);
