@@ -105,7 +105,7 @@ static gn_status open_state(gn_optimizer *o, const gn_page_device *device, gn_er
     gn_ctx *ctx = o->parameters->ctx;
     const size_t page_bytes = lay_out(o);
     const int64_t n_pages = (o->total + o->stretch - 1) / o->stretch;
-    if (n_pages < 1 || n_pages > INT32_MAX)
+    if (n_pages > INT32_MAX)
         return gn_fail(err, GN_EINVAL, "%lld parameters in pages of %zu bytes", (long long)o->total,
                        page_bytes);
     o->n_pages = (int)n_pages;
@@ -123,6 +123,7 @@ gn_status gn_optimizer_open(gn_optimizer **out, gn_parameters *parameters,
                             const gn_optimizer_options *options, const gn_page_device *device,
                             gn_error *err) {
     *out = NULL;
+    if (parameters->weights.shape[0] < 1) return gn_fail(err, GN_EINVAL, "nothing to train");
     gn_optimizer *o = calloc(1, sizeof *o);
     if (!o) return gn_fail(err, GN_ENOMEM, "out of memory");
     o->parameters = parameters;

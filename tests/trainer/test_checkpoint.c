@@ -465,7 +465,7 @@ static double seconds(void) {
 
 /* A child saves as fast as it can and is killed; what it left is resumed, and the next goes on. */
 Test(checkpoint, kills_at_any_moment, .timeout = 300) {
-    enum { KILLS = 40 };
+    enum { KILLS = 25 };
     run r = open_run(GN_BF16, true, 0);
     uint64_t random = 12345;
     int64_t step = 0;

@@ -296,6 +296,11 @@ Test(optimizer, parameters_refuse_shapes_that_make_no_sense) {
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         cr_assert_eq(gn_parameters_open(&p, ctx, &bad[i], 1, GN_F32, GN_F32, &err), GN_EINVAL);
+    gn_optimizer *o;
+    const gn_optimizer_options options = options_of(false, 0, SIZE_MAX);
+    cr_assert_eq(gn_parameters_open(&p, ctx, NULL, 0, GN_F32, GN_F32, &err), GN_OK);
+    cr_assert_eq(gn_optimizer_open(&o, p, &options, NULL, &err), GN_EINVAL);
+    gn_parameters_close(p);
     gn_ctx_close(ctx);
     gn_parameters_close(NULL);
     gn_optimizer_close(NULL);
