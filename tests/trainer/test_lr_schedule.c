@@ -1,4 +1,5 @@
-/* Learning rates against values that transformers' get_scheduler gives. */
+/* Learning rates at points where the formulas of transformers' optimization.py are easily worked
+ * out. */
 #include "trainer/schedule.h"
 
 #include <criterion/criterion.h>
