@@ -6,9 +6,7 @@
  * its final one and renamed at the end. */
 #include "engine/quantize.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +16,7 @@
 #include "engine/bnb.h"
 #include "engine/json_file.h"
 #include "engine/model_internal.h"
+#include "engine/save_folder.h"
 #include "engine/tensor_file_internal.h"
 
 enum { STATE_BYTES = 256, MAX_PATH_BYTES = 4096, MAX_PARTS = 6 };
@@ -217,10 +216,7 @@ static gn_status write_shard(job *j, int shard) {
 static gn_status write_text(job *j, const char *name, const char *text) {
     char path[MAX_PATH_BYTES + 80];
     snprintf(path, sizeof path, "%s/%s", j->folder, name);
-    FILE *f = fopen(path, "wb");
-    bool ok = f && fputs(text, f) >= 0 && fflush(f) == 0 && fsync(fileno(f)) == 0;
-    if (f && fclose(f) != 0) ok = false;
-    return ok ? GN_OK : gn_fail(j->err, GN_EIO, "%s: %s", path, strerror(errno));
+    return gn_text_write(path, text, j->err);
 }
 
 static gn_status write_json(job *j, const char *name, const cJSON *root) {
@@ -319,16 +315,6 @@ static gn_status copy_others(job *j) {
     return status;
 }
 
-static void remove_folder(const char *folder) {
-    DIR *d = opendir(folder);
-    for (struct dirent *entry; d && (entry = readdir(d));) {
-        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
-            unlinkat(dirfd(d), entry->d_name, 0);
-    }
-    if (d) closedir(d);
-    rmdir(folder);
-}
-
 static gn_status fill_folder(job *j) {
     gn_status status = GN_OK;
     for (int shard = 0; !status && shard < j->n_shards; shard++) status = write_shard(j, shard);
@@ -367,7 +353,7 @@ static gn_status run(job *j) {
     if (!status) status = make_folder(j);
     if (status) return status;
     status = fill_folder(j);
-    if (status) remove_folder(j->folder);
+    if (status) gn_folder_remove(j->folder);
     return status;
 }
 

@@ -7,6 +7,7 @@
 #ifndef GN_BACKEND_H
 #define GN_BACKEND_H
 
+#include "adamw.h"
 #include "measure.h"
 #include "ops.h"
 
@@ -14,7 +15,7 @@
 extern "C" {
 #endif
 
-/* member, parameters: the ops, each with the meaning that ops.h gives it */
+/* member, parameters: the ops, each with the meaning that ops.h (adamw.h) gives it */
 #define GN_BACKEND_OPS(X)                                                                          \
     X(embed, (gn_ctx *, gn_tensor *, const gn_matrix *, const int32_t *ids, const int32_t *drawn)) \
     X(rmsnorm, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *, float))               \
@@ -22,7 +23,9 @@ extern "C" {
     X(rope_table, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_seqs *))        \
     X(rope_store, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *, const gn_tensor *, \
                    const gn_tensor *, const gn_seqs *, gn_kv *))                                   \
-    X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))
+    X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))       \
+    X(adamw, (gn_ctx *, const gn_adamw_args *))                                                    \
+    X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))
 
 typedef struct gn_backend {
 #define X(name, parameters) gn_status(*name) parameters;
@@ -36,6 +39,7 @@ typedef struct gn_backend {
     gn_status (*write)(gn_ctx *, void *dst, const void *src, size_t bytes);
     gn_status (*read)(gn_ctx *, void *dst, const void *src, size_t bytes);
     gn_status (*copy)(gn_ctx *, void *dst, const void *src, size_t bytes);
+    gn_status (*zero)(gn_ctx *, void *dst, size_t bytes);
     gn_status (*wait)(gn_ctx *);
     gn_status (*replay)(gn_ctx *, uint64_t key, gn_ctx_ops *fn, void *arg);
     gn_status (*stage_reserve)(gn_ctx *, const gn_stage_limits *);

@@ -198,17 +198,6 @@ static bool encode_int8(gn_quant_out *out, const void *src, gn_dtype dtype, int6
     return !bad;
 }
 
-/* The code of the nearest value of an ascending map of 256. On a midpoint bitsandbytes' dQuantize
- * takes the candidate its bisection ended at, which is always the even one. NaN gets 0. Without
- * branches, as no branch here could be predicted. */
-static uint8_t nearest(const float *map, float x) {
-    int below = 0; /* the last code whose value is less than x; or 0 */
-    for (int step = 128; step > 0; step /= 2) below += -(x > map[below + step]) & step;
-    if (below == 255) return 255;
-    const float middle = (map[below] + map[below + 1]) * 0.5f;
-    return (uint8_t)(below + ((x > middle) | ((x == middle) & below & 1)));
-}
-
 static void quantize_scales(gn_quant_out *out, int64_t blocks, int threads) {
     const float *map = gn_dynamic_map();
     double sum = 0.0;
@@ -224,7 +213,7 @@ static void quantize_scales(gn_quant_out *out, int64_t blocks, int threads) {
         const float max = absmax_of(differences, n), inverse = 1.0f / max;
         out->nested_absmax[nested] = max;
         for (int64_t i = 0; i < n; i++)
-            out->absmax_u8[first + i] = nearest(map, differences[i] * inverse);
+            out->absmax_u8[first + i] = gn_nearest_of_256(map, differences[i] * inverse);
     }
 }
 

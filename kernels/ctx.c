@@ -199,6 +199,10 @@ gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
     return bytes == 0 ? GN_OK : ctx->backend->copy(ctx, dst, src, bytes);
 }
 
+gn_status gn_ctx_zero(gn_ctx *ctx, void *dst, size_t bytes) {
+    return bytes == 0 ? GN_OK : ctx->backend->zero(ctx, dst, bytes);
+}
+
 gn_status gn_ctx_wait(gn_ctx *ctx) {
     return ctx->backend->wait(ctx);
 }

@@ -55,6 +55,7 @@ GN_CHECKED gn_status gn_ctx_write(gn_ctx *ctx, void *dst, const void *src, size_
 GN_CHECKED gn_status gn_ctx_read(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 /* Within the device's memory, in order with the ops; dst and src do not overlap. */
 GN_CHECKED gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+GN_CHECKED gn_status gn_ctx_zero(gn_ctx *ctx, void *dst, size_t bytes); /* likewise */
 /* Waits until every op before has run; GN_EDEVICE when one failed. */
 GN_CHECKED gn_status gn_ctx_wait(gn_ctx *ctx);
 

@@ -1,6 +1,7 @@
 /* no_cuda.c - stands in for kernels/cuda in a build without nvcc. */
 #include "backend.h"
 #include "decoder.h"
+#include "page_device.h"
 #include "sample.h"
 
 gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err) {
@@ -51,5 +52,10 @@ gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
                               const gn_tensor *sin, const gn_seqs *seqs, const gn_lora *lora,
                               int n_lora) {
     (void)d, (void)x, (void)cos, (void)sin, (void)seqs, (void)lora, (void)n_lora;
+    return GN_EUNSUPPORTED;
+}
+
+gn_status gn_cuda_page_device_open(gn_page_device **out, gn_ctx *ctx) {
+    (void)out, (void)ctx;
     return GN_EUNSUPPORTED;
 }

@@ -30,6 +30,12 @@ static gn_status cpu_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes)
     return GN_OK;
 }
 
+static gn_status cpu_zero(gn_ctx *ctx, void *dst, size_t bytes) {
+    (void)ctx;
+    memset(dst, 0, bytes);
+    return GN_OK;
+}
+
 static gn_status cpu_wait(gn_ctx *ctx) {
     (void)ctx;
     return GN_OK;
@@ -71,6 +77,7 @@ const gn_backend gn_cpu_backend = {
     .write = cpu_copy,
     .read = cpu_copy,
     .copy = cpu_copy,
+    .zero = cpu_zero,
     .wait = cpu_wait,
     .replay = cpu_replay,
     .stage_reserve = cpu_stage_reserve,

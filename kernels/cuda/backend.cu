@@ -43,6 +43,10 @@ static gn_status cuda_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes
         cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, ctx->cuda->stream));
 }
 
+static gn_status cuda_zero(gn_ctx *ctx, void *dst, size_t bytes) {
+    return gn_cuda_status(cudaMemsetAsync(dst, 0, bytes, ctx->cuda->stream));
+}
+
 static gn_status cuda_wait(gn_ctx *ctx) {
     return gn_cuda_status(cudaStreamSynchronize(ctx->cuda->stream));
 }
@@ -75,6 +79,7 @@ static const gn_backend cuda_backend = {
     .write = cuda_write,
     .read = cuda_read,
     .copy = cuda_copy,
+    .zero = cuda_zero,
     .wait = cuda_wait,
     .replay = gn_cuda_replay,
     .stage_reserve = gn_cuda_stage_reserve,

@@ -1,0 +1,29 @@
+/* save_folder.h - folders of files that appear whole or not at all.
+ *
+ * A folder is filled under a temporary name beside its final one, synced, and moved into place:
+ * whatever happens on the way (an error, a full disk, a kill, a power cut), the final name shows
+ * the old folder, complete, or the new one. */
+#ifndef GN_SAVE_FOLDER_H
+#define GN_SAVE_FOLDER_H
+
+#include "kernels/base.h"
+
+typedef struct gn_save_folder {
+    char *path;      /* where it will stand */
+    char *temporary; /* "PATH.partial": where its files are to be written */
+} gn_save_folder;
+
+/* Makes the temporary folder; what an interrupted call left there is removed. */
+GN_CHECKED gn_status gn_save_folder_open(gn_save_folder *f, const char *path, gn_error *err);
+/* Syncs the folder (its files are synced by who writes them) and puts it into place of whatever
+ * folder stands there; on failure removes it. */
+GN_CHECKED gn_status gn_save_folder_commit(gn_save_folder *f, gn_error *err);
+/* Removes it. Nothing happens after a commit. */
+void gn_save_folder_abort(gn_save_folder *f);
+
+/* Writes and syncs a file. */
+GN_CHECKED gn_status gn_text_write(const char *path, const char *text, gn_error *err);
+/* The files in a folder, then the folder; folders in it are left alone, and it with them. */
+void gn_folder_remove(const char *path);
+
+#endif

@@ -1,0 +1,216 @@
+/* pages.c - residency: which pages have a place on the device, and which one to take away. */
+#include "trainer/pages.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct page {
+    int slot;    /* -1: only on the host */
+    bool dirty;  /* the device's copy is newer */
+    bool in_use; /* between acquire and release */
+} page;
+
+struct gn_pages {
+    const gn_page_device *device; /* NULL: pages are used where they are */
+    int n;
+    size_t page_bytes, budget;
+    char *host;
+    page *pages;
+    void **slots; /* (n) memory on the device; NULL: a free place */
+    int last;     /* acquired last */
+    gn_page_stats stats;
+};
+
+static bool is_page(const gn_pages *p, int i) {
+    return i >= 0 && i < p->n;
+}
+
+void *gn_pages_host(gn_pages *p, int i) {
+    return p->host + (size_t)i * p->page_bytes;
+}
+
+gn_page_stats gn_pages_read_stats(const gn_pages *p) {
+    return p->stats;
+}
+
+gn_status gn_pages_open(gn_pages **out, const gn_page_device *device, int n, size_t page_bytes,
+                        size_t budget, gn_error *err) {
+    *out = NULL;
+    size_t bytes;
+    if (n < 1 || page_bytes < 1 || page_bytes % 64 != 0 ||
+        __builtin_mul_overflow((size_t)n, page_bytes, &bytes) || bytes > PTRDIFF_MAX)
+        return gn_fail(err, GN_EINVAL, "%d pages of %zu bytes", n, page_bytes);
+    gn_pages *p = calloc(1, sizeof *p);
+    if (p) {
+        *p = (gn_pages){.device = device, .n = n, .page_bytes = page_bytes, .budget = budget};
+        p->last = n - 1;
+        p->pages = calloc((size_t)n, sizeof *p->pages);
+        p->slots = calloc((size_t)n, sizeof *p->slots);
+        p->host = device ? device->alloc_host(device->user, bytes) : aligned_alloc(64, bytes);
+    }
+    if (!p || !p->pages || !p->slots || !p->host) {
+        gn_pages_close(p);
+        return gn_fail(err, GN_ENOMEM, "no memory for %zu bytes of pages", bytes);
+    }
+    for (int i = 0; i < n; i++) p->pages[i].slot = -1;
+    memset(p->host, 0, bytes);
+    *out = p;
+    return GN_OK;
+}
+
+void gn_pages_close(gn_pages *p) {
+    if (!p) return;
+    for (int s = 0; p->slots && s < p->n; s++)
+        if (p->slots[s]) p->device->free(p->device->user, p->slots[s]);
+    if (p->device && p->host)
+        p->device->free_host(p->device->user, p->host);
+    else
+        free(p->host);
+    free(p->slots);
+    free(p->pages);
+    free(p);
+}
+
+/* ---- leaving the device ---- */
+
+static gn_status write_back(gn_pages *p, int i) {
+    page *page = &p->pages[i];
+    if (!page->dirty) return GN_OK;
+    const gn_status status = p->device->download(p->device->user, page->slot, gn_pages_host(p, i),
+                                                 p->slots[page->slot], p->page_bytes);
+    if (status) return status;
+    page->dirty = false;
+    p->stats.downloaded += (int64_t)p->page_bytes;
+    return GN_OK;
+}
+
+/* How many pages are used before page i is again. */
+static int distance(const gn_pages *p, int i) {
+    return (i - p->last - 1 + p->n) % p->n;
+}
+
+/* The resident page that is needed last, less those in use; -1: there is none. */
+static int farthest(const gn_pages *p) {
+    int found = -1;
+    for (int i = 0; i < p->n; i++) {
+        if (p->pages[i].slot < 0 || p->pages[i].in_use) continue;
+        if (found < 0 || distance(p, i) > distance(p, found)) found = i;
+    }
+    return found;
+}
+
+/* The page's slot keeps its memory, for the page that comes next. */
+static gn_status evict(gn_pages *p, int i, int *slot) {
+    const gn_status status = write_back(p, i);
+    if (status) return status;
+    *slot = p->pages[i].slot;
+    p->pages[i].slot = -1;
+    p->stats.evictions++;
+    return GN_OK;
+}
+
+static void free_slot(gn_pages *p, int slot) {
+    p->device->free(p->device->user, p->slots[slot]);
+    p->slots[slot] = NULL;
+    p->stats.resident -= p->page_bytes;
+}
+
+static gn_status shrink(gn_pages *p) {
+    while (p->stats.resident > p->budget) {
+        int slot;
+        const int victim = farthest(p);
+        if (victim < 0) return GN_OK;
+        const gn_status status = evict(p, victim, &slot);
+        if (status) return status;
+        free_slot(p, slot);
+    }
+    return GN_OK;
+}
+
+/* ---- coming to the device ---- */
+
+/* A new place within the budget; -1: there is none. */
+static int new_slot(gn_pages *p) {
+    if (p->stats.resident > p->budget || p->page_bytes > p->budget - p->stats.resident) return -1;
+    int slot = 0;
+    while (slot < p->n && p->slots[slot]) slot++;
+    if (slot == p->n) return -1;
+    p->slots[slot] = p->device->alloc(p->device->user, p->page_bytes);
+    if (!p->slots[slot]) return -1;
+    p->stats.resident += p->page_bytes;
+    if (p->stats.resident > p->stats.peak) p->stats.peak = p->stats.resident;
+    return slot;
+}
+
+/* A place for page i, made by an eviction if need be; for a hint only of a page needed later. */
+static gn_status find_slot(gn_pages *p, int i, bool hint, int *slot) {
+    *slot = new_slot(p);
+    if (*slot >= 0) return GN_OK;
+    const int victim = farthest(p);
+    if (victim < 0 || p->page_bytes > p->budget) return GN_ENOMEM;
+    if (hint && distance(p, victim) <= distance(p, i)) return GN_ENOMEM;
+    return evict(p, victim, slot);
+}
+
+static gn_status bring(gn_pages *p, int i, bool hint) {
+    int slot;
+    gn_status status = find_slot(p, i, hint, &slot);
+    if (status) return hint && status == GN_ENOMEM ? GN_OK : status;
+    status = p->device->upload(p->device->user, slot, p->slots[slot], gn_pages_host(p, i),
+                               p->page_bytes);
+    if (status) {
+        free_slot(p, slot);
+        return status;
+    }
+    p->pages[i].slot = slot;
+    p->stats.uploaded += (int64_t)p->page_bytes;
+    return GN_OK;
+}
+
+gn_status gn_pages_prefetch(gn_pages *p, int i) {
+    if (!is_page(p, i)) return GN_EINVAL;
+    return p->device && p->pages[i].slot < 0 ? bring(p, i, true) : GN_OK;
+}
+
+gn_status gn_pages_acquire(gn_pages *p, int i, void **memory) {
+    if (!is_page(p, i) || p->pages[i].in_use) return GN_EINVAL;
+    page *page = &p->pages[i];
+    *memory = gn_pages_host(p, i);
+    if (p->device) {
+        gn_status status = GN_OK;
+        if (page->slot < 0) {
+            status = bring(p, i, false);
+            p->stats.misses++;
+        }
+        if (!status) status = p->device->begin_use(p->device->user, page->slot);
+        if (status) return status;
+        *memory = p->slots[page->slot];
+    }
+    page->in_use = true;
+    p->last = i;
+    return GN_OK;
+}
+
+gn_status gn_pages_release(gn_pages *p, int i, bool written) {
+    if (!is_page(p, i) || !p->pages[i].in_use) return GN_EINVAL;
+    page *page = &p->pages[i];
+    page->in_use = false;
+    if (!p->device) return GN_OK;
+    page->dirty |= written;
+    const gn_status status = p->device->end_use(p->device->user, page->slot);
+    return status ? status : shrink(p);
+}
+
+gn_status gn_pages_set_budget(gn_pages *p, size_t budget) {
+    p->budget = budget;
+    return p->device ? shrink(p) : GN_OK;
+}
+
+gn_status gn_pages_flush(gn_pages *p) {
+    if (!p->device) return GN_OK;
+    for (int i = 0; i < p->n; i++) {
+        const gn_status status = p->pages[i].in_use ? GN_EINVAL : write_back(p, i);
+        if (status) return status;
+    }
+    return p->device->wait(p->device->user);
+}
