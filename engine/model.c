@@ -120,6 +120,7 @@ gn_status gn_model_finish(gn_model *m, gn_error *err) {
     gn_config_inv_freq(c, inv_freq);
     const gn_status status = gn_model_place_vector(m, &m->inv_freq, inv_freq, c->head_dim / 2, err);
     if (status) return status;
+    gn_ctx_trim(m->ctx);
     count(m, &m->embed);
     if (m->lm_head.data != m->embed.data) count(m, &m->lm_head);
     for (int i = 0; i < c->layers; i++) {
