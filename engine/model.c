@@ -35,9 +35,12 @@ static void *keep(void ***list, size_t *n, void *memory) {
 
 void *gn_model_own(gn_model *m, size_t bytes) {
     void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
-    if (memory && keep(&m->owned, &m->n_owned, memory)) return memory;
-    gn_ctx_free(m->ctx, memory);
-    return NULL;
+    if (!memory || !keep(&m->owned, &m->n_owned, memory)) {
+        gn_ctx_free(m->ctx, memory);
+        return NULL;
+    }
+    m->owned_bytes += (int64_t)bytes;
+    return memory;
 }
 
 void *gn_model_own_host(gn_model *m, size_t bytes) {

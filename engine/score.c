@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "engine/adapter_memory.h"
+#include "engine/memory_plan.h"
 #include "engine/sample.h"
 
 enum { CHUNK_ROWS = 256, LOGITS_ROWS = 32 };
@@ -14,18 +16,22 @@ struct gn_scorer {
     int32_t *blocks; /* the identity: one sequence has the cache to itself */
 };
 
+static gn_forward_options limits_for(int32_t context) {
+    return (gn_forward_options){.max_rows = CHUNK_ROWS,
+                                .max_seqs = 1,
+                                .max_logits = LOGITS_ROWS,
+                                .kv_blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS,
+                                .context = context};
+}
+
 gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context, gn_error *err) {
     gn_scorer *s = calloc(1, sizeof *s);
     if (!s) return gn_fail(err, GN_ENOMEM, "out of memory");
     s->model = model;
     s->context = context;
-    s->max_blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
+    const gn_forward_options limits = limits_for(context);
+    s->max_blocks = limits.kv_blocks;
     s->blocks = malloc((size_t)s->max_blocks * sizeof *s->blocks);
-    const gn_forward_options limits = {.max_rows = CHUNK_ROWS,
-                                       .max_seqs = 1,
-                                       .max_logits = LOGITS_ROWS,
-                                       .kv_blocks = s->max_blocks,
-                                       .context = context};
     const gn_status status = s->blocks ? gn_forward_open(&s->forward, model, &limits, err)
                                        : gn_fail(err, GN_ENOMEM, "out of memory");
     if (status) {
@@ -42,6 +48,17 @@ void gn_scorer_close(gn_scorer *s) {
     gn_forward_close(s->forward);
     free(s->blocks);
     free(s);
+}
+
+gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context, int64_t budget,
+                         gn_adapter *const *adapters, int32_t n_adapters, gn_error *err) {
+    const gn_forward_options limits = limits_for(context);
+    gn_engine_options options = {
+        .memory_bytes = budget, .adapters = adapters, .n_adapters = n_adapters};
+    for (int32_t i = 0; i < n_adapters; i++)
+        options.adapter_bytes += gn_adapter_memory_bytes(adapters[i]);
+    if (n_adapters == 0) options.adapter_bytes = -1;
+    return gn_memory_plan_model(plan, model, &limits, &options, err);
 }
 
 static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
