@@ -2,7 +2,8 @@
  *
  * Every tensor of the file must find its place in the base, and everything is copied into one
  * block, so the file can be replaced while the adapter is in use. For a device with memory of its
- * own the block is ready to be uploaded as it is: pinned, and in the dtype that its products use. */
+ * own the block is ready to be uploaded as it is: pinned, and in the dtype that its products use.
+ */
 #include "engine/adapter.h"
 
 #include <math.h>

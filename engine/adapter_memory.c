@@ -2,7 +2,8 @@
  *
  * An entry's memory holds the adapter's pairs and then a copy of its weights, which on the host are
  * one block already. The weights are uploaded beside the ops. The pairs, some KiB whose pointers
- * are known only here, are written in order with the ops; they are there before any op needs them. */
+ * are known only here, are written in order with the ops; they are there before any op needs them.
+ */
 #include "engine/adapter_memory.h"
 
 #include <stdlib.h>
@@ -89,14 +90,14 @@ int64_t gn_adapter_memory_bytes(const gn_adapter *adapter) {
 static bool drop_oldest(gn_adapter_memory *m) {
     entry **oldest = NULL;
     for (entry **link = &m->entries; *link; link = &(*link)->next)
-        if ((*link)->users == 0 && !(*link)->upload &&
-            (!oldest || (*link)->used < (*oldest)->used))
+        if ((*link)->users == 0 && !(*link)->upload && (!oldest || (*link)->used < (*oldest)->used))
             oldest = link;
     if (oldest) drop(m, oldest);
     return oldest != NULL;
 }
 
-/* The first hole of the block that is large enough; NULL: there is none. *link: what comes after. */
+/* The first hole of the block that is large enough; NULL: there is none. *link: what comes after.
+ */
 static char *find_hole(gn_adapter_memory *m, int64_t bytes, entry ***link) {
     char *at = m->block;
     for (*link = &m->entries; **link; *link = &(**link)->next) {

@@ -96,8 +96,7 @@ static gn_status plan_memory(gn_engine *e, gn_error *err) {
                                        .max_seqs = e->options.max_seqs,
                                        .max_logits = e->options.max_seqs,
                                        .context = e->options.context};
-    const gn_status status =
-        gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
+    const gn_status status = gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
     e->options.adapters = NULL; /* borrowed */
     return status;
 }

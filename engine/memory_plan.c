@@ -6,9 +6,9 @@
 
 #include "engine/adapter_memory.h"
 
-#define MIB ((int64_t)1 << 20)
+#define MIB           ((int64_t)1 << 20)
 #define CONTEXT_BYTES (512 * MIB) /* of a CUDA context with this program's kernels */
-#define MIN_MARGIN (256 * MIB)
+#define MIN_MARGIN    (256 * MIB)
 #define HOST_KV_BYTES (1024 * MIB) /* where no budget says more */
 
 enum { MARGIN_SHARE = 64, ADAPTER_SHARE = 8, MAX_ADAPTER_SHARE = 2, DESCRIPTION = 320 };
@@ -53,8 +53,7 @@ static void write_advice(char *text, size_t size, const gn_memory_needs *n, int6
 }
 
 static gn_status refuse(const gn_memory_plan *p, const gn_memory_needs *n, gn_error *err) {
-    const int64_t missing =
-        p->weights + p->scratch + p->reserve + p->adapters + p->kv - p->budget;
+    const int64_t missing = p->weights + p->scratch + p->reserve + p->adapters + p->kv - p->budget;
     char advice[DESCRIPTION];
     write_advice(advice, sizeof advice, n, p->kv, missing);
     return gn_fail(err, GN_ENOMEM,
@@ -121,7 +120,8 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
                                const gn_forward_options *limits, const gn_engine_options *options,
                                gn_error *err) {
     gn_ctx_memory memory = {0};
-    const bool is_host = gn_ctx_is_host(model->ctx), is_bound = !is_host || options->memory_bytes > 0;
+    const bool is_host = gn_ctx_is_host(model->ctx),
+               is_bound = !is_host || options->memory_bytes > 0;
     const gn_status status = is_bound ? gn_ctx_read_memory(model->ctx, &memory) : GN_OK;
     if (status)
         return gn_fail(err, status, "cannot find out how much memory %s has",

@@ -2,7 +2,8 @@
  *
  * Weights are there already. What activations and working memory need is known, and a part is kept
  * for what cannot be: the driver's context, kernels it loads, recorded graphs. Adapters and then
- * the KV cache get what remains. On the CPU weights are mapped files and not counted. */
+ * the KV cache get what remains. On the CPU weights, mapped files for
+ * the most part, are not counted. */
 #ifndef GN_MEMORY_PLAN_H
 #define GN_MEMORY_PLAN_H
 
@@ -13,9 +14,9 @@ typedef struct gn_memory_needs {
     bool is_host;
     int64_t free, total; /* of the device, with the weights in place */
     int64_t weights, scratch;
-    int64_t row;     /* what a sequence more adds to scratch */
-    int64_t block;   /* of the KV cache */
-    int64_t present; /* what the adapters that there are take */
+    int64_t row;                  /* what a sequence more adds to scratch */
+    int64_t block;                /* of the KV cache */
+    int64_t present;              /* what the adapters that there are take */
     int64_t budget, kv, adapters; /* as in gn_engine_options: zero means choose */
     int32_t context, max_seqs;
 } gn_memory_needs;

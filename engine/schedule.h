@@ -6,8 +6,9 @@
  * served, as slots and KV blocks allow, except that those whose adapters are not on the device let
  * others pass. While adapters are on their way that is all. When there is no room for them, because
  * those of running sequences fill it, only sequences that need no more room may pass, and no more
- * of those with adapters than max_seqs: then the room empties, and nobody waits forever. When blocks run out, the youngest sequence gives its own
- * back and waits at the front of the queue to be computed again; its reply does not change.
+ * of those with adapters than max_seqs: then the room empties, and nobody waits forever. When
+ * blocks run out, the youngest sequence gives its own back and waits at the front of the queue to
+ * be computed again; its reply does not change.
  *
  * A plan may be made while a step's tokens are not known yet (see sequence.h: drawn), as long as
  * nobody has to be preempted, for what is computed again must be known. */

@@ -20,7 +20,8 @@ static gn_forward_options limits_for(int32_t context) {
     return (gn_forward_options){.max_rows = CHUNK_ROWS,
                                 .max_seqs = 1,
                                 .max_logits = LOGITS_ROWS,
-                                .kv_blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS,
+                                .kv_blocks =
+                                    (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS,
                                 .context = context};
 }
 

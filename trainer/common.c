@@ -108,8 +108,8 @@ gn_status gn_model_choice_score(const gn_model_choice *choice, gn_scorer **out, 
                                 gn_adapter *adapter, int32_t context, gn_error *err) {
     if (choice->memory > 0) {
         gn_memory_plan plan;
-        const gn_status status = gn_scorer_plan(&plan, model, context, choice->memory, &adapter,
-                                                adapter ? 1 : 0, err);
+        const gn_status status =
+            gn_scorer_plan(&plan, model, context, choice->memory, &adapter, adapter ? 1 : 0, err);
         if (status) return status;
         gn_show_memory(&plan);
     }

@@ -145,8 +145,7 @@ static gn_status compute(const logits_options *o, const id_list *list, logits *l
                              list->ids[i], (long long)l->vocab);
     l->values = calloc((size_t)l->rows, (size_t)l->vocab * sizeof *l->values);
     if (!status && !l->values) status = gn_fail(err, GN_ENOMEM, "no memory for the logits");
-    if (!status)
-        status = gn_model_choice_score(&o->model, &scorer, model, adapter, list->n, err);
+    if (!status) status = gn_model_choice_score(&o->model, &scorer, model, adapter, list->n, err);
     if (!status) {
         status = gn_scorer_run(scorer, list->ids, list->n, &use, adapter ? 1 : 0, keep_row, l);
         if (status) gn_fail(err, status, "cannot run the model: %s", gn_status_text(status));

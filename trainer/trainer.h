@@ -75,7 +75,8 @@ typedef struct gn_model_choice {
     }
 #define GN_MEMORY_OPTION(type)                                                                     \
     {                                                                                              \
-        GN_OPT_SIZE, "memory-budget", offsetof(type, model.memory), .value = "SIZE",               \
+        GN_OPT_SIZE, "memory-budget", offsetof(type, model.memory),                                \
+            .value = "SIZE",                                                                       \
             .help = "of the GPU's memory, for everything together; on a CPU for keys and values, " \
                     "adapters and activations, not for weights. Prints how it is divided, or "     \
                     "says what is missing"                                                         \

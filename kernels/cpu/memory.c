@@ -60,8 +60,7 @@ static int64_t read_number(const char *path, const char *key) {
     FILE *f = fopen(path, "re");
     if (!f) return -1;
     while (value < 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, key, strlen(key)) == 0 &&
-            sscanf(line + strlen(key), "%lld", &value) != 1)
+        if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), "%lld", &value) != 1)
             value = -1;
     fclose(f);
     return value;

@@ -114,8 +114,7 @@ static gn_status open_parts(struct gn_cuda *cuda) {
     gn_status status =
         gn_cuda_status(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     if (!status)
-        status = gn_cuda_status(
-            cudaStreamCreateWithFlags(&cuda->transfers, cudaStreamNonBlocking));
+        status = gn_cuda_status(cudaStreamCreateWithFlags(&cuda->transfers, cudaStreamNonBlocking));
     if (!status) status = gn_cuda_status(cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE));
     if (!status)
         status = gn_cuda_status(

@@ -26,8 +26,8 @@ static gn_status copy(cudaStream_t stream, char *dst, const char *src, size_t by
     gn_status status = GN_OK;
     for (size_t at = 0; at < bytes && !status; at += PIECE) {
         const size_t left = bytes - at, n = left < PIECE ? left : (size_t)PIECE;
-        status = gn_cuda_status(
-            cudaMemcpyAsync(dst + at, src + at, n, cudaMemcpyHostToDevice, stream));
+        status =
+            gn_cuda_status(cudaMemcpyAsync(dst + at, src + at, n, cudaMemcpyHostToDevice, stream));
     }
     return status;
 }

@@ -102,8 +102,7 @@ Test(memory_plan, a_refusal_says_what_would_fit) {
     n.budget = 6 * GIB;
     n.max_seqs = 1;
     gn_error err = refused(&n, GN_ENOMEM);
-    cr_assert(strstr(err.message, "6144.0 MiB of memory are 260.0 too few"), "%s",
-              err.message);
+    cr_assert(strstr(err.message, "6144.0 MiB of memory are 260.0 too few"), "%s", err.message);
     n.context = (int32_t)number_after(err.message, "; a context of ");
     plan_ok(&n);
     n.context += GN_KV_BLOCK_TOKENS;
@@ -170,9 +169,8 @@ Test(memory_plan, of_an_engine_and_of_a_scorer) {
     gn_error err = {0};
     cr_assert_eq(gn_model_open(&model, GN_SOURCE_DIR "/models/bootstrap-13m-nf4", &options, &err),
                  GN_OK, "%s", err.message);
-    cr_assert_eq(
-        gn_adapter_open(&adapter, model, GN_SOURCE_DIR "/models/adapters/pirate", &err), GN_OK,
-        "%s", err.message);
+    cr_assert_eq(gn_adapter_open(&adapter, model, GN_SOURCE_DIR "/models/adapters/pirate", &err),
+                 GN_OK, "%s", err.message);
     gn_engine *engine;
     gn_engine_options o = {
         .memory_bytes = 128 * MIB, .max_seqs = 1024, .adapters = &adapter, .n_adapters = 1};

@@ -266,8 +266,8 @@ Test(step, a_token_too_many_is_nowhere_to_be_seen) {
  * and out of turn, and are told the same. */
 Test(step, adapters_that_come_and_go_change_nothing) {
     bench b = bench_open();
-    const int64_t both = gn_adapter_memory_bytes(b.adapters[0][0]) +
-                         gn_adapter_memory_bytes(b.adapters[1][0]);
+    const int64_t both =
+        gn_adapter_memory_bytes(b.adapters[0][0]) + gn_adapter_memory_bytes(b.adapters[1][0]);
     load loads[] = {
         {.max_rows = 64, .kv_blocks = 400},
         {.max_rows = 512, .kv_blocks = 400, .stride = 3, .ahead = true},
