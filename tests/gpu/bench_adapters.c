@@ -57,7 +57,7 @@ static int64_t fill_entries(gn_file_tensor *entries, char (*names)[MAX_NAME], co
 static void write_adapter(const char *dir, const gn_config *c, int rank) {
     const size_t n = (size_t)c->layers * GN_PROJ_COUNT * 2;
     gn_file_tensor *entries = calloc(n, sizeof *entries);
-    char(*names)[MAX_NAME] = calloc(n, sizeof *names), path[4096];
+    char(*names)[MAX_NAME] = calloc(n, sizeof *names), path[4200];
     gn_error err = {0};
     gn_safetensors_writer *writer;
     const int64_t largest = fill_entries(entries, names, c, rank);
