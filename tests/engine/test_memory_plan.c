@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "engine/score.h"
+#include "kernels/backend.h"
 
 #define MIB ((int64_t)1 << 20)
 #define GIB ((int64_t)1 << 30)
@@ -201,4 +202,38 @@ Test(memory_plan, of_an_engine_and_of_a_scorer) {
     cr_assert_eq(gn_scorer_plan(&s, model, 100, 1 * MIB, &adapter, 1, &err), GN_ENOMEM);
     gn_adapter_close(adapter);
     gn_model_close(model);
+}
+
+static gn_backend counting;
+static int64_t allocated;
+
+static void *count_alloc(gn_ctx *ctx, size_t bytes) {
+    allocated += (int64_t)bytes;
+    return gn_cpu_backend.alloc(ctx, bytes);
+}
+
+/* What a forward pass allocates is what the plan says, to the byte. */
+Test(memory_plan, scratch_is_what_is_allocated) {
+    static const gn_forward_options cases[] = {
+        {.max_rows = 1, .max_seqs = 1, .max_logits = 1, .kv_blocks = 1, .context = 16},
+        {.max_rows = 512, .max_seqs = 64, .max_logits = 64, .kv_blocks = 10, .context = 100},
+        {.max_rows = 16, .max_seqs = 1, .max_logits = 40, .kv_blocks = 64, .context = 1024},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const gn_model_options options = {.device = "cpu"};
+        gn_model *model;
+        gn_forward *forward;
+        gn_error err = {0};
+        cr_assert_eq(gn_model_synthetic(&model, "llama-tiny", &options, &err), GN_OK, "%s",
+                     err.message);
+        counting = *model->ctx->backend;
+        counting.alloc = count_alloc;
+        model->ctx->backend = &counting;
+        allocated = 0;
+        cr_assert_eq(gn_forward_open(&forward, model, &cases[i], &err), GN_OK, "%s", err.message);
+        const int64_t kv = (int64_t)gn_forward_kv_block_bytes(model) * cases[i].kv_blocks;
+        cr_assert_eq(allocated, kv + (int64_t)gn_forward_scratch_bytes(model, &cases[i]));
+        gn_forward_close(forward);
+        gn_model_close(model);
+    }
 }
