@@ -77,7 +77,7 @@ static void assert_there(const room *r, const gn_adapter *adapter) {
     const gn_lora_pair *pairs, *placed;
     gn_adapter_memory_find(r->memory, adapter, &pairs, &placed);
     for (int i = 0; i < adapter->layers * GN_PROJ_COUNT; i++) {
-        const gn_lora_pair *own = &adapter->pairs[0][i];
+        const gn_lora_pair *own = &adapter->pairs[i / GN_PROJ_COUNT][i % GN_PROJ_COUNT];
         cr_assert_eq(memcmp(&pairs[i], &placed[i], sizeof *pairs), 0);
         cr_assert_eq(pairs[i].rank, own->rank);
         if (own->rank == 0) continue;
