@@ -1,7 +1,9 @@
 /* adapter.c - loads a PEFT folder for a base.
  *
  * Every tensor of the file must find its place in the base, and everything is copied into one
- * block, so the file can be replaced while the adapter is in use. */
+ * block, so the file can be replaced while the adapter is in use. For a device with memory of its
+ * own the block is ready to be uploaded as it is: pinned, and in the dtype that its products use.
+ */
 #include "engine/adapter.h"
 
 #include <math.h>
@@ -26,6 +28,7 @@ typedef struct {
 typedef struct {
     const gn_config *config;
     const char *where, *dir;
+    gn_ctx *ctx; /* of a device with memory of its own; else NULL */
     gn_error *err;
     gn_peft *peft;
     gn_tensor_file *file;
@@ -165,8 +168,9 @@ static gn_status place_tensors(loader *l) {
 
 /* ---- copying ---- */
 
-/* A and B of a pair share a dtype: their own, or F32 when it is F16 or differs. */
-static gn_dtype pair_dtype(const halves *h) {
+/* A and B of a pair share a dtype: the device's, or their own, or F32 when it is F16 or differs. */
+static gn_dtype pair_dtype(const loader *l, const halves *h) {
+    if (l->ctx) return gn_ctx_compute(l->ctx);
     return h->a->dtype == h->b->dtype && h->a->dtype == GN_BF16 ? GN_BF16 : GN_F32;
 }
 
@@ -180,9 +184,11 @@ static gn_status allocate(loader *l) {
     for (int i = 0; i < l->config->layers * GN_PROJ_COUNT; i++) {
         const halves *h = &l->found[i / GN_PROJ_COUNT][i % GN_PROJ_COUNT];
         if (!h->a) continue;
-        total += aligned_bytes(h->a, pair_dtype(h)) + aligned_bytes(h->b, pair_dtype(h));
+        total += aligned_bytes(h->a, pair_dtype(l, h)) + aligned_bytes(h->b, pair_dtype(l, h));
     }
-    l->adapter->memory = aligned_alloc(ALIGNMENT, total);
+    l->adapter->ctx = l->ctx;
+    l->adapter->memory =
+        l->ctx ? gn_ctx_alloc_host(l->ctx, total) : aligned_alloc(ALIGNMENT, total);
     if (!l->adapter->memory)
         return gn_fail(l->err, GN_ENOMEM, "%s: no memory for %zu bytes of weights", l->dir, total);
     l->adapter->bytes = total;
@@ -199,14 +205,28 @@ static bool all_finite(const gn_tensor *t) {
     return finite;
 }
 
+static gn_status convert(gn_tensor *out, const gn_file_tensor *t) {
+    const int64_t n = gn_tensor_numel(out);
+    if (out->dtype == t->dtype) {
+        memcpy(out->data, t->data, t->bytes);
+    } else if (out->dtype == GN_F32) {
+        gn_widen(out->data, t->data, t->dtype, n);
+    } else {
+        float *values = malloc((size_t)n * sizeof *values);
+        if (!values) return GN_ENOMEM;
+        gn_widen(values, t->data, t->dtype, n);
+        gn_narrow(out->data, out->dtype, values, n);
+        free(values);
+    }
+    return GN_OK;
+}
+
 static gn_status copy(const loader *l, gn_tensor *out, const gn_file_tensor *t, gn_dtype dtype,
                       char **free_memory) {
     *out = gn_tensor_2d(*free_memory, dtype, t->shape[0], t->shape[1]);
     *free_memory += aligned_bytes(t, dtype);
-    if (dtype == t->dtype)
-        memcpy(out->data, t->data, t->bytes);
-    else
-        gn_widen(out->data, t->data, t->dtype, gn_tensor_numel(out));
+    const gn_status status = convert(out, t);
+    if (status) return gn_fail(l->err, status, "%s: out of memory for %s", t->path, t->name);
     if (!all_finite(out))
         return gn_fail(l->err, GN_EFORMAT, "%s: %s holds values that are not finite", t->path,
                        t->name);
@@ -237,8 +257,8 @@ static gn_status copy_pairs(loader *l) {
         gn_lora_pair *pair = &adapter->pairs[layer][proj];
         pair->rank = gn_peft_rank(l->peft, module);
         pair->scale = gn_peft_scale(l->peft, module);
-        gn_status status = copy(l, &pair->a, h->a, pair_dtype(h), &free_memory);
-        if (status == GN_OK) status = copy(l, &pair->b, h->b, pair_dtype(h), &free_memory);
+        gn_status status = copy(l, &pair->a, h->a, pair_dtype(l, h), &free_memory);
+        if (status == GN_OK) status = copy(l, &pair->b, h->b, pair_dtype(l, h), &free_memory);
         if (status) return status;
         if (pair->rank > adapter->max_rank) adapter->max_rank = pair->rank;
         add_to_hash(&hash, layer, proj, pair);
@@ -269,23 +289,29 @@ static gn_status load(loader *l) {
     return status;
 }
 
-gn_status gn_adapter_load(gn_adapter **out, const gn_config *config, const char *where,
-                          const char *dir, gn_error *err) {
+static gn_status run(loader *l, gn_adapter **out) {
     *out = NULL;
-    loader l = {.config = config, .where = where, .dir = dir, .err = err};
-    const gn_status status = load(&l);
-    free(l.found);
-    gn_tensor_file_close(l.file);
-    gn_peft_close(l.peft);
+    const gn_status status = load(l);
+    free(l->found);
+    gn_tensor_file_close(l->file);
+    gn_peft_close(l->peft);
     if (status)
-        gn_adapter_close(l.adapter);
+        gn_adapter_close(l->adapter);
     else
-        *out = l.adapter;
+        *out = l->adapter;
     return status;
 }
 
+gn_status gn_adapter_load(gn_adapter **out, const gn_config *config, const char *where,
+                          const char *dir, gn_error *err) {
+    loader l = {.config = config, .where = where, .dir = dir, .err = err};
+    return run(&l, out);
+}
+
 gn_status gn_adapter_open(gn_adapter **out, const gn_model *model, const char *dir, gn_error *err) {
-    return gn_adapter_load(out, &model->config, model->dir, dir, err);
+    loader l = {.config = &model->config, .where = model->dir, .dir = dir, .err = err};
+    l.ctx = gn_ctx_is_host(model->ctx) ? NULL : model->ctx;
+    return run(&l, out);
 }
 
 gn_adapter *gn_adapter_ref(gn_adapter *adapter) {
@@ -295,7 +321,10 @@ gn_adapter *gn_adapter_ref(gn_adapter *adapter) {
 
 void gn_adapter_close(gn_adapter *adapter) {
     if (!adapter || atomic_fetch_sub_explicit(&adapter->refs, 1, memory_order_acq_rel) > 1) return;
-    free(adapter->memory);
+    if (adapter->ctx)
+        gn_ctx_free_host(adapter->ctx, adapter->memory);
+    else
+        free(adapter->memory);
     free(adapter->pairs);
     free(adapter);
 }

@@ -4,6 +4,7 @@
 
 #include "engine/config.h"
 #include "engine/guanaco.h"
+#include "kernels/ctx.h"
 #include "kernels/ops.h"
 
 struct gn_adapter {
@@ -14,10 +15,12 @@ struct gn_adapter {
     uint64_t ranks_hash;      /* of the ranks alone */
     int max_rank;
     size_t bytes;
-    void *memory; /* what the tensors point into */
+    gn_ctx *ctx;  /* whose host memory that is; NULL: malloc's */
+    void *memory; /* what the tensors point into: `bytes`, one pair's a and b after another */
 };
 
-/* As gn_adapter_open, for a base known only by its config. `where` names the base in messages. */
+/* As gn_adapter_open, for the CPU, and a base known only by its config. `where` names the base in
+ * messages. */
 GN_CHECKED gn_status gn_adapter_load(gn_adapter **out, const gn_config *config, const char *where,
                                      const char *dir, gn_error *err);
 

@@ -1,4 +1,9 @@
-/* adapter_memory.c - which adapters are on the device, and who has to leave. */
+/* adapter_memory.c - which adapters are on the device, and who has to leave.
+ *
+ * An entry's memory holds the adapter's pairs and then a copy of its weights, which on the host are
+ * one block already. The weights are uploaded beside the ops. The pairs, some KiB whose pointers
+ * are known only here, are written in order with the ops; they are there before any op needs them.
+ */
 #include "engine/adapter_memory.h"
 
 #include <stdlib.h>
@@ -6,19 +11,22 @@
 
 enum { ALIGNMENT = 256 };
 
-typedef struct entry {
-    struct entry *next;
+typedef struct entry entry;
+struct entry {
+    entry *next;         /* in the order of `memory`, in the block */
     gn_adapter *adapter; /* a reference, so that its address stays its own */
     gn_lora_pair *pairs; /* (layers * GN_PROJ_COUNT), pointing into memory */
-    char *memory;        /* on the device: the pairs, then the matrices */
+    char *memory;        /* on the device */
     int64_t bytes;
+    gn_upload *upload; /* NULL: it is there */
     int32_t users;
     uint64_t used; /* when it was last acquired */
-} entry;
+};
 
 struct gn_adapter_memory {
     gn_ctx *ctx;
-    int64_t budget, bytes;
+    int64_t budget;
+    char *block; /* (budget) */
     uint64_t clock;
     entry *entries;
 };
@@ -28,6 +36,11 @@ gn_status gn_adapter_memory_open(gn_adapter_memory **out, gn_ctx *ctx, int64_t b
     if (!m) return GN_ENOMEM;
     m->ctx = ctx;
     m->budget = budget;
+    m->block = budget > 0 ? gn_ctx_alloc(ctx, (size_t)budget) : NULL;
+    if (budget > 0 && !m->block) {
+        free(m);
+        return GN_ENOMEM;
+    }
     *out = m;
     return GN_OK;
 }
@@ -35,8 +48,8 @@ gn_status gn_adapter_memory_open(gn_adapter_memory **out, gn_ctx *ctx, int64_t b
 static void drop(gn_adapter_memory *m, entry **link) {
     entry *e = *link;
     *link = e->next;
-    m->bytes -= e->bytes;
-    gn_ctx_free(m->ctx, e->memory);
+    gn_upload_close(e->upload);
+    if (!m->block) gn_ctx_free(m->ctx, e->memory);
     gn_adapter_close(e->adapter);
     free(e->pairs);
     free(e);
@@ -45,143 +58,191 @@ static void drop(gn_adapter_memory *m, entry **link) {
 void gn_adapter_memory_close(gn_adapter_memory *m) {
     if (!m) return;
     while (m->entries) drop(m, &m->entries);
+    gn_ctx_free(m->ctx, m->block);
     free(m);
 }
 
-static entry *find(gn_adapter_memory *m, const gn_adapter *adapter) {
+static bool in_place(const gn_adapter_memory *m) {
+    return m->budget == 0 && gn_ctx_is_host(m->ctx);
+}
+
+static entry *find(const gn_adapter_memory *m, const gn_adapter *adapter) {
     entry *e = m->entries;
     while (e && e->adapter != adapter) e = e->next;
     return e;
 }
 
-/* ---- copying ---- */
-
 static int64_t aligned(int64_t bytes) {
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-static int n_pairs(const gn_adapter *adapter) {
-    return adapter->layers * GN_PROJ_COUNT;
+static size_t pairs_bytes(const gn_adapter *adapter) {
+    return (size_t)adapter->layers * GN_PROJ_COUNT * sizeof(gn_lora_pair);
 }
 
-/* LoRA multiplies in the compute dtype on a device, so its matrices are kept in it. */
-static int64_t matrix_bytes(const gn_adapter_memory *m, const gn_tensor *t) {
-    return aligned(gn_tensor_numel(t) * (int64_t)gn_dtype_size(gn_ctx_compute(m->ctx)));
-}
-
-static int64_t bytes_of(const gn_adapter_memory *m, const gn_adapter *adapter) {
-    int64_t bytes = aligned(n_pairs(adapter) * (int64_t)sizeof(gn_lora_pair));
-    for (int i = 0; i < n_pairs(adapter); i++) {
-        const gn_lora_pair *pair = &adapter->pairs[0][i];
-        if (pair->rank) bytes += matrix_bytes(m, &pair->a) + matrix_bytes(m, &pair->b);
-    }
-    return bytes;
-}
-
-/* *t becomes its copy at `at`, which moves past it. scratch: two floats for each of its values. */
-static gn_status copy_matrix(gn_adapter_memory *m, gn_tensor *t, char **at, float *scratch) {
-    const gn_dtype dtype = gn_ctx_compute(m->ctx);
-    const int64_t n = gn_tensor_numel(t);
-    const void *values = t->data;
-    if (t->dtype != dtype) {
-        gn_widen(scratch, t->data, t->dtype, n);
-        gn_narrow(scratch + n, dtype, scratch, n);
-        values = scratch + n;
-    }
-    const gn_status status = gn_ctx_write(m->ctx, *at, values, (size_t)n * gn_dtype_size(dtype));
-    t->data = *at;
-    t->dtype = dtype;
-    *at += aligned(n * (int64_t)gn_dtype_size(dtype));
-    return status;
-}
-
-static int64_t largest_matrix(const gn_adapter *adapter) {
-    int64_t largest = 0;
-    for (int i = 0; i < n_pairs(adapter); i++) {
-        const gn_lora_pair *pair = &adapter->pairs[0][i];
-        if (pair->rank && gn_tensor_numel(&pair->a) > largest) largest = gn_tensor_numel(&pair->a);
-        if (pair->rank && gn_tensor_numel(&pair->b) > largest) largest = gn_tensor_numel(&pair->b);
-    }
-    return largest;
-}
-
-static gn_status copy_adapter(gn_adapter_memory *m, entry *e) {
-    const int n = n_pairs(e->adapter);
-    float *scratch = malloc(2 * (size_t)largest_matrix(e->adapter) * sizeof *scratch);
-    if (!scratch) return GN_ENOMEM;
-    memcpy(e->pairs, e->adapter->pairs, (size_t)n * sizeof *e->pairs);
-    char *at = e->memory + aligned(n * (int64_t)sizeof *e->pairs);
-    gn_status status = GN_OK;
-    for (int i = 0; i < n && !status; i++) {
-        if (e->pairs[i].rank == 0) continue;
-        status = copy_matrix(m, &e->pairs[i].a, &at, scratch);
-        if (!status) status = copy_matrix(m, &e->pairs[i].b, &at, scratch);
-    }
-    free(scratch);
-    return status ? status
-                  : gn_ctx_write(m->ctx, e->memory, e->pairs, (size_t)n * sizeof *e->pairs);
+int64_t gn_adapter_memory_bytes(const gn_adapter *adapter) {
+    return aligned((int64_t)pairs_bytes(adapter)) + aligned((int64_t)adapter->bytes);
 }
 
 /* ---- room ---- */
 
+/* Of those that nobody uses and that are not on their way. */
 static bool drop_oldest(gn_adapter_memory *m) {
     entry **oldest = NULL;
     for (entry **link = &m->entries; *link; link = &(*link)->next)
-        if ((*link)->users == 0 && (!oldest || (*link)->used < (*oldest)->used)) oldest = link;
+        if ((*link)->users == 0 && !(*link)->upload && (!oldest || (*link)->used < (*oldest)->used))
+            oldest = link;
     if (oldest) drop(m, oldest);
     return oldest != NULL;
 }
 
-/* A budget smaller than one adapter still lets one in, alone. */
-static gn_status make_room(gn_adapter_memory *m, int64_t bytes) {
-    while (m->budget > 0 && m->entries && m->bytes + bytes > m->budget)
-        if (!drop_oldest(m)) return GN_EBUSY;
-    return GN_OK;
+/* The first hole of the block that is large enough; NULL: there is none. *link: what comes after.
+ */
+static char *find_hole(gn_adapter_memory *m, int64_t bytes, entry ***link) {
+    char *at = m->block;
+    for (*link = &m->entries; **link; *link = &(**link)->next) {
+        if ((**link)->memory - at >= bytes) return at;
+        at = (**link)->memory + (**link)->bytes;
+    }
+    return m->block + m->budget - at >= bytes ? at : NULL;
 }
 
-/* Others leave when the device itself is full. */
-static char *allocate(gn_adapter_memory *m, int64_t bytes) {
+static gn_status allocate(gn_adapter_memory *m, int64_t bytes, char **memory, entry ***link) {
     for (;;) {
-        char *memory = gn_ctx_alloc(m->ctx, (size_t)bytes);
-        if (memory || !drop_oldest(m)) return memory;
+        *link = &m->entries;
+        *memory = m->block ? find_hole(m, bytes, link) : gn_ctx_alloc(m->ctx, (size_t)bytes);
+        if (*memory) return GN_OK;
+        if (!drop_oldest(m)) return m->block ? GN_EBUSY : GN_ENOMEM;
     }
+}
+
+/* Whether the n adapters fit beside what others use, so that nobody leaves in vain. */
+static gn_status check_room(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
+    if (m->budget == 0) return GN_OK;
+    int64_t wanted = 0, taken = 0;
+    for (int32_t i = 0; i < n; i++) {
+        int32_t first = 0;
+        while (uses[first].adapter != uses[i].adapter) first++;
+        if (first == i) wanted += gn_adapter_memory_bytes(uses[i].adapter);
+    }
+    for (const entry *e = m->entries; e; e = e->next) {
+        bool is_wanted = false;
+        for (int32_t i = 0; i < n; i++) is_wanted |= uses[i].adapter == e->adapter;
+        if (!is_wanted && (e->users > 0 || e->upload)) taken += e->bytes;
+    }
+    if (wanted > m->budget) return GN_ETOOBIG;
+    return wanted + taken > m->budget ? GN_EBUSY : GN_OK;
+}
+
+/* ---- copying ---- */
+
+static void relocate(gn_tensor *t, const gn_adapter *from, char *to) {
+    t->data = to + ((char *)t->data - (char *)from->memory);
+}
+
+static gn_status copy_adapter(gn_adapter_memory *m, entry *e) {
+    const gn_adapter *adapter = e->adapter;
+    const size_t bytes = pairs_bytes(adapter);
+    char *weights = e->memory + aligned((int64_t)bytes);
+    memcpy(e->pairs, adapter->pairs, bytes);
+    for (int i = 0; i < adapter->layers * GN_PROJ_COUNT; i++) {
+        if (e->pairs[i].rank == 0) continue;
+        relocate(&e->pairs[i].a, adapter, weights);
+        relocate(&e->pairs[i].b, adapter, weights);
+    }
+    const gn_status status = gn_ctx_write(m->ctx, e->memory, e->pairs, bytes);
+    return status ? status
+                  : gn_upload_begin(&e->upload, m->ctx, weights, adapter->memory, adapter->bytes);
 }
 
 static gn_status add(gn_adapter_memory *m, gn_adapter *adapter) {
-    const int64_t bytes = bytes_of(m, adapter);
-    gn_status status = make_room(m, bytes);
-    if (status) return status;
-    entry *e = calloc(1, sizeof *e);
-    if (!e) return GN_ENOMEM;
-    *e = (entry){.adapter = gn_adapter_ref(adapter), .bytes = bytes};
-    e->memory = allocate(m, bytes);
-    e->pairs = malloc((size_t)n_pairs(adapter) * sizeof *e->pairs);
-    status = e->memory && e->pairs ? copy_adapter(m, e) : GN_ENOMEM;
-    e->next = m->entries;
-    m->entries = e;
-    m->bytes += bytes;
-    if (status) drop(m, &m->entries);
+    const int64_t bytes = gn_adapter_memory_bytes(adapter);
+    entry *e = calloc(1, sizeof *e), **link = NULL;
+    gn_lora_pair *pairs = malloc(pairs_bytes(adapter));
+    char *memory = NULL;
+    gn_status status = e && pairs ? allocate(m, bytes, &memory, &link) : GN_ENOMEM;
+    if (status) {
+        free(pairs);
+        free(e);
+        return status;
+    }
+    *e = (entry){.next = *link,
+                 .adapter = gn_adapter_ref(adapter),
+                 .pairs = pairs,
+                 .memory = memory,
+                 .bytes = bytes};
+    *link = e;
+    status = copy_adapter(m, e);
+    if (status) drop(m, link);
     return status;
 }
 
-gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, gn_adapter *adapter) {
-    if (gn_ctx_is_host(m->ctx)) return GN_OK;
-    if (!find(m, adapter)) {
-        const gn_status status = add(m, adapter);
-        if (status) return status;
-    }
+/* ---- use ---- */
+
+/* Whether its upload is done, which then is forgotten. */
+static gn_status poll_entry(entry *e, bool *ready) {
+    *ready = true;
+    if (!e->upload) return GN_OK;
+    const gn_status status = gn_upload_poll(e->upload, ready);
+    if (status || !*ready) return status;
+    gn_upload_close(e->upload);
+    e->upload = NULL;
+    return GN_OK;
+}
+
+/* Uploads that nobody waits for any more: their adapters may leave when they are done. */
+static gn_status poll_unused(gn_adapter_memory *m) {
+    gn_status status = GN_OK;
+    bool ready;
+    for (entry *e = m->entries; e && !status; e = e->next)
+        if (e->users == 0) status = poll_entry(e, &ready);
+    return status;
+}
+
+static gn_status acquire(gn_adapter_memory *m, gn_adapter *adapter) {
+    const gn_status status = find(m, adapter) ? GN_OK : add(m, adapter);
+    if (status) return status;
     entry *e = find(m, adapter);
     e->users++;
     e->used = ++m->clock;
     return GN_OK;
 }
 
-void gn_adapter_memory_release(gn_adapter_memory *m, const gn_adapter *adapter) {
-    entry *e = find(m, adapter);
-    if (e) e->users--;
+gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
+    if (in_place(m) || n == 0) return GN_OK;
+    gn_status status = poll_unused(m);
+    if (!status) status = check_room(m, uses, n);
+    for (int32_t i = 0; i < n && !status; i++) {
+        status = acquire(m, uses[i].adapter);
+        if (status) gn_adapter_memory_release(m, uses, i);
+    }
+    return status;
 }
 
-void gn_adapter_memory_find(gn_adapter_memory *m, const gn_adapter *adapter,
+void gn_adapter_memory_release(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        entry *e = find(m, uses[i].adapter);
+        if (e) e->users--;
+    }
+}
+
+bool gn_adapter_memory_holds(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
+    bool holds = true;
+    for (int32_t i = 0; i < n && !in_place(m); i++) holds &= find(m, uses[i].adapter) != NULL;
+    return holds;
+}
+
+gn_status gn_adapter_memory_poll(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n,
+                                 bool *ready) {
+    *ready = true;
+    for (int32_t i = 0; i < n && !in_place(m) && *ready; i++) {
+        const gn_status status = poll_entry(find(m, uses[i].adapter), ready);
+        if (status) return status;
+    }
+    return GN_OK;
+}
+
+void gn_adapter_memory_find(const gn_adapter_memory *m, const gn_adapter *adapter,
                             const gn_lora_pair **pairs, const gn_lora_pair **placed) {
     const entry *e = find(m, adapter);
     *pairs = e ? e->pairs : adapter->pairs[0];

@@ -1,9 +1,10 @@
 /* adapter_memory.h - adapters where the device can read them.
  *
  * On a device with memory of its own an adapter is copied there when a sequence is about to use
- * it, and stays until room is needed: the least recently used one that no sequence uses goes
- * first. Its host copy remains, so that it can come back. On the CPU adapters are used in place
- * and nothing is copied. Belongs to one thread, the engine's. */
+ * it, beside what the device computes meanwhile, and stays until room is needed: the least recently
+ * used one that no sequence uses goes first. Its host copy remains, so that it can come back. With
+ * a budget all are in one block of that size, so that coming and going allocates nothing. On the
+ * CPU, without a budget, adapters are used in place. Belongs to one thread, the engine's. */
 #ifndef GN_ADAPTER_MEMORY_H
 #define GN_ADAPTER_MEMORY_H
 
@@ -12,17 +13,27 @@
 
 typedef struct gn_adapter_memory gn_adapter_memory;
 
-/* `budget`: bytes of device memory; 0: no limit. */
+/* `budget`: bytes of device memory; 0: no limit; less: none, adapters cannot be used. */
 GN_CHECKED gn_status gn_adapter_memory_open(gn_adapter_memory **out, gn_ctx *ctx, int64_t budget);
 void gn_adapter_memory_close(gn_adapter_memory *m);
 
-/* Makes the adapter resident and keeps it so until as many releases; takes its own reference.
- * GN_EBUSY: others in use fill the budget, try again when one was released. */
-GN_CHECKED gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, gn_adapter *adapter);
-void gn_adapter_memory_release(gn_adapter_memory *m, const gn_adapter *adapter);
+/* Of the device's memory, for one adapter. */
+int64_t gn_adapter_memory_bytes(const gn_adapter *adapter);
 
-/* Of an acquired adapter: its pairs, as a gn_lora wants them. */
-void gn_adapter_memory_find(gn_adapter_memory *m, const gn_adapter *adapter,
+/* Gives all n adapters their room until they are released, and starts to copy those that are not
+ * there; takes its own references. GN_EBUSY: others in use fill the budget, try again when some
+ * were released. GN_ETOOBIG: they do not fit even alone. */
+GN_CHECKED gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, const gn_adapter_use *uses,
+                                               int32_t n);
+void gn_adapter_memory_release(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n);
+/* Whether they need no copying and no room. */
+bool gn_adapter_memory_holds(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n);
+/* Whether acquired adapters are there, for ops to use. */
+GN_CHECKED gn_status gn_adapter_memory_poll(gn_adapter_memory *m, const gn_adapter_use *uses,
+                                            int32_t n, bool *ready);
+
+/* Of an adapter that is there: its pairs, as a gn_lora wants them. */
+void gn_adapter_memory_find(const gn_adapter_memory *m, const gn_adapter *adapter,
                             const gn_lora_pair **pairs, const gn_lora_pair **placed);
 
 #endif

@@ -8,11 +8,13 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "engine/memory_plan.h"
 #include "engine/step.h"
 
 struct gn_engine {
     gn_model *model;
     gn_engine_options options; /* with defaults filled in */
+    gn_memory_plan memory;
     gn_stepper *stepper;
 
     pthread_t thread;
@@ -75,8 +77,7 @@ static void *run(void *argument) {
 
 /* ---- open and close ---- */
 
-static gn_status fill_defaults(gn_engine_options *o, const gn_model *model, int32_t *kv_blocks,
-                               gn_error *err) {
+static gn_status fill_defaults(gn_engine_options *o, const gn_model *model, gn_error *err) {
     const int positions = model->config.max_positions;
     if (o->max_seqs <= 0) o->max_seqs = 64;
     /* Products on a GPU come near their rate at some 2000 rows, and are done with them in tens of
@@ -84,36 +85,40 @@ static gn_status fill_defaults(gn_engine_options *o, const gn_model *model, int3
     if (o->max_batch_tokens <= 0) o->max_batch_tokens = gn_ctx_is_host(model->ctx) ? 512 : 2048;
     if (o->max_batch_tokens < o->max_seqs) o->max_batch_tokens = o->max_seqs;
     if (o->max_queue <= 0) o->max_queue = 1024;
-    if (o->kv_bytes <= 0) o->kv_bytes = (int64_t)1 << 30;
     if (o->context <= 0) o->context = positions;
-    if (o->context > positions)
-        return gn_fail(err, GN_EINVAL, "a context of %d tokens is more than the model's %d",
-                       o->context, positions);
-    const int64_t block = (int64_t)gn_forward_kv_block_bytes(model);
-    const int64_t per_seq = (o->context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
-    int64_t blocks = o->kv_bytes / block;
-    if (blocks < per_seq)
-        return gn_fail(err, GN_EINVAL,
-                       "a KV cache of %.1f MiB does not hold one context of %d tokens, which takes "
-                       "%.1f MiB; give it more memory or a shorter context",
-                       (double)o->kv_bytes / 0x1p20, o->context,
-                       (double)(per_seq * block) / 0x1p20);
-    if (blocks > per_seq * o->max_seqs) blocks = per_seq * o->max_seqs;
-    *kv_blocks = (int32_t)blocks;
-    return GN_OK;
+    if (o->context <= positions) return GN_OK;
+    return gn_fail(err, GN_EINVAL, "a context of %d tokens is more than the model's %d", o->context,
+                   positions);
+}
+
+static gn_status plan_memory(gn_engine *e, gn_error *err) {
+    const gn_forward_options limits = {.max_rows = e->options.max_batch_tokens,
+                                       .max_seqs = e->options.max_seqs,
+                                       .max_logits = e->options.max_seqs,
+                                       .context = e->options.context};
+    const gn_status status = gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
+    e->options.adapters = NULL; /* borrowed */
+    return status;
+}
+
+/* On the host adapters are used in place. A device without memory for them takes none. */
+static int64_t adapter_bytes(const gn_engine *e) {
+    if (gn_ctx_is_host(e->model->ctx)) return 0;
+    return e->memory.adapters > 0 ? e->memory.adapters : -1;
 }
 
 static gn_status open_parts(gn_engine *e, gn_error *err) {
-    int32_t kv_blocks = 0;
-    gn_status status = fill_defaults(&e->options, e->model, &kv_blocks, err);
+    gn_status status = fill_defaults(&e->options, e->model, err);
+    if (!status) status = plan_memory(e, err);
     if (status) return status;
     e->stats.context = e->options.context;
     e->stats.max_seqs = e->options.max_seqs;
     const gn_stepper_options options = {
         .max_seqs = e->options.max_seqs,
         .max_rows = e->options.max_batch_tokens,
-        .kv_blocks = kv_blocks,
+        .kv_blocks = (int32_t)(e->memory.kv_tokens / GN_KV_BLOCK_TOKENS),
         .context = e->options.context,
+        .adapter_bytes = adapter_bytes(e),
         .prefix_cache = !e->options.no_prefix_cache,
         /* On the host nothing would run meanwhile, and rows too many cost time. */
         .ahead = !gn_ctx_is_host(e->model->ctx),
@@ -208,4 +213,8 @@ gn_engine_stats gn_engine_read_stats(gn_engine *e) {
     const gn_engine_stats stats = e->stats;
     pthread_mutex_unlock(&e->lock);
     return stats;
+}
+
+gn_memory_plan gn_engine_memory(const gn_engine *e) {
+    return e->memory;
 }

@@ -15,6 +15,9 @@
 #include "engine/hash.h"
 #include "kernels/decoder.h"
 
+/* Terms of up to this rank find working memory from the beginning; it grows for larger ones. */
+enum { PLANNED_RANK = 64 };
+
 struct gn_forward {
     gn_model *model;
     gn_forward_options limits;
@@ -95,29 +98,57 @@ static int64_t max_of(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-/* Makes room for LoRA terms of up to `rank`. */
-static gn_status reserve(gn_forward *f, int rank) {
-    if (rank <= f->rank) return GN_OK;
-    const gn_config *c = &f->model->config;
-    gn_ctx *ctx = f->model->ctx;
+/* For LoRA terms of up to `rank`. */
+static size_t workspace_bytes(const gn_model *model, const gn_forward_options *limits, int rank) {
+    const gn_config *c = &model->config;
+    const gn_ctx *ctx = model->ctx;
     const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
     const int64_t max_k = max_of(max_of(c->hidden, c->intermediate), dim);
     const int64_t max_n = max_of(max_of(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->vocab);
-    const int64_t rows = max_of(f->limits.max_rows, f->limits.max_logits);
+    const int64_t rows = max_of(limits->max_rows, limits->max_logits);
     const size_t linear = gn_linear_workspace(ctx, rows, max_k, max_n, rank, GN_MAX_ADAPTERS);
-    const size_t attention = gn_attention_workspace(ctx, f->limits.context);
-    const gn_status status = gn_ctx_reserve(ctx, linear > attention ? linear : attention);
+    const size_t attention = gn_attention_workspace(ctx, limits->context);
+    return linear > attention ? linear : attention;
+}
+
+size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options *limits) {
+    const gn_config *c = &model->config;
+    const size_t value = gn_dtype_size(gn_ctx_activation(model->ctx)), real = sizeof(float);
+    const int64_t heads = c->heads + c->heads + 2 * (int64_t)c->kv_heads; /* of q, a, k and v */
+    const size_t row = (size_t)c->hidden * real +
+                       (size_t)(heads * c->head_dim + c->intermediate) * value +
+                       (size_t)c->head_dim * real;
+    const size_t output = (size_t)(c->hidden + c->vocab) * real;
+    return (size_t)limits->max_rows * row + (size_t)limits->max_logits * output +
+           workspace_bytes(model, limits, PLANNED_RANK);
+}
+
+static gn_status reserve(gn_forward *f, int rank) {
+    if (rank <= f->rank) return GN_OK;
+    const gn_status status =
+        gn_ctx_reserve(f->model->ctx, workspace_bytes(f->model, &f->limits, rank));
     if (status == GN_OK) f->rank = rank;
     return status;
 }
 
-gn_status gn_forward_acquire(gn_forward *f, gn_adapter *adapter) {
-    const gn_status status = reserve(f, adapter->max_rank);
-    return status ? status : gn_adapter_memory_acquire(f->adapters, adapter);
+gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+    for (int32_t i = 0; i < n; i++) {
+        const gn_status status = reserve(f, uses[i].adapter->max_rank);
+        if (status) return status;
+    }
+    return gn_adapter_memory_acquire(f->adapters, uses, n);
 }
 
-void gn_forward_release(gn_forward *f, const gn_adapter *adapter) {
-    gn_adapter_memory_release(f->adapters, adapter);
+void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+    gn_adapter_memory_release(f->adapters, uses, n);
+}
+
+bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+    return gn_adapter_memory_holds(f->adapters, uses, n);
+}
+
+gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready) {
+    return gn_adapter_memory_poll(f->adapters, uses, n, ready);
 }
 
 /* All layers at once, where the device can. */
@@ -151,7 +182,7 @@ static gn_status open_parts(gn_forward *f) {
     f->term_ranks = calloc((size_t)f->max_terms, sizeof *f->term_ranks);
     if (!f->terms || !f->term_ranks || !allocate_cache(f) || !allocate_activations(f))
         return GN_ENOMEM;
-    gn_status status = reserve(f, 1);
+    gn_status status = reserve(f, PLANNED_RANK);
     if (!status) status = gn_stage_reserve(ctx, &limits);
     if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
     if (!status) status = open_decoder(f);

@@ -19,7 +19,8 @@ typedef struct gn_forward_options {
     int32_t max_logits; /* rows whose logits are asked for at once */
     int32_t kv_blocks;  /* of GN_KV_BLOCK_TOKENS tokens each */
     int32_t context;    /* tokens of the longest sequence */
-    int64_t adapter_bytes; /* of device memory for adapters; 0: no limit */
+    /* Device memory for adapters, taken at once; 0: as they need; less: none, they cannot be used. */
+    int64_t adapter_bytes;
 } gn_forward_options;
 
 GN_CHECKED gn_status gn_forward_open(gn_forward **out, gn_model *model,
@@ -29,10 +30,17 @@ void gn_forward_close(gn_forward *f);
 /* Bytes of KV cache a block takes, over all layers. */
 size_t gn_forward_kv_block_bytes(const gn_model *model);
 
-/* Makes an adapter ready for batches, until as many releases. GN_EBUSY: adapters in use fill the
- * device memory that is theirs; try again after a release. */
-GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, gn_adapter *adapter);
-void gn_forward_release(gn_forward *f, const gn_adapter *adapter);
+/* Bytes of device memory for activations and the ops' working memory; what else a gn_forward takes
+ * beside its cache and adapters is some MiB. */
+size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options *options);
+
+/* Adapters for batches: acquired, all n or none, and used when they are ready, until released. See
+ * adapter_memory.h. */
+GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n);
+void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n);
+bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n);
+GN_CHECKED gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n,
+                                     bool *ready);
 
 typedef struct gn_batch {
     int32_t rows;
@@ -42,7 +50,7 @@ typedef struct gn_batch {
     const int32_t *drawn; /* (n_drawn), or NULL */
     int32_t n_drawn;
     gn_seqs seqs;       /* seqs.row0[seqs.n] == rows */
-    /* Adapters of sequence i, acquired: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
+    /* Adapters of sequence i, ready: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
      * adapters and scales share one LoRA term. */
     const gn_adapter_use *uses;
     const int32_t *use0; /* (seqs.n + 1), or NULL: no adapters at all */

@@ -179,11 +179,29 @@ typedef struct gn_engine_options {
     int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 on a CPU,
                                * 2048 on a GPU */
     int32_t max_queue;        /* waiting requests before GN_EBUSY; 0: 1024 */
-    int64_t kv_bytes;         /* KV cache budget; 0: 1 GiB, at most what max_seqs contexts need */
+    /* All of the device's memory together; 0: on a GPU what is free, less a margin, on a CPU no
+     * bound. A CPU's weights are not counted. */
+    int64_t memory_bytes;
+    /* Of it the KV cache; 0: what remains, or 1 GiB where nothing bounds it. No more than max_seqs
+     * contexts need. */
+    int64_t kv_bytes;
+    /* Of it a GPU's adapters; 0: what those of `adapters` need, or an eighth if that is more; less:
+     * none, and no request has any. A CPU uses adapters where they are. */
+    int64_t adapter_bytes;
+    gn_adapter *const *adapters; /* that are there already, for the two above */
+    int32_t n_adapters;
     int32_t context;          /* tokens a sequence may have; 0: the model's */
     bool no_prefix_cache;
 } gn_engine_options;
 
+/* How the memory is divided; bytes. */
+typedef struct gn_memory_plan {
+    int64_t budget; /* the sum's bound; 0: none */
+    int64_t weights, kv, adapters, scratch, reserve;
+    int64_t kv_tokens;
+} gn_memory_plan;
+
+/* GN_ENOMEM says how much memory is missing, and what would fit. */
 GN_CHECKED gn_status gn_engine_open(gn_engine **out, gn_model *model,
                                     const gn_engine_options *options, gn_error *err);
 void gn_engine_close(gn_engine *engine); /* cancels what runs, then waits for the thread */
@@ -204,6 +222,9 @@ typedef struct gn_engine_stats {
     int32_t context, max_seqs;
 } gn_engine_stats;
 gn_engine_stats gn_engine_read_stats(gn_engine *engine);
+gn_memory_plan gn_engine_memory(const gn_engine *engine);
+/* The plan as a table to be read; malloc'ed, NULL when memory is short. */
+char *gn_memory_plan_text(const gn_memory_plan *plan);
 
 #ifdef __cplusplus
 }

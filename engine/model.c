@@ -35,9 +35,12 @@ static void *keep(void ***list, size_t *n, void *memory) {
 
 void *gn_model_own(gn_model *m, size_t bytes) {
     void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
-    if (memory && keep(&m->owned, &m->n_owned, memory)) return memory;
-    gn_ctx_free(m->ctx, memory);
-    return NULL;
+    if (!memory || !keep(&m->owned, &m->n_owned, memory)) {
+        gn_ctx_free(m->ctx, memory);
+        return NULL;
+    }
+    m->owned_bytes += (int64_t)bytes;
+    return memory;
 }
 
 void *gn_model_own_host(gn_model *m, size_t bytes) {
@@ -120,6 +123,7 @@ gn_status gn_model_finish(gn_model *m, gn_error *err) {
     gn_config_inv_freq(c, inv_freq);
     const gn_status status = gn_model_place_vector(m, &m->inv_freq, inv_freq, c->head_dim / 2, err);
     if (status) return status;
+    gn_ctx_trim(m->ctx);
     count(m, &m->embed);
     if (m->lm_head.data != m->embed.data) count(m, &m->lm_head);
     for (int i = 0; i < c->layers; i++) {

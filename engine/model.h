@@ -29,6 +29,7 @@ struct gn_model {
     gn_tensor_file *file;    /* keeps mapped weights alive */
     void **owned;            /* allocations that weights point into */
     size_t n_owned;
+    int64_t owned_bytes;
     void **staging; /* host memory on its way to the device */
     size_t n_staging;
     int64_t weight_bytes, parameters;

@@ -71,7 +71,7 @@ static void preempt(gn_schedule *s, gn_sequence *q) {
     remove_running(s, q);
     give_blocks_back(s, q);
     q->next = s->waiting;
-    s->waiting = q;
+    s->waiting = s->next_waiting = q;
     if (!s->waiting_last) s->waiting_last = q;
 }
 
@@ -126,10 +126,29 @@ static void match_prefix(gn_schedule *s, gn_sequence *q) {
     if (q->n_tokens == q->n_prompt) q->cached_tokens = q->computed;
 }
 
-/* Lets the first waiting sequence run when there is a slot, and blocks for all its tokens. */
+static bool may_pass(const gn_schedule *s, const gn_sequence *q) {
+    return !s->kept_out || q->acquired || s->kept_out->passed < s->max_seqs;
+}
+
+/* Whether q's adapters are on the device, or on their way there from now on. */
+static bool fetch(gn_schedule *s, gn_sequence *q) {
+    if (q->n_uses == 0 || !s->fetch) return true;
+    if (!may_pass(s, q)) return false;
+    const bool acquired = q->acquired;
+    const gn_fetch fetched = s->fetch(s->user, q, !s->kept_out);
+    if (s->kept_out && !acquired && q->acquired) s->kept_out->passed++;
+    if (fetched == GN_FETCH_FULL && !s->kept_out) s->kept_out = q;
+    return fetched == GN_FETCH_READY;
+}
+
+/* Lets the next waiting sequence whose adapters are there run, when there is a slot, and blocks for
+ * all its tokens. */
 static gn_sequence *admit(gn_schedule *s) {
-    gn_sequence *q = s->waiting;
-    if (!q || s->n_running == s->max_seqs) return NULL;
+    if (s->n_running == s->max_seqs) return NULL;
+    gn_sequence *q = s->next_waiting;
+    while (q && !fetch(s, q)) q = q->next;
+    if (!q) return NULL;
+    s->next_waiting = q->next;
     match_prefix(s, q);
     if (gn_kv_pool_free(s->pool) < blocks_for(q->n_tokens) - q->n_blocks) {
         give_blocks_back(s, q);
@@ -169,6 +188,8 @@ void gn_schedule_plan(gn_schedule *s, bool may_preempt) {
         gn_sequence *q = s->running[i];
         if (q->rows == 0) budget -= plan_rows(s, q, budget);
     }
+    s->next_waiting = s->waiting;
+    s->kept_out = NULL;
     while (budget > 0) {
         gn_sequence *q = admit(s);
         if (!q) break;

@@ -3,8 +3,12 @@
  * Continuous batching: every step, each running sequence that generates gets its one row, then
  * prompts are prefilled in order of arrival with the rows that are left, in chunks, so that a
  * long prompt never stalls the replies of others. Sequences are admitted first come, first
- * served, as slots and KV blocks allow. When blocks run out, the youngest sequence gives its own
- * back and waits at the front of the queue to be computed again; its reply does not change.
+ * served, as slots and KV blocks allow, except that those whose adapters are not on the device let
+ * others pass. While adapters are on their way that is all. When there is no room for them, because
+ * those of running sequences fill it, only sequences that need no more room may pass, and no more
+ * of those with adapters than max_seqs: then the room empties, and nobody waits forever. When
+ * blocks run out, the youngest sequence gives its own back and waits at the front of the queue to
+ * be computed again; its reply does not change.
  *
  * A plan may be made while a step's tokens are not known yet (see sequence.h: drawn), as long as
  * nobody has to be preempted, for what is computed again must be known. */
@@ -13,15 +17,30 @@
 
 #include "engine/sequence.h"
 
+typedef enum gn_fetch {
+    GN_FETCH_READY,
+    GN_FETCH_COMING, /* the sequence has the room that its adapters need, but they are not there */
+    GN_FETCH_FULL,   /* there is no room */
+    GN_FETCH_FAILED, /* the sequence can never run */
+} gn_fetch;
+
+/* Gets a sequence's adapters to the device, over several calls. may_take: it may take room. */
+typedef gn_fetch gn_fetch_fn(void *user, gn_sequence *sequence, bool may_take);
+
 typedef struct gn_schedule {
     int32_t max_seqs, max_rows;
+    gn_fetch_fn *fetch; /* for sequences with adapters; NULL: they need nothing */
+    void *user;
     gn_kv_pool *pool;
     gn_sequence *waiting, *waiting_last;
     gn_sequence **running; /* (max_seqs), oldest request first */
     int32_t n_running;
     gn_sequence **planned; /* (max_seqs): this step's, those with the same adapters together */
     int32_t n_planned;
-    bool may_preempt, must_preempt; /* of the plan being made */
+    /* Of the plan being made: */
+    bool may_preempt, must_preempt;
+    gn_sequence *next_waiting; /* to be admitted */
+    gn_sequence *kept_out;     /* the first whose adapters there is no room for */
 } gn_schedule;
 
 /* The pool is borrowed. */

@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "engine/adapter_memory.h"
+#include "engine/memory_plan.h"
 #include "engine/sample.h"
 
 enum { CHUNK_ROWS = 256, LOGITS_ROWS = 32 };
@@ -14,18 +16,23 @@ struct gn_scorer {
     int32_t *blocks; /* the identity: one sequence has the cache to itself */
 };
 
+static gn_forward_options limits_for(int32_t context) {
+    return (gn_forward_options){.max_rows = CHUNK_ROWS,
+                                .max_seqs = 1,
+                                .max_logits = LOGITS_ROWS,
+                                .kv_blocks =
+                                    (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS,
+                                .context = context};
+}
+
 gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context, gn_error *err) {
     gn_scorer *s = calloc(1, sizeof *s);
     if (!s) return gn_fail(err, GN_ENOMEM, "out of memory");
     s->model = model;
     s->context = context;
-    s->max_blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
+    const gn_forward_options limits = limits_for(context);
+    s->max_blocks = limits.kv_blocks;
     s->blocks = malloc((size_t)s->max_blocks * sizeof *s->blocks);
-    const gn_forward_options limits = {.max_rows = CHUNK_ROWS,
-                                       .max_seqs = 1,
-                                       .max_logits = LOGITS_ROWS,
-                                       .kv_blocks = s->max_blocks,
-                                       .context = context};
     const gn_status status = s->blocks ? gn_forward_open(&s->forward, model, &limits, err)
                                        : gn_fail(err, GN_ENOMEM, "out of memory");
     if (status) {
@@ -42,6 +49,17 @@ void gn_scorer_close(gn_scorer *s) {
     gn_forward_close(s->forward);
     free(s->blocks);
     free(s);
+}
+
+gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context, int64_t budget,
+                         gn_adapter *const *adapters, int32_t n_adapters, gn_error *err) {
+    const gn_forward_options limits = limits_for(context);
+    gn_engine_options options = {
+        .memory_bytes = budget, .adapters = adapters, .n_adapters = n_adapters};
+    for (int32_t i = 0; i < n_adapters; i++)
+        options.adapter_bytes += gn_adapter_memory_bytes(adapters[i]);
+    if (n_adapters == 0) options.adapter_bytes = -1;
+    return gn_memory_plan_model(plan, model, &limits, &options, err);
 }
 
 static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
@@ -83,14 +101,12 @@ gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_ad
     if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= s->model->config.vocab) return GN_EINVAL;
-    gn_status status = GN_OK;
-    int32_t acquired = 0;
-    while (!status && acquired < n_uses) {
-        status = gn_forward_acquire(s->forward, uses[acquired].adapter);
-        if (!status) acquired++;
-    }
+    gn_status status = gn_forward_acquire(s->forward, uses, n_uses);
+    if (status) return status;
+    for (bool ready = false; !status && !ready;)
+        status = gn_forward_poll(s->forward, uses, n_uses, &ready);
     if (!status) status = run_chunks(s, ids, n, uses, n_uses, on_row, user);
-    while (acquired > 0) gn_forward_release(s->forward, uses[--acquired].adapter);
+    gn_forward_release(s->forward, uses, n_uses);
     return status;
 }
 

@@ -30,7 +30,10 @@ struct gn_sequence {
     int32_t rows;          /* in the step being planned */
 
     gn_adapter_use uses[GN_MAX_ADAPTERS];
-    int32_t n_uses, n_acquired; /* acquired from the forward pass, the first so many */
+    int32_t n_uses;
+    bool acquired;     /* its adapters have their room on the device */
+    int32_t passed;    /* sequences with adapters that went ahead while it had none */
+    gn_status failure; /* why its adapters cannot be had */
     gn_hash adapters; /* content of uses */
 
     gn_sampler *sampler;

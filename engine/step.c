@@ -46,6 +46,7 @@ struct gn_stepper {
     gn_sequence **drawing;
     int32_t *rows;
 
+    bool failed; /* a waiting sequence's failure is set */
     gn_engine_stats stats;
     double counted; /* model_seconds go up to here */
     int64_t launched_ahead;
@@ -62,7 +63,7 @@ static double seconds(void) {
 static void end_sequence(gn_stepper *e, gn_sequence *s) {
     gn_schedule_remove(&e->schedule, s);
     gn_draw_forget(e->draw, s);
-    for (int i = 0; i < s->n_acquired; i++) gn_forward_release(e->forward, s->uses[i].adapter);
+    if (s->acquired) gn_forward_release(e->forward, s->uses, s->n_uses);
     for (int f = 0; f < 2; f++)
         for (int32_t i = 0; i < e->flights[f].n; i++)
             if (e->flights[f].parts[i].s == s) e->flights[f].parts[i].s = NULL;
@@ -74,23 +75,8 @@ static void abort_sequence(gn_stepper *e, gn_sequence *s, gn_finish finish, cons
     end_sequence(e, s);
 }
 
-/* Whatever is acquired is released in end_sequence; s->n_acquired counts. */
-static gn_status acquire_adapters(gn_stepper *e, gn_sequence *s) {
-    while (s->n_acquired < s->n_uses) {
-        const gn_status status = gn_forward_acquire(e->forward, s->uses[s->n_acquired].adapter);
-        if (status) return status;
-        s->n_acquired++;
-    }
-    return GN_OK;
-}
-
 void gn_stepper_add(gn_stepper *e, gn_sequence *s) {
-    const gn_status status = acquire_adapters(e, s);
-    const gn_error error = {status, "out of memory for the adapter"};
-    if (status)
-        abort_sequence(e, s, GN_FINISH_ERROR, &error);
-    else
-        gn_schedule_add(&e->schedule, s);
+    gn_schedule_add(&e->schedule, s);
 }
 
 void gn_stepper_cancel(gn_stepper *e, bool all) {
@@ -102,6 +88,50 @@ void gn_stepper_cancel(gn_stepper *e, bool all) {
         gn_sequence *s = e->schedule.running[i];
         if (all || atomic_load(&s->canceled)) abort_sequence(e, s, GN_FINISH_CANCEL, NULL);
     }
+}
+
+/* ---- adapters ---- */
+
+/* The room is released when the sequence ends. */
+static gn_fetch acquire_adapters(gn_stepper *e, gn_sequence *s, bool may_take) {
+    if (!may_take && !gn_forward_holds(e->forward, s->uses, s->n_uses)) return GN_FETCH_FULL;
+    const gn_status status = gn_forward_acquire(e->forward, s->uses, s->n_uses);
+    if (status == GN_EBUSY) return GN_FETCH_FULL;
+    s->failure = status;
+    s->acquired = !status;
+    return status ? GN_FETCH_FAILED : GN_FETCH_COMING;
+}
+
+static gn_fetch fetch_adapters(void *user, gn_sequence *s, bool may_take) {
+    gn_stepper *e = user;
+    bool ready = false;
+    gn_fetch fetched = s->failure ? GN_FETCH_FAILED : GN_FETCH_COMING;
+    if (!s->acquired && !s->failure) fetched = acquire_adapters(e, s, may_take);
+    if (fetched == GN_FETCH_COMING) {
+        s->failure = gn_forward_poll(e->forward, s->uses, s->n_uses, &ready);
+        if (s->failure) fetched = GN_FETCH_FAILED;
+    }
+    e->failed |= fetched == GN_FETCH_FAILED;
+    return ready ? GN_FETCH_READY : fetched;
+}
+
+static void fail_waiting(gn_stepper *e) {
+    for (gn_sequence *s = e->schedule.waiting, *next; s; s = next) {
+        next = s->next;
+        if (!s->failure) continue;
+        gn_error error = {s->failure, ""};
+        snprintf(error.message, sizeof error.message, "cannot move the adapter to the device: %s",
+                 s->failure == GN_ETOOBIG ? "it is larger than the memory for adapters"
+                                          : gn_status_text(s->failure));
+        abort_sequence(e, s, GN_FINISH_ERROR, &error);
+    }
+    e->failed = false;
+}
+
+/* Nothing can be computed before some adapter is here. */
+static void pause_briefly(void) {
+    const struct timespec t = {.tv_nsec = 50000};
+    nanosleep(&t, NULL);
 }
 
 /* ---- launching ---- */
@@ -229,7 +259,10 @@ bool gn_stepper_run(gn_stepper *e) {
     flight *f = e->current;
     if (f->n == 0) {
         gn_schedule_plan(&e->schedule, true);
-        if (e->schedule.n_planned == 0) return false;
+        if (e->schedule.n_planned == 0) {
+            if (e->schedule.waiting && !e->failed) pause_briefly();
+            return e->schedule.waiting != NULL;
+        }
         launch(e, f);
     }
     if (!f->status) f->status = draw(e, f);
@@ -274,6 +307,7 @@ void gn_stepper_report(gn_stepper *e) {
     f->n = 0;
     e->current = e->next;
     e->next = f;
+    if (e->failed) fail_waiting(e);
 }
 
 void gn_stepper_read_stats(const gn_stepper *e, gn_engine_stats *stats) {
@@ -317,12 +351,15 @@ static gn_status open_parts(gn_stepper *e, gn_error *err) {
                                        .max_seqs = o->max_seqs,
                                        .max_logits = o->max_seqs,
                                        .kv_blocks = o->kv_blocks,
-                                       .context = o->context};
+                                       .context = o->context,
+                                       .adapter_bytes = o->adapter_bytes};
     gn_status status = gn_forward_open(&e->forward, e->model, &limits, err);
     if (status) return status;
     status = gn_draw_open(&e->draw, e->model, e->forward, o->max_seqs);
     if (!status) status = gn_kv_pool_open(&e->pool, o->kv_blocks, o->prefix_cache);
     if (!status) status = gn_schedule_open(&e->schedule, e->pool, o->max_seqs, o->max_rows);
+    e->schedule.fetch = fetch_adapters;
+    e->schedule.user = e;
     if (!status && !allocate(e)) status = GN_ENOMEM;
     return status ? gn_fail(err, status, "%s", gn_status_text(status)) : GN_OK;
 }

@@ -16,6 +16,7 @@ typedef struct gn_stepper gn_stepper;
 typedef struct gn_stepper_options {
     int32_t max_seqs, max_rows; /* of a step; max_rows is at least max_seqs */
     int32_t kv_blocks, context;
+    int64_t adapter_bytes; /* see forward.h */
     bool prefix_cache;
     bool ahead;
     /* A sequence's last event is out, and it is no longer here: for its owner to close. */
@@ -32,7 +33,8 @@ void gn_stepper_add(gn_stepper *e, gn_sequence *s);
 /* Ends the sequences that are canceled, or all. */
 void gn_stepper_cancel(gn_stepper *e, bool all);
 
-/* Computes a step; false when there is nothing to do. */
+/* Computes a step, or waits a moment when all there is to do waits for adapters; false when there
+ * is nothing to do. */
 bool gn_stepper_run(gn_stepper *e);
 /* Reports it to its sequences, and ends those that are complete. */
 void gn_stepper_report(gn_stepper *e);

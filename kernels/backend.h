@@ -41,6 +41,13 @@ typedef struct gn_backend {
     gn_status (*copy)(gn_ctx *, void *dst, const void *src, size_t bytes);
     gn_status (*zero)(gn_ctx *, void *dst, size_t bytes);
     gn_status (*wait)(gn_ctx *);
+    void *(*alloc_host)(gn_ctx *, size_t bytes);
+    void (*free_host)(gn_ctx *, void *memory);
+    /* *event: whatever says when the copy is done, for the two below; destroyed by the last. */
+    gn_status (*upload_begin)(gn_ctx *, void **event, void *dst, const void *src, size_t bytes);
+    gn_status (*upload_poll)(gn_ctx *, void *event, bool *ready);
+    void (*upload_end)(gn_ctx *, void *event);
+    void (*trim)(gn_ctx *);
     gn_status (*replay)(gn_ctx *, uint64_t key, gn_ctx_ops *fn, void *arg);
     gn_status (*stage_reserve)(gn_ctx *, const gn_stage_limits *);
     gn_status (*stage)(gn_ctx *, const int32_t *ids, const gn_seqs *, const gn_lora *, int32_t n);
@@ -54,7 +61,7 @@ typedef struct gn_backend {
     gn_status (*measure_rates)(gn_ctx *, gn_rates *);
     gn_status (*measure_quantize)(gn_ctx *, gn_qtype, bool double_quant, int64_t rows, int64_t cols,
                                   double *quantize, double *dequantize);
-    size_t (*used_bytes)(gn_ctx *);
+    gn_status (*read_memory)(gn_ctx *, gn_ctx_memory *);
     void (*close)(gn_ctx *);
 } gn_backend;
 

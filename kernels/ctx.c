@@ -183,6 +183,14 @@ void gn_ctx_free(gn_ctx *ctx, void *memory) {
     if (ctx && memory) ctx->backend->free(ctx, memory);
 }
 
+void gn_ctx_trim(gn_ctx *ctx) {
+    ctx->backend->trim(ctx);
+}
+
+gn_status gn_ctx_read_memory(gn_ctx *ctx, gn_ctx_memory *memory) {
+    return ctx->backend->read_memory(ctx, memory);
+}
+
 bool gn_ctx_is_host(const gn_ctx *ctx) {
     return !ctx->cuda;
 }
@@ -202,6 +210,45 @@ gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
 gn_status gn_ctx_zero(gn_ctx *ctx, void *dst, size_t bytes) {
     return bytes == 0 ? GN_OK : ctx->backend->zero(ctx, dst, bytes);
 }
+
+/* ---- uploads ---- */
+
+struct gn_upload {
+    gn_ctx *ctx;
+    void *event;
+};
+
+void *gn_ctx_alloc_host(gn_ctx *ctx, size_t bytes) {
+    return ctx->backend->alloc_host(ctx, bytes);
+}
+
+void gn_ctx_free_host(gn_ctx *ctx, void *memory) {
+    if (memory) ctx->backend->free_host(ctx, memory);
+}
+
+gn_status gn_upload_begin(gn_upload **out, gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
+    gn_upload *upload = calloc(1, sizeof *upload);
+    if (!upload) return GN_ENOMEM;
+    upload->ctx = ctx;
+    const gn_status status = ctx->backend->upload_begin(ctx, &upload->event, dst, src, bytes);
+    if (status)
+        free(upload);
+    else
+        *out = upload;
+    return status;
+}
+
+gn_status gn_upload_poll(gn_upload *upload, bool *ready) {
+    return upload->ctx->backend->upload_poll(upload->ctx, upload->event, ready);
+}
+
+void gn_upload_close(gn_upload *upload) {
+    if (!upload) return;
+    upload->ctx->backend->upload_end(upload->ctx, upload->event);
+    free(upload);
+}
+
+/* ---- order ---- */
 
 gn_status gn_ctx_wait(gn_ctx *ctx) {
     return ctx->backend->wait(ctx);

@@ -46,6 +46,15 @@ GN_CHECKED gn_status gn_ctx_reserve(gn_ctx *ctx, size_t bytes);
 /* Memory on the context's device, 64-byte aligned; NULL when there is none left. */
 void *gn_ctx_alloc(gn_ctx *ctx, size_t bytes);
 void gn_ctx_free(gn_ctx *ctx, void *memory);
+/* Gives back what only loading weights needed. */
+void gn_ctx_trim(gn_ctx *ctx);
+
+/* Bytes of the device's memory, and those of them that nobody uses. On the CPU: of the machine, or
+ * of the container; what only caches files counts as free. GN_EIO when that cannot be known. */
+typedef struct gn_ctx_memory {
+    int64_t free, total;
+} gn_ctx_memory;
+GN_CHECKED gn_status gn_ctx_read_memory(gn_ctx *ctx, gn_ctx_memory *memory);
 
 /* Whether that memory is the host's own, to be read and written directly. */
 bool gn_ctx_is_host(const gn_ctx *ctx);
@@ -56,6 +65,20 @@ GN_CHECKED gn_status gn_ctx_read(gn_ctx *ctx, void *dst, const void *src, size_t
 /* Within the device's memory, in order with the ops; dst and src do not overlap. */
 GN_CHECKED gn_status gn_ctx_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 GN_CHECKED gn_status gn_ctx_zero(gn_ctx *ctx, void *dst, size_t bytes); /* likewise */
+/* Memory of the host that uploads read, 64-byte aligned; NULL when there is none left. It takes
+ * time, may be long, and is possible from any thread. */
+void *gn_ctx_alloc_host(gn_ctx *ctx, size_t bytes);
+void gn_ctx_free_host(gn_ctx *ctx, void *memory);
+
+/* A copy to the device beside the ops: later ops neither wait for it nor it for them, so that they
+ * must not use dst before it is ready. It does wait for the ops before it, which may still use what
+ * was there, and for the uploads before it. src: from gn_ctx_alloc_host, as it is until then. */
+typedef struct gn_upload gn_upload;
+GN_CHECKED gn_status gn_upload_begin(gn_upload **out, gn_ctx *ctx, void *dst, const void *src,
+                                     size_t bytes);
+GN_CHECKED gn_status gn_upload_poll(gn_upload *upload, bool *ready);
+void gn_upload_close(gn_upload *upload); /* waits for it; accepts NULL */
+
 /* Waits until every op before has run; GN_EDEVICE when one failed. */
 GN_CHECKED gn_status gn_ctx_wait(gn_ctx *ctx);
 

@@ -19,5 +19,7 @@ gn_status gn_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int
 }
 
 size_t gn_measure_used_bytes(gn_ctx *ctx) {
-    return ctx->backend->used_bytes(ctx);
+    gn_ctx_memory memory;
+    if (gn_ctx_is_host(ctx) || gn_ctx_read_memory(ctx, &memory)) return 0;
+    return (size_t)(memory.total - memory.free);
 }

@@ -26,6 +26,7 @@ typedef struct chat_options {
     const char *model, *chat_template, *device, *system;
     gn_strings adapters;
     int quant, compute, threads, context;
+    int64_t memory_budget;
     bool double_quant;
 } chat_options;
 
@@ -76,6 +77,9 @@ static const gn_option table[] = {
      .help = "0: as many as there are cores"},
     {GN_OPT_INT, "context", offsetof(chat_options, context), .initial = "0", .min = 0,
      .max = 1 << 24, .help = "tokens of a conversation; 0: what the model can take"},
+    {GN_OPT_SIZE, "memory-budget", offsetof(chat_options, memory_budget), .value = "SIZE",
+     .help = "of the GPU's memory, for everything together; on a CPU for keys and values, adapters "
+             "and activations, not for weights. Prints how it is divided"},
     {GN_OPT_STRING, "chat-template", offsetof(chat_options, chat_template), .value = "NAME|FILE",
      .help = "guanaco, vicuna, alpaca, llama-2, llama-3, chatml, mistral, or a JSON file; default: "
              "the model's own"},
@@ -391,6 +395,27 @@ static gn_status add_adapter(chat *c, const char *spec) {
     return status ? gn_fail(c->err, status, "out of memory") : GN_OK;
 }
 
+/* The engine plans memory for the adapters that there are. */
+static gn_status open_engine(chat *c) {
+    gn_adapter **adapters = calloc((size_t)c->adapters.n + 1, sizeof *adapters);
+    if (!adapters) return gn_fail(c->err, GN_ENOMEM, "out of memory");
+    for (int i = 0; i < c->adapters.n; i++) adapters[i] = c->adapters.items[i].adapter;
+    const gn_engine_options options = {.max_seqs = 1,
+                                       .context = c->options.context,
+                                       .memory_bytes = c->options.memory_budget,
+                                       .adapter_bytes = c->adapters.n > 0 ? 0 : -1,
+                                       .adapters = adapters,
+                                       .n_adapters = c->adapters.n};
+    const gn_status status = gn_engine_open(&c->engine, c->model, &options, c->err);
+    free(adapters);
+    if (status || c->options.memory_budget == 0) return status;
+    const gn_memory_plan plan = gn_engine_memory(c->engine);
+    char *table = gn_memory_plan_text(&plan);
+    if (table) fputs(table, stderr);
+    free(table);
+    return GN_OK;
+}
+
 static gn_status open_all(chat *c) {
     const chat_options *o = &c->options;
     if (!o->model) return gn_fail(c->err, GN_EINVAL, "--model DIR is missing");
@@ -403,12 +428,11 @@ static gn_status open_all(chat *c) {
                                     .chat_template = o->chat_template,
                                     .progress = show_loading,
                                     .user = c};
-    const gn_engine_options engine = {.max_seqs = 1, .context = o->context};
     gn_status status = gn_model_open(&c->model, o->model, &model, c->err);
     if (c->percent) fputs("\r\033[K", stderr);
     for (int i = 0; !status && i < o->adapters.n; i++)
         status = add_adapter(c, o->adapters.items[i]);
-    if (!status) status = gn_engine_open(&c->engine, c->model, &engine, c->err);
+    if (!status) status = open_engine(c);
     if (!status) status = replace_string(&c->system, o->system, c->err);
     if (!status && c->adapters.n == 1) status = choose_adapter(c, c->adapters.items[0].name);
     return status;

@@ -79,29 +79,59 @@ static gn_status load_model(gn_model **model, const gn_serve_options *o, gn_erro
     return status;
 }
 
-static gn_status load_adapter(gn_server *server, const gn_model *model, const char *argument,
-                              gn_error *err) {
-    const char *dir = strchr(argument, '=');
-    if (!dir || dir == argument || !dir[1])
+/* The folder of NAME=DIR. */
+static gn_status find_dir(const char *argument, const char **dir, gn_error *err) {
+    const char *equals = strchr(argument, '=');
+    if (!equals || equals == argument || !equals[1])
         return gn_fail(err, GN_EINVAL, "--adapter %s: write it as NAME=DIR", argument);
-    char *name = strndup(argument, (size_t)(dir - argument));
-    gn_adapter *adapter = NULL;
-    gn_status status = name ? GN_OK : gn_fail(err, GN_ENOMEM, "out of memory");
-    if (!status) status = gn_adapter_open(&adapter, model, dir + 1, err);
-    if (!status) status = gn_server_add_adapter(server, name, dir + 1, adapter, err);
-    free(name);
+    *dir = equals + 1;
+    return GN_OK;
+}
+
+static gn_status load_adapters(gn_adapter **adapters, const gn_model *model,
+                               const gn_serve_options *o, gn_error *err) {
+    gn_status status = GN_OK;
+    for (int i = 0; i < o->adapters.n && !status; i++) {
+        const char *dir = NULL;
+        status = find_dir(o->adapters.items[i], &dir, err);
+        if (!status) status = gn_adapter_open(&adapters[i], model, dir, err);
+    }
     return status;
 }
 
+/* Takes over all of them, also when it fails. */
+static gn_status name_adapters(gn_server *server, gn_adapter **adapters, const gn_serve_options *o,
+                               gn_error *err) {
+    gn_status status = GN_OK;
+    for (int i = 0; i < o->adapters.n && !status; i++) {
+        const char *argument = o->adapters.items[i], *dir = NULL;
+        status = find_dir(argument, &dir, err);
+        char *name = status ? NULL : strndup(argument, (size_t)(dir - 1 - argument));
+        if (!status && !name) status = gn_fail(err, GN_ENOMEM, "out of memory");
+        if (!status) status = gn_server_add_adapter(server, name, dir, adapters[i], err);
+        if (name) adapters[i] = NULL;
+        free(name);
+    }
+    return status;
+}
+
+/* Adapters come before the engine, which plans memory for them. */
 static gn_status load_all(gn_server *server, gn_model **model, const gn_serve_options *o,
-                          gn_error *err) {
-    const gn_engine_options options = gn_serve_engine_options(o);
+                          gn_memory_plan *memory, gn_error *err) {
+    gn_engine_options options = gn_serve_engine_options(o);
     gn_engine *engine = NULL;
-    gn_status status = load_model(model, o, err);
+    gn_adapter **adapters = calloc((size_t)o->adapters.n + 1, sizeof *adapters);
+    gn_status status = adapters ? GN_OK : gn_fail(err, GN_ENOMEM, "out of memory");
+    if (!status) status = load_model(model, o, err);
+    if (!status) status = load_adapters(adapters, *model, o, err);
+    options.adapters = adapters;
+    options.n_adapters = o->adapters.n;
     if (!status) status = gn_engine_open(&engine, *model, &options, err);
+    if (!status) *memory = gn_engine_memory(engine);
     if (!status) status = gn_server_serve(server, *model, engine, err);
-    for (int i = 0; i < o->adapters.n && !status; i++)
-        status = load_adapter(server, *model, o->adapters.items[i], err);
+    if (!status) status = name_adapters(server, adapters, o, err);
+    for (int i = 0; adapters && i < o->adapters.n; i++) gn_adapter_close(adapters[i]);
+    free(adapters);
     return status;
 }
 
@@ -114,7 +144,8 @@ static void write_url(char *url, size_t size, const char *host, int port) {
     snprintf(url, size, strchr(shown, ':') ? "http://[%s]:%d" : "http://%s:%d", shown, port);
 }
 
-static void announce(const gn_serve_options *o, const gn_server *server, const gn_model *model) {
+static void announce(const gn_serve_options *o, const gn_server *server, const gn_model *model,
+                     const gn_memory_plan *memory) {
     char url[320];
     gn_buffer line = {0};
     const gn_model_info info = gn_model_describe(model);
@@ -122,6 +153,9 @@ static void announce(const gn_serve_options *o, const gn_server *server, const g
     if (!o->json) {
         printf("Guanaco is ready: open %s\n  %.1f M parameters, %s, on %s\n", url,
                (double)info.parameters / 1e6, gn_qtype_name(info.quant), info.device);
+        char *table = gn_memory_plan_text(memory);
+        if (table) fputs(table, stdout);
+        free(table);
     } else {
         gn_buffer_text(&line, "{\"event\":\"ready\",\"url\":");
         gn_buffer_json_text(&line, url);
@@ -138,6 +172,7 @@ static int serve(const gn_serve_options *o) {
     const gn_server_options options = gn_serve_server_options(o);
     gn_server *server = NULL;
     gn_model *model = NULL;
+    gn_memory_plan memory;
     gn_error err = {0};
     signal(SIGPIPE, SIG_IGN); /* a client that left is an error code, not a signal */
     if (o->allow_adapter_loading && !o->adapter_dir) {
@@ -145,10 +180,10 @@ static int serve(const gn_serve_options *o) {
         return fail(&err);
     }
     gn_status status = gn_server_open(&server, &options, &err);
-    if (!status) status = load_all(server, &model, o, &err);
+    if (!status) status = load_all(server, &model, o, &memory, &err);
     if (!status) status = gn_server_listen(server, &err);
     if (!status) {
-        announce(o, server, model);
+        announce(o, server, model, &memory);
         gn_server_run(server);
     }
     gn_server_close(server);

@@ -54,6 +54,22 @@ static void write_engine(gn_buffer *b, const gn_engine_stats *e) {
                  e->model_seconds);
 }
 
+static void write_memory(gn_buffer *b, const gn_memory_plan *p) {
+    const struct {
+        const char *use;
+        int64_t bytes;
+    } parts[] = {{"weights", p->weights},
+                 {"kv", p->kv},
+                 {"adapters", p->adapters},
+                 {"scratch", p->scratch},
+                 {"reserve", p->reserve}};
+    gn_buffer_text(b, "# HELP guanaco_memory_bytes The device's memory, as planned at start.\n"
+                      "# TYPE guanaco_memory_bytes gauge\n");
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        gn_buffer_format(b, "guanaco_memory_bytes{use=\"%s\"} %lld\n", parts[i].use,
+                         (long long)parts[i].bytes);
+}
+
 static void write_server(gn_buffer *b, gn_server *s) {
     const gn_counters *c = &s->counters;
     write_metric(b, "connections", "gauge", "Open connections.", s->n_connections);
@@ -80,7 +96,9 @@ static void write_server(gn_buffer *b, gn_server *s) {
 void gn_get_metrics(gn_exchange *x) {
     const gn_engine_stats stats = gn_engine_read_stats(x->server->engine);
     gn_buffer b = {0};
+    const gn_memory_plan memory = gn_engine_memory(x->server->engine);
     write_engine(&b, &stats);
+    write_memory(&b, &memory);
     write_server(&b, x->server);
     gn_respond(x, 200, "text/plain; version=0.0.4; charset=utf-8", NULL, b.data, b.size);
     gn_buffer_free(&b);

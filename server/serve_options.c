@@ -59,8 +59,17 @@ const gn_option gn_serve_option_table[] = {
      .help = "tokens of one forward pass; 0: 512 on a CPU, 2048 on a GPU"},
     {GN_OPT_INT, "max-queue", FIELD(max_queue), .initial = "1024", .min = 1, .max = 1 << 20,
      .help = "requests that may wait; more are refused"},
-    {GN_OPT_SIZE, "kv-memory", FIELD(kv_memory), .initial = "1GiB", .min = 1 << 20,
-     .max = (double)((int64_t)1 << 50), .help = "memory for keys and values"},
+    {GN_OPT_SIZE, "memory-budget", FIELD(memory_budget), .value = "SIZE",
+     .help = "of the GPU's memory, for everything together (default: what is free, less a margin); "
+             "on a CPU for keys and values, adapters and activations, not for weights (default: no "
+             "bound)"},
+    {GN_OPT_SIZE, "kv-memory", FIELD(kv_memory), .value = "SIZE",
+     .help = "of it, for keys and values (default: what remains, at most what --max-seqs contexts "
+             "need; on a CPU without --memory-budget 1GiB)"},
+    {GN_OPT_SIZE, "adapter-memory", FIELD(adapter_memory), .value = "SIZE",
+     .help = "of it, for the adapters in use on a GPU; others wait in the host's memory (default: "
+             "an eighth, or what those of --adapter take, up to half); on a CPU there is no such "
+             "limit"},
     {GN_OPT_FLAG, "no-prefix-cache", FIELD(no_prefix_cache),
      .help = "compute every prompt from its beginning"},
     GN_OPTION_GROUP("Output"),
@@ -81,10 +90,13 @@ gn_model_options gn_serve_model_options(const gn_serve_options *o) {
 }
 
 gn_engine_options gn_serve_engine_options(const gn_serve_options *o) {
+    const bool has_adapters = o->adapters.n > 0 || o->allow_adapter_loading;
     return (gn_engine_options){.max_seqs = o->max_seqs,
                                .max_batch_tokens = o->max_batch_tokens,
                                .max_queue = o->max_queue,
+                               .memory_bytes = o->memory_budget,
                                .kv_bytes = o->kv_memory,
+                               .adapter_bytes = has_adapters ? o->adapter_memory : -1,
                                .context = o->context,
                                .no_prefix_cache = o->no_prefix_cache};
 }

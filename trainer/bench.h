@@ -15,6 +15,7 @@ typedef struct gn_bench {
     double peak_bytes;           /* of the device's memory; on a CPU, of what this process held */
     int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
     int max_batch_tokens;        /* 0: the engine's default */
+    int64_t memory;              /* a budget; 0: the engine's default */
     bool json;
     gn_error *err;
 } gn_bench;

@@ -28,7 +28,7 @@ typedef struct bench_options {
         GN_OPT_FLAG, "json", FIELD(json), .help = "one JSON object a line"                         \
     }
 #define ENGINE_OPTIONS                                                                             \
-    GN_ADAPTER_OPTION(bench_options),                                                              \
+    GN_ADAPTER_OPTION(bench_options), GN_MEMORY_OPTION(bench_options),                             \
         {GN_OPT_INT,                                                                               \
          "streams",                                                                                \
          FIELD(streams),                                                                           \
@@ -57,6 +57,7 @@ static int run(const gn_option *table, const char *usage, const char *kind,
                   .tokens = o.tokens,
                   .streams = o.streams,
                   .max_batch_tokens = o.max_batch_tokens,
+                  .memory = o.model.memory,
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);

@@ -139,6 +139,10 @@ static gn_status measure(gn_bench *b, speeds *s) {
                                        .kv_bytes = b->streams * blocks *
                                                    (int64_t)gn_forward_kv_block_bytes(b->model),
                                        .context = context,
+                                       .memory_bytes = b->memory,
+                                       .adapter_bytes = b->adapter ? 0 : -1,
+                                       .adapters = &b->adapter,
+                                       .n_adapters = b->adapter ? 1 : 0,
                                        .no_prefix_cache = true};
     gn_config *config = &b->model->config;
     if (!b->model->tokenizer && config->max_positions < context)
@@ -146,6 +150,8 @@ static gn_status measure(gn_bench *b, speeds *s) {
     gn_engine *engine;
     gn_status status = gn_engine_open(&engine, b->model, &options, b->err);
     if (status) return status;
+    const gn_memory_plan plan = gn_engine_memory(engine);
+    if (b->memory > 0) gn_show_memory(&plan);
     load l;
     if (open_load(&l, b->streams, b->tokens))
         status = measure_rounds(b, engine, &l, s);

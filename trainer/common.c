@@ -98,6 +98,24 @@ gn_status gn_model_choice_open(const gn_model_choice *choice, gn_model **model,
     return status;
 }
 
+void gn_show_memory(const gn_memory_plan *plan) {
+    char *text = gn_memory_plan_text(plan);
+    if (text) fputs(text, stderr);
+    free(text);
+}
+
+gn_status gn_model_choice_score(const gn_model_choice *choice, gn_scorer **out, gn_model *model,
+                                gn_adapter *adapter, int32_t context, gn_error *err) {
+    if (choice->memory > 0) {
+        gn_memory_plan plan;
+        const gn_status status =
+            gn_scorer_plan(&plan, model, context, choice->memory, &adapter, adapter ? 1 : 0, err);
+        if (status) return status;
+        gn_show_memory(&plan);
+    }
+    return gn_scorer_open(out, model, context, err);
+}
+
 void gn_progress(const char *fmt, ...) {
     if (!isatty(STDERR_FILENO)) return;
     fputs("\r\033[K", stderr);

@@ -7,7 +7,6 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "engine/score.h"
 #include "engine/tensor_file.h"
 
 typedef struct logits_options {
@@ -22,6 +21,7 @@ static const char usage[] = "usage: guanaco-trainer eval logits --model DIR --id
 static const gn_option table[] = {
     GN_MODEL_OPTIONS(logits_options, "float32"),
     GN_ADAPTER_OPTION(logits_options),
+    GN_MEMORY_OPTION(logits_options),
     {GN_OPT_STRING, "ids", offsetof(logits_options, ids), .value = "FILE|LIST",
      .help = "token ids: 1,15,7 or a file of such numbers, or FILE.safetensors[:TENSOR] (default "
              "tensor: input_ids)"},
@@ -145,7 +145,7 @@ static gn_status compute(const logits_options *o, const id_list *list, logits *l
                              list->ids[i], (long long)l->vocab);
     l->values = calloc((size_t)l->rows, (size_t)l->vocab * sizeof *l->values);
     if (!status && !l->values) status = gn_fail(err, GN_ENOMEM, "no memory for the logits");
-    if (!status) status = gn_scorer_open(&scorer, model, list->n, err);
+    if (!status) status = gn_model_choice_score(&o->model, &scorer, model, adapter, list->n, err);
     if (!status) {
         status = gn_scorer_run(scorer, list->ids, list->n, &use, adapter ? 1 : 0, keep_row, l);
         if (status) gn_fail(err, status, "cannot run the model: %s", gn_status_text(status));

@@ -11,8 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/score.h"
-
 typedef struct ppl_options {
     gn_model_choice model;
     const char *text;
@@ -24,6 +22,7 @@ static const char usage[] = "usage: guanaco-trainer eval ppl --model DIR --text 
 static const gn_option table[] = {
     GN_MODEL_OPTIONS(ppl_options, "float32"),
     GN_ADAPTER_OPTION(ppl_options),
+    GN_MEMORY_OPTION(ppl_options),
     {GN_OPT_STRING, "text", offsetof(ppl_options, text), .value = "FILE",
      .help = "a JSON array of documents, a JSON object of such arrays (one result each), or plain "
              "text, which is scored in windows of the model's context"},
@@ -190,7 +189,7 @@ static gn_status run(const ppl_options *o, gn_error *err) {
         e.context = gn_model_describe(e.model).context;
         e.use = (gn_adapter_use){adapter, 1};
         e.n_uses = adapter ? 1 : 0;
-        status = gn_scorer_open(&e.scorer, e.model, e.context, err);
+        status = gn_model_choice_score(&o->model, &e.scorer, e.model, adapter, e.context, err);
     }
     if (!status) status = evaluate(&e, text, size, json);
     gn_scorer_close(e.scorer);

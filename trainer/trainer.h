@@ -10,6 +10,7 @@
 
 #include "engine/guanaco.h"
 #include "engine/options.h"
+#include "engine/score.h"
 
 typedef struct gn_command {
     const char *name; /* NULL ends a table */
@@ -40,6 +41,7 @@ typedef struct gn_model_choice {
     bool double_quant;
     const char *device;
     int threads;
+    int64_t memory; /* a budget; 0: none */
 } gn_model_choice;
 
 /* Rows of a table whose fields struct has a gn_model_choice called `model`. */
@@ -72,6 +74,14 @@ typedef struct gn_model_choice {
         GN_OPT_INT, "threads", offsetof(type, model.threads),                                      \
             .initial = "0", .min = 0, .max = 4096, .help = "0: as many as there are cores"         \
     }
+#define GN_MEMORY_OPTION(type)                                                                     \
+    {                                                                                              \
+        GN_OPT_SIZE, "memory-budget", offsetof(type, model.memory),                                \
+            .value = "SIZE",                                                                       \
+            .help = "of the GPU's memory, for everything together; on a CPU for keys and values, " \
+                    "adapters and activations, not for weights. Prints how it is divided, or "     \
+                    "says what is missing"                                                         \
+    }
 #define GN_ADAPTER_OPTION(type)                                                                    \
     {                                                                                              \
         GN_OPT_STRING, "adapter", offsetof(type, model.adapter),                                   \
@@ -80,6 +90,13 @@ typedef struct gn_model_choice {
 
 GN_CHECKED gn_status gn_model_choice_open(const gn_model_choice *choice, gn_model **model,
                                           gn_adapter **adapter, gn_error *err);
+
+/* Says on stderr how memory is divided. */
+void gn_show_memory(const gn_memory_plan *plan);
+/* A scorer within the choice's memory. */
+GN_CHECKED gn_status gn_model_choice_score(const gn_model_choice *choice, gn_scorer **out,
+                                           gn_model *model, gn_adapter *adapter, int32_t context,
+                                           gn_error *err);
 
 /* A line on stderr that is drawn again and again, when stderr is a terminal; "" clears it. */
 void gn_progress(const char *fmt, ...) GN_PRINTF(1, 2);

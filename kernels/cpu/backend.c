@@ -1,34 +1,7 @@
-/* backend.c - the CPU's table of ops, and its memory. */
+/* backend.c - the CPU's table of ops. */
 #include "cpu.h"
 
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-
-static void *cpu_alloc(gn_ctx *ctx, size_t bytes) {
-    (void)ctx;
-    if (bytes > PTRDIFF_MAX) return NULL;
-    const size_t huge_page = (size_t)2 << 20;
-    const size_t align = bytes >= 2 * huge_page ? huge_page : 64;
-    void *memory = NULL;
-    if (posix_memalign(&memory, align, bytes ? bytes : 1) != 0) return NULL;
-#ifdef MADV_HUGEPAGE
-    /* Weights are read end to end, a few times a second: large pages save a tenth of the time. */
-    if (align == huge_page) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
-    return memory;
-}
-
-static void cpu_free(gn_ctx *ctx, void *memory) {
-    (void)ctx;
-    free(memory);
-}
-
-static gn_status cpu_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
-    (void)ctx;
-    memcpy(dst, src, bytes);
-    return GN_OK;
-}
 
 static gn_status cpu_zero(gn_ctx *ctx, void *dst, size_t bytes) {
     (void)ctx;
@@ -57,9 +30,8 @@ static gn_status cpu_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs,
     return GN_OK;
 }
 
-static size_t cpu_used_bytes(gn_ctx *ctx) {
+static void cpu_trim(gn_ctx *ctx) {
     (void)ctx;
-    return 0;
 }
 
 static void cpu_close(gn_ctx *ctx) {
@@ -72,13 +44,19 @@ const gn_backend gn_cpu_backend = {
 #undef X
         .linear_workspace = gn_cpu_linear_workspace,
     .attention_workspace = gn_cpu_attention_workspace,
-    .alloc = cpu_alloc,
-    .free = cpu_free,
-    .write = cpu_copy,
-    .read = cpu_copy,
-    .copy = cpu_copy,
+    .alloc = gn_cpu_alloc,
+    .free = gn_cpu_free,
+    .write = gn_cpu_copy,
+    .read = gn_cpu_copy,
+    .copy = gn_cpu_copy,
     .zero = cpu_zero,
     .wait = cpu_wait,
+    .alloc_host = gn_cpu_alloc,
+    .free_host = gn_cpu_free,
+    .upload_begin = gn_cpu_upload_begin,
+    .upload_poll = gn_cpu_upload_poll,
+    .upload_end = gn_cpu_upload_end,
+    .trim = cpu_trim,
     .replay = cpu_replay,
     .stage_reserve = cpu_stage_reserve,
     .stage = cpu_stage,
@@ -88,6 +66,6 @@ const gn_backend gn_cpu_backend = {
     .quantize_place = gn_cpu_quantize_place,
     .measure_rates = gn_cpu_measure_rates,
     .measure_quantize = gn_cpu_measure_quantize,
-    .used_bytes = cpu_used_bytes,
+    .read_memory = gn_cpu_read_memory,
     .close = cpu_close,
 };

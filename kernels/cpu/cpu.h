@@ -22,6 +22,13 @@ size_t gn_cpu_quantize_place_bytes(const gn_ctx *ctx, gn_qtype type, bool double
 gn_status gn_cpu_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, bool double_quant,
                                 const void *src, gn_dtype dtype, int64_t rows, int64_t cols,
                                 void *memory, gn_error *err);
+void *gn_cpu_alloc(gn_ctx *ctx, size_t bytes);
+void gn_cpu_free(gn_ctx *ctx, void *memory);
+gn_status gn_cpu_copy(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
+gn_status gn_cpu_upload_begin(gn_ctx *ctx, void **event, void *dst, const void *src, size_t bytes);
+gn_status gn_cpu_upload_poll(gn_ctx *ctx, void *event, bool *ready);
+void gn_cpu_upload_end(gn_ctx *ctx, void *event);
+gn_status gn_cpu_read_memory(gn_ctx *ctx, gn_ctx_memory *memory);
 gn_status gn_cpu_measure_rates(gn_ctx *ctx, gn_rates *rates);
 gn_status gn_cpu_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
                                   int64_t cols, double *quantize, double *dequantize);

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "cuda.h"
+#include "place.cuh"
 
 enum { BLAS_WORKSPACE = 32 << 20 };
 
@@ -51,6 +51,18 @@ static gn_status cuda_wait(gn_ctx *ctx) {
     return gn_cuda_status(cudaStreamSynchronize(ctx->cuda->stream));
 }
 
+static void cuda_trim(gn_ctx *ctx) {
+    gn_cuda_upload_trim(ctx->cuda);
+}
+
+static gn_status cuda_read_memory(gn_ctx *ctx, gn_ctx_memory *memory) {
+    size_t available = 0, total = 0;
+    cudaError_t error = cudaSetDevice(ctx->cuda->device);
+    if (error == cudaSuccess) error = cudaMemGetInfo(&available, &total);
+    *memory = {(int64_t)available, (int64_t)total};
+    return error == cudaSuccess ? GN_OK : GN_EIO;
+}
+
 /* ---- open and close ---- */
 
 static void cuda_close(gn_ctx *ctx) {
@@ -64,6 +76,7 @@ static void cuda_close(gn_ctx *ctx) {
     (void)cudaFree(cuda->blas_workspace);
     (void)cudaFree(cuda->counters);
     if (cuda->stream) (void)cudaStreamDestroy(cuda->stream);
+    if (cuda->transfers) (void)cudaStreamDestroy(cuda->transfers);
     free(cuda);
     ctx->cuda = NULL;
 }
@@ -81,6 +94,12 @@ static const gn_backend cuda_backend = {
     .copy = cuda_copy,
     .zero = cuda_zero,
     .wait = cuda_wait,
+    .alloc_host = gn_cuda_alloc_host,
+    .free_host = gn_cuda_free_host,
+    .upload_begin = gn_cuda_transfer_begin,
+    .upload_poll = gn_cuda_transfer_poll,
+    .upload_end = gn_cuda_transfer_end,
+    .trim = cuda_trim,
     .replay = gn_cuda_replay,
     .stage_reserve = gn_cuda_stage_reserve,
     .stage = gn_cuda_stage,
@@ -90,7 +109,7 @@ static const gn_backend cuda_backend = {
     .quantize_place = gn_cuda_quantize_place,
     .measure_rates = gn_cuda_measure_rates,
     .measure_quantize = gn_cuda_measure_quantize,
-    .used_bytes = gn_cuda_used_bytes,
+    .read_memory = cuda_read_memory,
     .close = cuda_close,
 };
 
@@ -99,6 +118,8 @@ static const gn_backend cuda_backend = {
 static gn_status open_parts(struct gn_cuda *cuda) {
     gn_status status =
         gn_cuda_status(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+    if (!status)
+        status = gn_cuda_status(cudaStreamCreateWithFlags(&cuda->transfers, cudaStreamNonBlocking));
     if (!status) status = gn_cuda_status(cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE));
     if (!status)
         status = gn_cuda_status(

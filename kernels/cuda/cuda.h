@@ -44,6 +44,7 @@ struct gn_cuda {
     size_t shared_limit; /* bytes of shared memory a block may ask for */
     bool overlaps;       /* kernels may start while the one before drains (Hopper on) */
     cudaStream_t stream;
+    cudaStream_t transfers; /* transfer.cu's */
     cublasHandle_t blas;
     void *blas_workspace;
     int mma_clusters;   /* of linear_mma.cu that run at once; 0: it cannot run here */
@@ -81,11 +82,18 @@ gn_status gn_cuda_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype type, boo
 gn_status gn_cuda_measure_rates(gn_ctx *ctx, gn_rates *rates);
 gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,
                                    int64_t cols, double *quantize, double *dequantize);
-size_t gn_cuda_used_bytes(gn_ctx *ctx);
 /* Host to device, in order with the ops; src may be reused on return. */
 gn_status gn_cuda_upload(gn_ctx *ctx, void *dst, const void *src, size_t bytes);
 gn_status gn_cuda_upload_open(struct gn_cuda *cuda);
 void gn_cuda_upload_close(struct gn_cuda *cuda);
+
+/* Host to device beside the ops (transfer.cu). */
+void *gn_cuda_alloc_host(gn_ctx *ctx, size_t bytes);
+void gn_cuda_free_host(gn_ctx *ctx, void *memory);
+gn_status gn_cuda_transfer_begin(gn_ctx *ctx, void **event, void *dst, const void *src,
+                                 size_t bytes);
+gn_status gn_cuda_transfer_poll(gn_ctx *ctx, void *event, bool *ready);
+void gn_cuda_transfer_end(gn_ctx *ctx, void *event);
 
 /* GN_ENOMEM or GN_EDEVICE for a failure. */
 gn_status gn_cuda_status(cudaError_t error);

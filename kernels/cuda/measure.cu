@@ -169,11 +169,3 @@ gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant
     gn_ctx_free(ctx, s.array);
     return status;
 }
-
-size_t gn_cuda_used_bytes(gn_ctx *ctx) {
-    size_t available = 0, total = 0;
-    if (cudaSetDevice(ctx->cuda->device) != cudaSuccess ||
-        cudaMemGetInfo(&available, &total) != cudaSuccess)
-        return 0;
-    return total - available;
-}

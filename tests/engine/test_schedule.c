@@ -197,3 +197,168 @@ Test(schedule, what_is_complete_but_for_its_token_waits) {
     gn_schedule_close(&s);
     gn_kv_pool_close(pool);
 }
+
+/* ---- adapters ---- */
+
+/* Room for `capacity` adapters of one size; a sequence uses adapters.h[0], and an adapter takes
+ * `polls` calls to come. */
+enum { ADAPTERS = 8 };
+typedef struct fake_room {
+    int capacity, polls;
+    int users[ADAPTERS], wait[ADAPTERS];
+    bool here[ADAPTERS];
+} fake_room;
+
+static int taken(fake_room *r) {
+    int n = 0;
+    for (int i = 0; i < ADAPTERS; i++) n += r->here[i];
+    return n;
+}
+
+static void make_room(fake_room *r) {
+    for (int i = 0; i < ADAPTERS && taken(r) >= r->capacity; i++)
+        if (r->users[i] == 0) r->here[i] = false;
+}
+
+static gn_fetch fake_fetch(void *user, gn_sequence *q, bool may_take) {
+    fake_room *r = user;
+    const int a = (int)q->adapters.h[0];
+    if (!q->acquired) {
+        if (!r->here[a]) {
+            if (!may_take) return GN_FETCH_FULL;
+            make_room(r);
+            if (taken(r) >= r->capacity) return GN_FETCH_FULL;
+            r->here[a] = true;
+            r->wait[a] = r->polls;
+        }
+        r->users[a]++;
+        q->acquired = true;
+    }
+    return r->wait[a]-- > 0 ? GN_FETCH_COMING : GN_FETCH_READY;
+}
+
+static gn_sequence *with_adapter(uint64_t id, int32_t n_prompt, int32_t max_tokens, int adapter) {
+    gn_sequence *q = sequence(id, n_prompt, max_tokens, (int32_t)(id % 400));
+    q->n_uses = 1;
+    q->adapters.h[0] = (uint64_t)adapter;
+    return q;
+}
+
+/* A step in which everything planned computes all its rows and draws a token; notes who began. */
+static void run_fetching(gn_schedule *s, fake_room *r, int32_t *n_done, uint64_t *began) {
+    gn_schedule_plan(s, true);
+    for (int32_t i = 0; i < s->n_planned; i++) {
+        gn_sequence *q = s->planned[i];
+        cr_assert(q->n_uses == 0 || q->acquired);
+        if (q->computed == 0) began[q->id] = 1;
+        gn_schedule_advance(s, q);
+        if (gn_sequence_pending(q) > 0) continue;
+        q->tokens[q->n_tokens++] = 5;
+        if (q->n_tokens - q->n_prompt < q->max_tokens) continue;
+        gn_schedule_remove(s, q);
+        if (q->acquired) r->users[q->adapters.h[0]]--;
+        discard(q);
+        ++*n_done;
+    }
+}
+
+Test(schedule, an_adapter_on_its_way_holds_nobody_up) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    fake_room room = {.capacity = 1, .polls = 3};
+    uint64_t began[8] = {0};
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    s.fetch = fake_fetch;
+    s.user = &room;
+    gn_schedule_add(&s, with_adapter(1, 10, 2, 0));
+    gn_schedule_add(&s, sequence(2, 10, 20, 1000));
+    gn_schedule_add(&s, with_adapter(3, 10, 2, 1)); /* no room while the first has it */
+    gn_schedule_add(&s, sequence(4, 10, 20, 2000));
+    run_fetching(&s, &room, &done, began);
+    cr_assert(!began[1] && began[2] && !began[3] && began[4], "those without adapters begin");
+    run_fetching(&s, &room, &done, began);
+    run_fetching(&s, &room, &done, began);
+    cr_assert(!began[1]);
+    run_fetching(&s, &room, &done, began);
+    cr_assert(began[1] && !began[3], "it is there at the fourth call");
+    run_fetching(&s, &room, &done, began);
+    cr_assert_eq(done, 1);
+    for (int i = 0; i < 4; i++) run_fetching(&s, &room, &done, began);
+    cr_assert(began[3]);
+    while (s.n_running > 0) run_fetching(&s, &room, &done, began);
+    cr_assert_eq(done, 4);
+    cr_assert_null(s.waiting);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+/* Requests for one adapter come without end and keep it in use; one for another gets its turn, and
+ * some of them pass it meanwhile. */
+Test(schedule, nobody_waits_forever_for_room) {
+    enum { MAX_SEQS = 4, STEPS = 200 };
+    gn_kv_pool *pool;
+    gn_schedule s;
+    fake_room room = {.capacity = 1};
+    uint64_t began[STEPS + 10] = {0}, id = 0;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, MAX_SEQS, 128), GN_OK);
+    s.fetch = fake_fetch;
+    s.user = &room;
+    for (int i = 0; i < 2; i++) gn_schedule_add(&s, with_adapter(++id, 5, 6, 0));
+    run_fetching(&s, &room, &done, began);
+    gn_schedule_add(&s, with_adapter(++id, 5, 3, 1));
+    const uint64_t other = id;
+    int step = 0, passed = 0;
+    for (; step < STEPS && !began[other]; step++) {
+        gn_schedule_add(&s, with_adapter(++id, 5, 6, 0));
+        run_fetching(&s, &room, &done, began);
+    }
+    for (uint64_t i = other + 1; i <= id; i++) passed += began[i] != 0;
+    cr_assert(began[other], "it waits after %d steps", step);
+    cr_assert(passed >= 1 && passed <= MAX_SEQS, "%d passed it", passed);
+    while (s.n_running > 0 || s.waiting) run_fetching(&s, &room, &done, began);
+    cr_assert_eq((uint64_t)done, id);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
+/* Everything ends, whatever the order: adapters, room, preemption, cancellation. */
+Test(schedule, adapters_come_and_go_until_all_is_done) {
+    enum { SEQUENCES = 300, BLOCKS = 24 };
+    srand(5);
+    for (int capacity = 1; capacity <= 3; capacity++) {
+        gn_kv_pool *pool;
+        gn_schedule s;
+        fake_room room = {.capacity = capacity, .polls = 2};
+        uint64_t began[SEQUENCES + 1] = {0};
+        int32_t done = 0, added = 0, steps = 0;
+        cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, true), GN_OK);
+        cr_assert_eq(gn_schedule_open(&s, pool, 8, 64), GN_OK);
+        s.fetch = fake_fetch;
+        s.user = &room;
+        while (done < SEQUENCES) {
+            while (added < SEQUENCES && rand() % 2) {
+                const int32_t prompt = 1 + rand() % 200, reply = 1 + rand() % 150;
+                const int adapter = rand() % (ADAPTERS + 1);
+                gn_schedule_add(&s, adapter == ADAPTERS
+                                        ? sequence((uint64_t)++added, prompt, reply, rand() % 3)
+                                        : with_adapter((uint64_t)++added, prompt, reply, adapter));
+            }
+            run_fetching(&s, &room, &done, began);
+            cr_assert_lt(++steps, 200000);
+            gn_sequence *q = rand() % 2 && s.n_running > 0 ? s.running[0] : s.waiting;
+            if (rand() % 50 != 0 || !q) continue; /* a client goes away */
+            gn_schedule_remove(&s, q);
+            if (q->acquired) room.users[q->adapters.h[0]]--;
+            discard(q);
+            done++;
+        }
+        for (int i = 0; i < ADAPTERS; i++) cr_assert_eq(room.users[i], 0);
+        cr_assert_eq(gn_kv_pool_free(pool), BLOCKS);
+        gn_schedule_close(&s);
+        gn_kv_pool_close(pool);
+    }
+}

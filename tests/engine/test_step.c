@@ -9,9 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/adapter_memory.h"
 #include "engine/model.h"
+#include "tests/support/uploads.h"
 
-enum { STREAMS = 40, MAX_SEQS = 12, MAX_TOKENS = 64, CONTEXT = 256 };
+enum { STREAMS = 40, MAX_SEQS = 12, MAX_TOKENS = 64, CONTEXT = 256, COPIES = 3 };
 
 /* What a sequence was told. */
 typedef struct reply {
@@ -57,7 +59,7 @@ static void on_end(void *user, gn_sequence *s) {
 
 typedef struct bench {
     gn_model *model;
-    gn_adapter *adapters[2];
+    gn_adapter *adapters[2][COPIES]; /* equal ones, which the device does not know to be equal */
 } bench;
 
 static bench bench_open(void) {
@@ -69,14 +71,14 @@ static bench bench_open(void) {
                  GN_OK, "%s", err.message);
     const char *const dirs[] = {GN_SOURCE_DIR "/models/adapters/pirate",
                                 GN_SOURCE_DIR "/models/adapters/brief"};
-    for (int i = 0; i < 2; i++)
-        cr_assert_eq(gn_adapter_open(&b.adapters[i], b.model, dirs[i], &err), GN_OK, "%s",
-                     err.message);
+    for (int i = 0; i < 2 * COPIES; i++)
+        cr_assert_eq(gn_adapter_open(&b.adapters[i % 2][i / 2], b.model, dirs[i % 2], &err), GN_OK,
+                     "%s", err.message);
     return b;
 }
 
 static void bench_close(bench *b) {
-    for (int i = 0; i < 2; i++) gn_adapter_close(b->adapters[i]);
+    for (int i = 0; i < 2 * COPIES; i++) gn_adapter_close(b->adapters[i % 2][i / 2]);
     gn_model_close(b->model);
 }
 
@@ -112,8 +114,8 @@ static gn_sequence *sequence_of(const bench *b, int i, reply *r) {
     if (i % 7 == 3) q.ignore_eos = true;
     if (i % 9 == 4) q.prompt_logprobs = true;
     if (i % 13 == 12) q.max_tokens = 0, q.prompt_logprobs = true;
-    if (i & 8) q.adapters[q.n_adapters++] = (gn_adapter_use){b->adapters[0], 1};
-    if (i & 16) q.adapters[q.n_adapters++] = (gn_adapter_use){b->adapters[1], 0.5f};
+    if (i & 8) q.adapters[q.n_adapters++] = (gn_adapter_use){b->adapters[0][i % COPIES], 1};
+    if (i & 16) q.adapters[q.n_adapters++] = (gn_adapter_use){b->adapters[1][i % COPIES], 0.5f};
     memset(r, 0, sizeof *r);
     if (i % 5 == 3) r->cancel_at = 1 + i % 6;
     cr_assert_eq(gn_sequence_open(&r->s, &q, b->model, CONTEXT, &err), GN_OK, "%s", err.message);
@@ -126,6 +128,7 @@ typedef struct load {
     bool ahead;
     int32_t max_rows, kv_blocks;
     int stride; /* a sequence is added every so many steps; 0: all at once */
+    int64_t adapter_bytes;
 } load;
 
 /* Runs a load to its end. */
@@ -139,6 +142,7 @@ static gn_engine_stats run_load(const bench *b, const load *l, reply *replies, i
                                         .context = CONTEXT,
                                         .prefix_cache = true,
                                         .ahead = l->ahead,
+                                        .adapter_bytes = l->adapter_bytes,
                                         .on_end = on_end,
                                         .user = &ended};
     cr_assert_eq(gn_stepper_open(&e, b->model, &options, &err), GN_OK, "%s", err.message);
@@ -255,5 +259,51 @@ Test(step, a_token_too_many_is_nowhere_to_be_seen) {
         cr_assert_eq(cached[0], cached[1], "%d tokens: %d and %d blocks", length, cached[0],
                      cached[1]);
     }
+    bench_close(&b);
+}
+
+/* Room for one blend at a time, and adapters that take a while to come: sequences wait for them, in
+ * and out of turn, and are told the same. */
+Test(step, adapters_that_come_and_go_change_nothing) {
+    bench b = bench_open();
+    const int64_t both =
+        gn_adapter_memory_bytes(b.adapters[0][0]) + gn_adapter_memory_bytes(b.adapters[1][0]);
+    load loads[] = {
+        {.max_rows = 64, .kv_blocks = 400},
+        {.max_rows = 512, .kv_blocks = 400, .stride = 3, .ahead = true},
+        {.max_rows = 32, .kv_blocks = 24, .ahead = true},
+    };
+    for (size_t l = 0; l < sizeof loads / sizeof *loads; l++) {
+        int64_t ahead = 0;
+        run_load(&b, &loads[l], waiting, &ahead);
+        if (gn_ctx_is_host(b.model->ctx)) test_delay_uploads(b.model->ctx, 4);
+        loads[l].adapter_bytes = both;
+        const gn_engine_stats stats = run_load(&b, &loads[l], going_ahead, &ahead);
+        for (int i = 0; i < STREAMS; i++) assert_same(&waiting[i], &going_ahead[i], i);
+        cr_assert_eq(stats.kv_blocks_used, 0);
+        if (!gn_ctx_is_host(b.model->ctx)) continue;
+        cr_assert_gt(test_uploads_begun(), 2 * COPIES, "some come more than once");
+        cr_assert_eq(test_uploads_open(), 0);
+    }
+    bench_close(&b);
+}
+
+/* A request whose adapters can never be there fails, alone. */
+Test(step, what_does_not_fit_fails_alone) {
+    bench b = bench_open();
+    load l = {.max_rows = 64,
+              .kv_blocks = 400,
+              .adapter_bytes = gn_adapter_memory_bytes(b.adapters[0][0]) +
+                               gn_adapter_memory_bytes(b.adapters[1][0]) - 256};
+    int64_t ahead = 0;
+    int failed = 0;
+    run_load(&b, &l, waiting, &ahead);
+    for (int i = 0; i < STREAMS; i++) {
+        const bool is_blend = (i & 8) && (i & 16);
+        cr_assert_eq(waiting[i].finishes, 1);
+        cr_assert_eq(waiting[i].finish == GN_FINISH_ERROR, is_blend, "stream %d", i);
+        failed += is_blend;
+    }
+    cr_assert_gt(failed, 0);
     bench_close(&b);
 }

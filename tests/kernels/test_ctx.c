@@ -126,3 +126,34 @@ Test(ctx, memory_is_aligned_and_working_memory_grows) {
     cr_assert_eq(gn_ctx_reserve(ctx, 100), GN_OK);
     gn_ctx_close(ctx);
 }
+
+Test(ctx, says_how_much_memory_there_is) {
+    gn_ctx *ctx = open_ok((gn_ctx_options){.device = "cpu"});
+    gn_ctx_memory memory = {0};
+    cr_assert_eq(gn_ctx_read_memory(ctx, &memory), GN_OK);
+    cr_assert(memory.free > 0 && memory.free <= memory.total);
+    cr_assert_leq(memory.total, (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE));
+    gn_ctx_trim(ctx);
+    gn_ctx_close(ctx);
+}
+
+Test(ctx, an_upload_arrives) {
+    gn_ctx *ctx = open_ok((gn_ctx_options){.device = "cpu"});
+    const size_t n = (5 << 20) + 3;
+    char *from = gn_ctx_alloc_host(ctx, n), *to = gn_ctx_alloc(ctx, n);
+    gn_upload *upload = NULL;
+    bool ready = false;
+    cr_assert(from && to);
+    cr_assert_eq((uintptr_t)from % 64, 0);
+    for (size_t i = 0; i < n; i++) from[i] = (char)(i * 7);
+    cr_assert_eq(gn_upload_begin(&upload, ctx, to, from, n), GN_OK);
+    cr_assert_eq(gn_upload_poll(upload, &ready), GN_OK);
+    cr_assert(ready, "the CPU copies at once");
+    cr_assert_eq(memcmp(from, to, n), 0);
+    gn_upload_close(upload);
+    gn_upload_close(NULL);
+    gn_ctx_free(ctx, to);
+    gn_ctx_free_host(ctx, from);
+    gn_ctx_free_host(ctx, NULL);
+    gn_ctx_close(ctx);
+}

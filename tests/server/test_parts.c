@@ -237,7 +237,11 @@ Test(parts, serve_options) {
                     "--port",
                     "0",
                     "--kv-memory",
-                    "2GiB"};
+                    "2GiB",
+                    "--memory-budget",
+                    "24GiB",
+                    "--adapter-memory",
+                    "512MiB"};
     gn_serve_options o;
     gn_error err = {0};
     bool help = false;
@@ -249,7 +253,10 @@ Test(parts, serve_options) {
     cr_assert_eq(model.compute, GN_COMPUTE_F32);
     cr_assert(model.no_double_quant && !model.as_stored);
     cr_assert_eq(o.adapters.n, 2);
-    cr_assert_eq(gn_serve_engine_options(&o).kv_bytes, (int64_t)2 << 30);
+    const gn_engine_options engine = gn_serve_engine_options(&o);
+    cr_assert_eq(engine.kv_bytes, (int64_t)2 << 30);
+    cr_assert_eq(engine.memory_bytes, (int64_t)24 << 30);
+    cr_assert_eq(engine.adapter_bytes, (int64_t)512 << 20);
     cr_assert_eq(gn_serve_server_options(&o).max_body, 8 << 20);
     cr_assert_null(o.synthetic);
     gn_options_free(gn_serve_option_table, &o);
@@ -257,6 +264,7 @@ Test(parts, serve_options) {
     char *stored[] = {"--quant-type", "none"};
     cr_assert_eq(gn_options_parse(gn_serve_option_table, &o, 2, stored, &help, &err), GN_OK);
     cr_assert(gn_serve_model_options(&o).as_stored);
+    cr_assert_eq(gn_serve_engine_options(&o).adapter_bytes, -1, "no adapters, now or later");
     gn_options_free(gn_serve_option_table, &o);
 
     setenv("GUANACO_API_KEY", "from-environment", 1);
