@@ -260,7 +260,8 @@ gn_status gn_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
 gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, const gn_lora *terms,
                    int32_t n_terms) {
     if (!ctx || !seqs || seqs->n < 1 || !seqs->row0 || !is_seqs(seqs, seqs->row0[seqs->n]) ||
-        seqs->row0[seqs->n] < 1 || !ids || !seqs->blocks || n_terms < 0 || (n_terms > 0 && !terms))
+        seqs->row0[seqs->n] < 1 || !ids || n_terms < 0 || (n_terms > 0 && !terms) ||
+        (seqs->max_blocks != 0 && !seqs->blocks))
         return GN_EINVAL;
     for (int32_t i = 0; i < n_terms; i++)
         if (!is_term(&terms[i], seqs->row0[seqs->n])) return GN_EINVAL;

@@ -113,7 +113,7 @@ typedef struct gn_seqs {
 
 /* Hands a batch to the device: the ops up to the next gn_stage read ids, sequences and LoRA terms
  * from this copy, and take their host arguments for the shapes only. On the CPU there is nothing
- * to do. gn_stage_reserve says how large a batch may be. */
+ * to do. gn_stage_reserve says how large a batch may be. seqs without a cache have max_blocks 0. */
 typedef struct gn_stage_limits {
     int32_t rows, seqs, max_blocks, terms;
 } gn_stage_limits;
