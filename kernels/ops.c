@@ -361,8 +361,7 @@ gn_status gn_swiglu_bwd(gn_ctx *ctx, gn_tensor *dgate, gn_tensor *dup, const gn_
 /* Heads of an even size, and a row of cosines and sines for each of x. */
 static bool has_angles(const gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
     return x->shape[2] % 2 == 0 && x->shape[2] <= GN_MAX_HEAD_DIM &&
-           is_rows(cos, x->shape[0], x->shape[2] / 2) &&
-           is_rows(sin, x->shape[0], x->shape[2] / 2);
+           is_rows(cos, x->shape[0], x->shape[2] / 2) && is_rows(sin, x->shape[0], x->shape[2] / 2);
 }
 
 gn_status gn_rope(gn_ctx *ctx, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
@@ -416,8 +415,7 @@ gn_status gn_cross_entropy(gn_ctx *ctx, const gn_cross_entropy_args *args) {
     if (T == 0) return GN_OK;
     if (!args->labels) return GN_EINVAL;
     for (int64_t t = 0; t < T; t++)
-        if (args->labels[t] != GN_IGNORED_LABEL &&
-            (args->labels[t] < 0 || args->labels[t] >= V))
+        if (args->labels[t] != GN_IGNORED_LABEL && (args->labels[t] < 0 || args->labels[t] >= V))
             return GN_EINVAL;
     return ctx->backend->cross_entropy(ctx, args);
 }

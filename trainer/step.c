@@ -23,15 +23,15 @@ typedef struct activations {
 struct gn_train_step {
     gn_model *model;
     gn_train_limits limits;
-    activations *layers;  /* views: X is each layer's own, the others are shared */
-    gn_tensor last;       /* (max_rows, hidden) f32: the last layer's output */
-    gn_tensor normed;     /* the same, normalised, and then its gradient */
-    gn_tensor loss;       /* (max_rows) f32 */
-    gn_tensor cos, sin;   /* (max_rows, head_dim/2) */
+    activations *layers; /* views: X is each layer's own, the others are shared */
+    gn_tensor last;      /* (max_rows, hidden) f32: the last layer's output */
+    gn_tensor normed;    /* the same, normalised, and then its gradient */
+    gn_tensor loss;      /* (max_rows) f32 */
+    gn_tensor cos, sin;  /* (max_rows, head_dim/2) */
     gn_tensor grads[GRADIENTS];
-    float *host_loss;     /* (max_rows) */
-    int32_t *next;        /* (max_rows): the label that a row is to predict */
-    void **owned;         /* allocations on the device */
+    float *host_loss; /* (max_rows) */
+    int32_t *next;    /* (max_rows): the label that a row is to predict */
+    void **owned;     /* allocations on the device */
     int n_owned;
     /* of the batch at hand */
     const gn_train_batch *batch;
@@ -62,9 +62,10 @@ static bool allocate_tensors(gn_train_step *s) {
     const int64_t hidden = c->hidden, inter = c->intermediate, half = c->head_dim / 2;
     const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
     const gn_dtype act = gn_ctx_activation(s->model->ctx);
-    const int64_t cols[ACTIVATIONS] = {hidden, dim, kv, kv, dim, c->heads, hidden, inter, inter,
-                                       inter};
-    const gn_dtype dtypes[ACTIVATIONS] = {GN_F32, act, act, act, act, GN_F32, GN_F32, act, act, act};
+    const int64_t cols[ACTIVATIONS] = {hidden,   dim,    kv,    kv,    dim,
+                                       c->heads, hidden, inter, inter, inter};
+    const gn_dtype dtypes[ACTIVATIONS] = {GN_F32, act,    act, act, act,
+                                          GN_F32, GN_F32, act, act, act};
     const int64_t grad_cols[GRADIENTS] = {hidden, hidden, inter, dim, dim, kv, kv};
     const gn_dtype grad_dtypes[GRADIENTS] = {GN_F32, GN_F32, act, act, act, act, act};
     activations shared;
@@ -332,7 +333,8 @@ static gn_status mlp_bwd(const gn_train_step *s, int i) {
     const gn_tensor dw = s->trained->layers ? s->trained->layers[i].mlp_norm : (gn_tensor){0};
 
     gn_status status = product_bwd(s, &down, dh, &dx);
-    if (!status) status = gn_swiglu_bwd(ctx, &gate_up[0], &gate_up[1], &dh, &gate_up[0], &gate_up[1]);
+    if (!status)
+        status = gn_swiglu_bwd(ctx, &gate_up[0], &gate_up[1], &dh, &gate_up[0], &gate_up[1]);
     if (!status) status = product_bwd(s, &gu, grad(s, DNORM), gate_up);
     if (!status) status = norm_bwd(s, dw, &m, &s->model->layers[i].mlp_norm);
     return status;
@@ -394,8 +396,8 @@ int64_t gn_train_count(const gn_train_batch *b) {
 
 static gn_status sum_loss(const gn_train_step *s, double *loss) {
     const int32_t rows = s->batch->rows;
-    const gn_status status = gn_ctx_read(s->model->ctx, s->host_loss, s->loss.data,
-                                         (size_t)rows * sizeof *s->host_loss);
+    const gn_status status =
+        gn_ctx_read(s->model->ctx, s->host_loss, s->loss.data, (size_t)rows * sizeof *s->host_loss);
     *loss = 0;
     for (int32_t t = 0; t < rows; t++) *loss += s->host_loss[t];
     return status;

@@ -61,35 +61,36 @@ static void multiply(const struct call *op, const struct scratch *scratch, gn_ge
     gn_gemm_run(&gemm, op->kernel, &(gn_cpu_team){.n_threads = 1}, scratch->gemm);
 }
 
+/* A head of the rows of t from `row` on. */
+static gn_operand rows_of(const gn_tensor *t, int64_t row, int64_t head) {
+    return (gn_operand){head_row(t, row, head), t->ld, 1};
+}
+
 /* out = alpha * (the block's rows of x) (its keys' rows of y)^T. */
 static void score(const struct call *op, const struct scratch *scratch, const struct block *b,
                   float *out, const gn_tensor *x, const gn_tensor *y, float alpha) {
+    const gn_operand turned = gn_turned(rows_of(y, b->key0, b->kv_head));
     multiply(op, scratch,
-             (gn_gemm){.m = b->n, .n = b->keys, .k = x->shape[2],
-                       .a = head_row(x, b->row0, b->head), .a_row = x->ld, .a_col = 1,
-                       .b = head_row(y, b->key0, b->kv_head), .b_row = 1, .b_col = y->ld,
-                       .c = out, .c_row = op->stride, .alpha = alpha});
+             gn_gemm_of(b->n, b->keys, x->shape[2], rows_of(x, b->row0, b->head), turned, out,
+                        op->stride, alpha, false));
 }
 
 /* The block's rows of out = p (its keys' rows of y). */
 static void weigh(const struct call *op, const struct scratch *scratch, const struct block *b,
                   const gn_tensor *out, const float *p, const gn_tensor *y) {
+    const gn_operand weights = {p, op->stride, 1};
     multiply(op, scratch,
-             (gn_gemm){.m = b->n, .n = y->shape[2], .k = b->keys,
-                       .a = p, .a_row = op->stride, .a_col = 1,
-                       .b = head_row(y, b->key0, b->kv_head), .b_row = y->ld, .b_col = 1,
-                       .c = head_row(out, b->row0, b->head), .c_row = out->ld, .alpha = 1});
+             gn_gemm_of(b->n, y->shape[2], b->keys, weights, rows_of(y, b->key0, b->kv_head),
+                        head_row(out, b->row0, b->head), out->ld, 1, false));
 }
 
 /* The keys' rows of out += p^T (the block's rows of x). */
 static void spread(const struct call *op, const struct scratch *scratch, const struct block *b,
                    const gn_tensor *out, const float *p, const gn_tensor *x) {
+    const gn_operand turned = {p, 1, op->stride};
     multiply(op, scratch,
-             (gn_gemm){.m = b->keys, .n = x->shape[2], .k = b->n,
-                       .a = p, .a_row = 1, .a_col = op->stride,
-                       .b = head_row(x, b->row0, b->head), .b_row = x->ld, .b_col = 1,
-                       .c = head_row(out, b->key0, b->kv_head), .c_row = out->ld, .alpha = 1,
-                       .add = true});
+             gn_gemm_of(b->keys, x->shape[2], b->n, turned, rows_of(x, b->row0, b->head),
+                        head_row(out, b->key0, b->kv_head), out->ld, 1, true));
 }
 
 /* The first key that query i of the block does not see. */

@@ -3,7 +3,8 @@
  * Rows without a label cost nothing: the labelled ones are gathered. lm_head is widened CHUNK rows
  * at a time, once for the logits and once for dx. With p = softmax(W x):
  *
- *   loss = -log p[label]   dlogits = scale (p - onehot(label))   dx = dlogits W   dW += dlogits^T x */
+ *   loss = -log p[label]   dlogits = scale (p - onehot(label))
+ *   dx = dlogits W         dW += dlogits^T x */
 #include "exp.h"
 #include "gemm.h"
 
@@ -17,10 +18,10 @@ struct call {
     const gn_gemm_kernel *kernel;
     gn_dtype compute;
     int64_t C, V;
-    float *x, *dx;  /* (ROWS, C) gathered */
-    float *logits;  /* (ROWS, V), and then their gradients */
-    float *w;       /* (CHUNK, C) */
-    char *gemm;     /* scratch of each thread */
+    float *x, *dx; /* (ROWS, C) gathered */
+    float *logits; /* (ROWS, V), and then their gradients */
+    float *w;      /* (CHUNK, C) */
+    char *gemm;    /* scratch of each thread */
 };
 
 /* The rows of a turn. */
@@ -61,23 +62,20 @@ static int64_t find_rows(const struct call *op, int64_t t, struct turn *turn, bo
             turn->row[turn->n++] = t;
         } else if (clear) {
             ((float *)args->loss.data)[t] = 0;
-            if (args->dx.data)
-                memset(gn_cpu_row(&args->dx, t), 0, (size_t)op->C * sizeof(float));
+            if (args->dx.data) memset(gn_cpu_row(&args->dx, t), 0, (size_t)op->C * sizeof(float));
         }
     }
     return t;
 }
 
 static void find_logits(const struct call *op, const struct turn *turn, const gn_cpu_team *team) {
+    const gn_operand x = {op->x, op->C, 1}, turned_w = {op->w, 1, op->C};
     for (int64_t v0 = 0; v0 < op->V; v0 += CHUNK) {
         const int64_t n = op->V - v0 < CHUNK ? op->V - v0 : CHUNK;
         gn_gemm_load_weight(op->w, op->args->lm_head, v0, n, op->compute, team);
         gn_cpu_barrier(team);
         multiply(op, team,
-                 (gn_gemm){.m = turn->n, .n = n, .k = op->C,
-                           .a = op->x, .a_row = op->C, .a_col = 1,
-                           .b = op->w, .b_row = 1, .b_col = op->C,
-                           .c = op->logits + v0, .c_row = op->V, .alpha = 1});
+                 gn_gemm_of(turn->n, n, op->C, x, turned_w, op->logits + v0, op->V, 1, false));
         gn_cpu_barrier(team);
     }
 }
@@ -97,15 +95,13 @@ static float loss_of(float *logits, int64_t V, int32_t label, float scale) {
 }
 
 static void find_dx(const struct call *op, const struct turn *turn, const gn_cpu_team *team) {
+    const gn_operand w = {op->w, op->C, 1};
     for (int64_t v0 = 0; v0 < op->V; v0 += CHUNK) {
         const int64_t n = op->V - v0 < CHUNK ? op->V - v0 : CHUNK;
         gn_gemm_load_weight(op->w, op->args->lm_head, v0, n, op->compute, team);
         gn_cpu_barrier(team);
-        multiply(op, team,
-                 (gn_gemm){.m = turn->n, .n = op->C, .k = n,
-                           .a = op->logits + v0, .a_row = op->V, .a_col = 1,
-                           .b = op->w, .b_row = op->C, .b_col = 1,
-                           .c = op->dx, .c_row = op->C, .alpha = 1, .add = v0 > 0});
+        const gn_operand dlogits = {op->logits + v0, op->V, 1};
+        multiply(op, team, gn_gemm_of(turn->n, op->C, n, dlogits, w, op->dx, op->C, 1, v0 > 0));
         gn_cpu_barrier(team);
     }
 }
@@ -113,11 +109,9 @@ static void find_dx(const struct call *op, const struct turn *turn, const gn_cpu
 static void add_weight_gradient(const struct call *op, const struct turn *turn,
                                 const gn_cpu_team *team) {
     const gn_tensor *dw = &op->args->dw;
+    const gn_operand turned_dlogits = {op->logits, 1, op->V}, x = {op->x, op->C, 1};
     multiply(op, team,
-             (gn_gemm){.m = op->V, .n = op->C, .k = turn->n,
-                       .a = op->logits, .a_row = 1, .a_col = op->V,
-                       .b = op->x, .b_row = op->C, .b_col = 1,
-                       .c = dw->data, .c_row = dw->ld, .alpha = 1, .add = true});
+             gn_gemm_of(op->V, op->C, turn->n, turned_dlogits, x, dw->data, dw->ld, 1, true));
 }
 
 static void run_turn(const struct call *op, const struct turn *turn, const gn_cpu_team *team) {

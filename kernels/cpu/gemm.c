@@ -41,6 +41,10 @@ static void pack(float *to, const float *from, int64_t lines, int64_t line_step,
     }
 }
 
+static const float *element(const gn_operand *x, int64_t i, int64_t j) {
+    return x->data + i * x->row + j * x->col;
+}
+
 static int64_t min_of(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
@@ -65,9 +69,8 @@ static void run_block(const gn_gemm *op, const gn_gemm_kernel *kernel, int64_t i
     float tile[GN_GEMM_ROWS * GN_GEMM_MAX_COLUMNS];
     for (int64_t p = 0; p < op->k; p += BLOCK_K) {
         const int64_t k = min_of(op->k - p, BLOCK_K);
-        pack(a, op->a + i0 * op->a_row + p * op->a_col, m, op->a_row, k, op->a_col, GN_GEMM_ROWS);
-        pack(b, op->b + p * op->b_row + j0 * op->b_col, n, op->b_col, k, op->b_row,
-             kernel->columns);
+        pack(a, element(&op->a, i0, p), m, op->a.row, k, op->a.col, GN_GEMM_ROWS);
+        pack(b, element(&op->b, p, j0), n, op->b.col, k, op->b.row, kernel->columns);
         for (int64_t j = 0; j < n; j += kernel->columns)
             for (int64_t i = 0; i < m; i += GN_GEMM_ROWS) {
                 kernel->multiply(tile, a + i * k, b + j * k, k);

@@ -1,4 +1,4 @@
-/* gemm.h - products of float32 matrices, C = alpha * A B or C += alpha * A B, for the backward pass.
+/* gemm.h - products of float32 matrices, C = alpha A B or C += alpha A B, for the backward pass.
  *
  * Operands are given by their strides, so that a transposed one is the same call. The sum over k
  * runs in order, in blocks that only its length decides: an element of C is the same bits whatever
@@ -8,17 +8,29 @@
 
 #include "cpu.h"
 
+/* Element (i, j) is at data[i * row + j * col]. */
+typedef struct gn_operand {
+    const float *data;
+    int64_t row, col;
+} gn_operand;
+
 typedef struct gn_gemm {
     int64_t m, n, k;
-    const float *a; /* element (i, p) at a[i * a_row + p * a_col] */
-    int64_t a_row, a_col;
-    const float *b; /* element (p, j) at b[p * b_row + j * b_col] */
-    int64_t b_row, b_col;
-    float *c; /* (m, n), rows c_row apart */
+    gn_operand a, b; /* (m, k), (k, n) */
+    float *c;        /* (m, n), rows c_row apart */
     int64_t c_row;
     float alpha;
     bool add; /* to what c holds */
 } gn_gemm;
+
+static inline gn_operand gn_turned(gn_operand x) {
+    return (gn_operand){x.data, x.col, x.row};
+}
+
+static inline gn_gemm gn_gemm_of(int64_t m, int64_t n, int64_t k, gn_operand a, gn_operand b,
+                                 float *c, int64_t c_row, float alpha, bool add) {
+    return (gn_gemm){m, n, k, a, b, c, c_row, alpha, add};
+}
 
 enum { GN_GEMM_ROWS = 6, GN_GEMM_MAX_COLUMNS = 32 };
 

@@ -47,7 +47,7 @@ struct call {
     const gn_linear_args *args;
     const gn_linear_kernel *kernel, *lora_kernel; /* the latter's operands are float32 */
     gn_dtype compute;
-    int64_t T, K, padded; /* K in whole blocks and groups */
+    int64_t T, K, padded;         /* K in whole blocks and groups */
     bool lora, dropout, prepared; /* any LoRA terms; their x is masked; step 1 is done */
     struct weight weight[GN_MAX_PARTS];
     float *x;                        /* (T, padded) as products see it, float32 in order */
@@ -290,7 +290,8 @@ static void project_rows(const struct call *op, int part, const gn_lora *term, f
         const int tokens = min_int(term->rows - t, most);
         float sums[GN_TILE_TOKENS * GN_TILE_ROWS * GN_TILE_LANES];
         float values[GN_TILE_TOKENS][GN_TILE_ROWS];
-        multiply(sums, kernel, &rows, 0, n, (const char *)x_row(op, op->lora_x[part], term->row0 + t),
+        multiply(sums, kernel, &rows, 0, n,
+                 (const char *)x_row(op, op->lora_x[part], term->row0 + t),
                  operand_stride(op->padded, sizeof(float)), tokens);
         kernel->finish(values[0], sums, tokens);
         for (int i = 0; i < tokens; i++)
@@ -501,8 +502,7 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
     for (int i = 0; i < op->args->n_parts; i++) {
         size_t at = x;
         if (op->dropout)
-            at = gn_linear_piece(&total,
-                                 (size_t)op->T * operand_stride(op->padded, sizeof(float)));
+            at = gn_linear_piece(&total, (size_t)op->T * operand_stride(op->padded, sizeof(float)));
         if (memory) op->lora_x[i] = (float *)(memory + at);
     }
     if (plain && operand_bytes == sizeof(float)) {
@@ -529,8 +529,8 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
     return total;
 }
 
-static void find_spans(struct span *spans, int64_t n_spans, int chunk,
-                       const gn_linear_args *args, int part) {
+static void find_spans(struct span *spans, int64_t n_spans, int chunk, const gn_linear_args *args,
+                       int part) {
     memset(spans, 0, (size_t)n_spans * sizeof *spans);
     int64_t u = 0;
     for (int i = 0; i < args->n_lora; i++) {

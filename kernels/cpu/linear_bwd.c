@@ -85,15 +85,15 @@ static void prepare_rows(const struct call *op, const gn_cpu_team *team) {
 static void through_weight(const struct call *op, int part, const gn_cpu_team *team) {
     const gn_matrix *w = op->args->part[part].w;
     const gn_tensor *dy = &op->grads->part[part].dy, *dx = &op->grads->dx;
+    const gn_operand rows = {op->w, op->K, 1};
     for (int64_t n0 = 0; n0 < w->rows; n0 += CHUNK) {
         const int64_t n = w->rows - n0 < CHUNK ? w->rows - n0 : CHUNK;
         gn_gemm_load_weight(op->w, w, n0, n, op->compute, team);
         gn_cpu_barrier(team);
-        multiply(op, team,
-                 (gn_gemm){.m = op->T, .n = op->K, .k = n,
-                           .a = gn_cpu_row(dy, 0) + n0, .a_row = dy->ld, .a_col = 1,
-                           .b = op->w, .b_row = op->K, .b_col = 1,
-                           .c = dx->data, .c_row = dx->ld, .alpha = 1, .add = part > 0 || n0 > 0});
+        const gn_operand columns = {(const float *)dy->data + n0, dy->ld, 1};
+        multiply(
+            op, team,
+            gn_gemm_of(op->T, op->K, n, columns, rows, dx->data, dx->ld, 1, part > 0 || n0 > 0));
         gn_cpu_barrier(team);
     }
 }
@@ -128,10 +128,10 @@ static void through_lora(const struct call *op, int part, const gn_cpu_team *tea
     const int64_t N = op->args->part[part].w->rows, K = op->K, r = pair->rank, rows = term->rows;
     const float scale = term->scale * pair->scale;
     const bool drops = op->args->dropout.p > 0, wants_x = grads->da.data || grads->db.data;
-    const float *x = (drops ? op->dropped : op->x) + term->row0 * K;
-    const float *dy = gn_cpu_row(&grads->dy, term->row0);
-    const int64_t dy_ld = grads->dy.ld;
     const gn_tensor *dx = &op->grads->dx;
+    const gn_operand x = {(drops ? op->dropped : op->x) + term->row0 * K, K, 1};
+    const gn_operand dy = {gn_cpu_row(&grads->dy, term->row0), grads->dy.ld, 1};
+    const gn_operand a = {op->a, K, 1}, b = {op->b, r, 1}, u = {op->u, r, 1}, v = {op->v, r, 1};
 
     widen_rows(op->a, &pair->a, team);
     widen_rows(op->b, &pair->b, team);
@@ -142,31 +142,21 @@ static void through_lora(const struct call *op, int part, const gn_cpu_team *tea
         gn_linear_drop_row(op->dropped + at, op->x + at, op->args, part, term->row0 + i);
     }
     gn_cpu_barrier(team);
-    multiply(op, team,
-             (gn_gemm){.m = rows, .n = r, .k = N, .a = dy, .a_row = dy_ld, .a_col = 1,
-                       .b = op->b, .b_row = r, .b_col = 1, .c = op->v, .c_row = r, .alpha = scale});
+    multiply(op, team, gn_gemm_of(rows, r, N, dy, b, op->v, r, scale, false));
     if (grads->db.data)
-        multiply(op, team,
-                 (gn_gemm){.m = rows, .n = r, .k = K, .a = x, .a_row = K, .a_col = 1,
-                           .b = op->a, .b_row = 1, .b_col = K, .c = op->u, .c_row = r, .alpha = 1});
+        multiply(op, team, gn_gemm_of(rows, r, K, x, gn_turned(a), op->u, r, 1, false));
     gn_cpu_barrier(team);
     if (grads->db.data)
-        multiply(op, team,
-                 (gn_gemm){.m = N, .n = r, .k = rows, .a = dy, .a_row = 1, .a_col = dy_ld,
-                           .b = op->u, .b_row = r, .b_col = 1, .c = grads->db.data,
-                           .c_row = grads->db.ld, .alpha = scale, .add = true});
+        multiply(
+            op, team,
+            gn_gemm_of(N, r, rows, gn_turned(dy), u, grads->db.data, grads->db.ld, scale, true));
     if (grads->da.data)
         multiply(op, team,
-                 (gn_gemm){.m = r, .n = K, .k = rows, .a = op->v, .a_row = 1, .a_col = r,
-                           .b = x, .b_row = K, .b_col = 1, .c = grads->da.data,
-                           .c_row = grads->da.ld, .alpha = 1, .add = true});
+                 gn_gemm_of(r, K, rows, gn_turned(v), x, grads->da.data, grads->da.ld, 1, true));
     if (drops) gn_cpu_barrier(team);
     if (dx->data) {
         float *to = drops ? op->dropped + term->row0 * K : gn_cpu_row(dx, term->row0);
-        multiply(op, team,
-                 (gn_gemm){.m = rows, .n = K, .k = r, .a = op->v, .a_row = r, .a_col = 1,
-                           .b = op->a, .b_row = K, .b_col = 1, .c = to,
-                           .c_row = drops ? K : dx->ld, .alpha = 1, .add = !drops});
+        multiply(op, team, gn_gemm_of(rows, K, r, v, a, to, drops ? K : dx->ld, 1, !drops));
     }
     gn_cpu_barrier(team);
     if (dx->data && drops) {
@@ -179,11 +169,9 @@ static void through_lora(const struct call *op, int part, const gn_cpu_team *tea
 
 static void add_weight_gradient(const struct call *op, int part, const gn_cpu_team *team) {
     const gn_tensor *dy = &op->grads->part[part].dy, *dw = &op->grads->part[part].dw;
+    const gn_operand turned_dy = {dy->data, 1, dy->ld}, x = {op->x, op->K, 1};
     multiply(op, team,
-             (gn_gemm){.m = dw->shape[0], .n = op->K, .k = op->T,
-                       .a = dy->data, .a_row = 1, .a_col = dy->ld,
-                       .b = op->x, .b_row = op->K, .b_col = 1,
-                       .c = dw->data, .c_row = dw->ld, .alpha = 1, .add = true});
+             gn_gemm_of(dw->shape[0], op->K, op->T, turned_dy, x, dw->data, dw->ld, 1, true));
 }
 
 static void run(void *arg, const gn_cpu_team *team) {
