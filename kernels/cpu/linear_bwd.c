@@ -121,6 +121,21 @@ static void add_dropped(const struct call *op, int part, const gn_cpu_team *team
     }
 }
 
+/* A and B as operands, and x'. */
+static void prepare_lora(const struct call *op, int part, bool wants_x, const gn_cpu_team *team) {
+    const gn_lora *term = op->args->lora;
+    const gn_lora_pair *pair = pair_of(op->args, part);
+    widen_rows(op->a, &pair->a, team);
+    widen_rows(op->b, &pair->b, team);
+    const int64_t last = gn_cpu_share(term->rows, team->thread + 1, team->n_threads);
+    for (int64_t i = gn_cpu_share(term->rows, team->thread, team->n_threads); wants_x && i < last;
+         i++) {
+        const int64_t t = term->row0 + i;
+        gn_linear_drop_row(op->dropped + t * op->K, op->x + t * op->K, op->args, part, t);
+    }
+    gn_cpu_barrier(team);
+}
+
 static void through_lora(const struct call *op, int part, const gn_cpu_team *team) {
     const struct gn_linear_part_grads *grads = &op->grads->part[part];
     const gn_lora *term = op->args->lora;
@@ -133,15 +148,7 @@ static void through_lora(const struct call *op, int part, const gn_cpu_team *tea
     const gn_operand dy = {gn_cpu_row(&grads->dy, term->row0), grads->dy.ld, 1};
     const gn_operand a = {op->a, K, 1}, b = {op->b, r, 1}, u = {op->u, r, 1}, v = {op->v, r, 1};
 
-    widen_rows(op->a, &pair->a, team);
-    widen_rows(op->b, &pair->b, team);
-    const int64_t last = gn_cpu_share(rows, team->thread + 1, team->n_threads);
-    for (int64_t i = gn_cpu_share(rows, team->thread, team->n_threads);
-         wants_x && drops && i < last; i++) {
-        const int64_t at = (term->row0 + i) * K;
-        gn_linear_drop_row(op->dropped + at, op->x + at, op->args, part, term->row0 + i);
-    }
-    gn_cpu_barrier(team);
+    prepare_lora(op, part, wants_x && drops, team);
     multiply(op, team, gn_gemm_of(rows, r, N, dy, b, op->v, r, scale, false));
     if (grads->db.data)
         multiply(op, team, gn_gemm_of(rows, r, K, x, gn_turned(a), op->u, r, 1, false));
