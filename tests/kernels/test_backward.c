@@ -592,8 +592,9 @@ Test(backward, dropout_masks_are_repeatable_and_independent) {
  * one. All instruction sets must agree with the mask as it is defined. */
 Test(backward, products_use_the_mask_of_their_module) {
     enum { T = 5, K = 70, MODULE = 9 };
-    for (int i = 0; i < COUNT(isas); i++) {
-        gn_ctx *ctx = open_ctx(isas[i], GN_F32, 2);
+    for (int i = 0; i < COUNT(isas) + 1; i++) {
+        const bool bf16 = i == COUNT(isas); /* which holds these x exactly */
+        gn_ctx *ctx = open_ctx(bf16 ? GN_ISA_AVX512BF16 : isas[i], bf16 ? GN_BF16 : GN_F32, 2);
         float x[T * K], w[2 * K] = {0}, a[K], b[2] = {1, 1}, y[2][T * 2];
         for (int j = 0; j < T * K; j++) x[j] = (float)(1 << j % 8);
         for (int j = 0; j < K; j++) a[j] = 1;
