@@ -14,7 +14,14 @@
 
 #define DATA GN_SOURCE_DIR "/tests/golden/data/"
 
-enum { STEPS = 20, SAMPLES = 4, TOKENS = 64, ROWS = SAMPLES * TOKENS, MAX_PARAMS = 64 };
+enum {
+    STEPS = 20,
+    SAMPLES = 4,
+    TOKENS = 64,
+    ROWS = SAMPLES * TOKENS,
+    MAX_PARAMS = 64,
+    MAX_COPIES = 256
+};
 
 /* ---- what is trained ---- */
 
@@ -185,16 +192,23 @@ static void adamw(run *r, int step, double lr, double grad_scale) {
 typedef struct golden {
     gn_tensor_file *file;
     const int32_t *ids, *labels; /* [STEPS][ROWS] */
+    void *copies[MAX_COPIES];
+    int n_copies;
 } golden;
 
-static const void *tensor(const golden *g, const char *prefix, const char *name, size_t bytes) {
+/* An aligned copy, which lives as long as g. */
+static const void *tensor(golden *g, const char *prefix, const char *name, size_t bytes) {
     char full[160];
     snprintf(full, sizeof full, "%s%s", prefix, name);
     const gn_file_tensor *t = gn_tensor_file_find(g->file, full);
     cr_assert(t && t->bytes == bytes, "%s", full);
-    void *copy = malloc(bytes); /* aligned; a test's process ends soon */
-    memcpy(copy, t->data, bytes);
-    return copy;
+    cr_assert(g->n_copies < MAX_COPIES);
+    return g->copies[g->n_copies++] = memcpy(malloc(bytes), t->data, bytes);
+}
+
+static void close_golden(golden *g) {
+    for (int i = 0; i < g->n_copies; i++) free(g->copies[i]);
+    gn_tensor_file_close(g->file);
 }
 
 static golden open_golden(void) {
@@ -228,7 +242,7 @@ static double relative_l2(const float *x, const float *reference, int64_t n) {
 }
 
 /* The largest relative difference of any parameter, or gradient, from PREFIX + its name. */
-static double worst_of(const run *r, const golden *g, const char *prefix, bool grads) {
+static double worst_of(const run *r, golden *g, const char *prefix, bool grads) {
     double worst = 0;
     for (int i = 0; i < r->n; i++) {
         const gn_tensor *t = grads ? &r->params[i].grad : &r->params[i].weight;
@@ -242,8 +256,8 @@ static double worst_of(const run *r, const golden *g, const char *prefix, bool g
 
 /* Trains for STEPS steps. Tolerances, all relative: of a loss, of a gradient norm, and of the first
  * gradients (L2). The losses are about 6, so 1e-5 of one is less than 1e-4. */
-static void follow_golden(run *r, const golden *g, const char *prefix, double lr,
-                          double loss_tolerance, double norm_tolerance, double grad_tolerance) {
+static void follow_golden(run *r, golden *g, const char *prefix, double lr, double loss_tolerance,
+                          double norm_tolerance, double grad_tolerance) {
     const float *loss = tensor(g, prefix, "loss", STEPS * sizeof *loss);
     const float *norm = tensor(g, prefix, "grad_norm", STEPS * sizeof *norm);
     double worst_loss = 0, worst_norm = 0;
@@ -269,31 +283,31 @@ static void follow_golden(run *r, const golden *g, const char *prefix, double lr
 }
 
 Test(train_step, qlora_follows_the_golden_run) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 0, false);
     follow_golden(&r, &g, "", 2e-3, 1e-5, 1e-3, 1e-4);
     const double worst = worst_of(&r, &g, "final.", false);
     fprintf(stderr, "final weights: relative L2 at most %.2e\n", worst);
     cr_assert(worst < 1e-2, "final weights: relative L2 %g", worst);
     close_run(&r);
-    gn_tensor_file_close(g.file);
+    close_golden(&g);
 }
 
 /* Products round what they multiply to bfloat16 in the forward pass. */
 Test(train_step, in_bfloat16_losses_are_within_1_percent) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_BF16, 0, false);
     follow_golden(&r, &g, "", 2e-3, 0.01, 0.01, 0.02);
     close_run(&r);
-    gn_tensor_file_close(g.file);
+    close_golden(&g);
 }
 
 Test(train_step, full_training_follows_the_golden_run) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_full();
     follow_golden(&r, &g, "full.", 1e-3, 1e-5, 1e-3, 1e-4);
     close_run(&r);
-    gn_tensor_file_close(g.file);
+    close_golden(&g);
 }
 
 /* ---- against itself ---- */
@@ -324,7 +338,7 @@ static float *step_grads(run *r, const gn_train_batch *b, double *loss) {
 }
 
 Test(train_step, micro_batches_add_up) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 2, true);
     const gn_train_batch whole = batch_of(g.ids, g.labels, SAMPLES);
     double loss, first, second;
@@ -341,11 +355,12 @@ Test(train_step, micro_batches_add_up) {
     free(expected);
     free(found);
     close_run(&r);
+    close_golden(&g);
 }
 
 Test(train_step, packed_samples_are_as_alone) {
     static const int32_t first[] = {0, 5, 6, 40, 90}, zero[4] = {0};
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 2, true);
     gn_train_batch packed = batch_of(g.ids, g.ids, 1);
     packed.rows = first[4];
@@ -371,10 +386,11 @@ Test(train_step, packed_samples_are_as_alone) {
     free(expected);
     free(found);
     close_run(&r);
+    close_golden(&g);
 }
 
 Test(train_step, gradients_do_not_depend_on_the_threads) {
-    const golden g = open_golden();
+    golden g = open_golden();
     const gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
     float *expected = NULL;
     double expected_loss = 0;
@@ -394,6 +410,7 @@ Test(train_step, gradients_do_not_depend_on_the_threads) {
         close_run(&r);
     }
     free(expected);
+    close_golden(&g);
 }
 
 /* The loss along a direction of all A and B, moved by `by`. */
@@ -412,7 +429,7 @@ static double loss_along(run *r, const gn_train_batch *b, float *const v[], floa
 /* With dropout: the masks must be the same forward, in the recomputation and backward. */
 Test(train_step, gradients_are_finite_differences_of_the_loss) {
     const float h = 0x1p-12f;
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 2, true);
     gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
     float *v[MAX_PARAMS];
@@ -441,10 +458,11 @@ Test(train_step, gradients_are_finite_differences_of_the_loss) {
     cr_assert(tolerance < 0.01 * slope);
     for (int i = 0; i < r.n; i++) free(v[i]);
     close_run(&r);
+    close_golden(&g);
 }
 
 Test(train_step, dropout_is_repeatable_and_off_in_evaluation) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 2, true);
     gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
     double plain, evaluated, dropped, again, next;
@@ -462,10 +480,11 @@ Test(train_step, dropout_is_repeatable_and_off_in_evaluation) {
     free(grads);
     free(same);
     close_run(&r);
+    close_golden(&g);
 }
 
 Test(train_step, bad_batches_are_refused) {
-    const golden g = open_golden();
+    golden g = open_golden();
     run r = open_lora(GN_COMPUTE_F32, 1, true);
     static const int32_t late[] = {1, 64}, short_of[] = {0, 63}, back[] = {0, 40, 30, 64};
     static const int32_t long_one[] = {0, 65}, zero[4] = {0};
@@ -495,6 +514,6 @@ Test(train_step, bad_batches_are_refused) {
     }
     BAD_BATCHES(X)
 #undef X
-    gn_tensor_file_close(g.file);
+    close_golden(&g);
     close_run(&r);
 }
