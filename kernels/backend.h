@@ -10,6 +10,7 @@
 #include "adamw.h"
 #include "measure.h"
 #include "ops.h"
+#include "ops_train.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -25,7 +26,20 @@ extern "C" {
                    const gn_tensor *, const gn_seqs *, gn_kv *))                                   \
     X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))       \
     X(adamw, (gn_ctx *, const gn_adamw_args *))                                                    \
-    X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))
+    X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))                                     \
+    X(embed_bwd, (gn_ctx *, gn_tensor *, const gn_tensor *, const int32_t *ids))                   \
+    X(rmsnorm_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,      \
+                    const gn_tensor *, const gn_tensor *, float))                                  \
+    X(linear_bwd, (gn_ctx *, const gn_linear_args *, const gn_linear_grads *))                     \
+    X(swiglu, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *))                       \
+    X(swiglu_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,       \
+                   const gn_tensor *))                                                             \
+    X(rope, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *))                         \
+    X(rope_bwd, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *))                     \
+    X(attention_train, (gn_ctx *, const gn_attention_rows *))                                      \
+    X(attention_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, gn_tensor *, const gn_tensor *,          \
+                      const gn_attention_rows *))                                                  \
+    X(cross_entropy, (gn_ctx *, const gn_cross_entropy_args *))
 
 typedef struct gn_backend {
 #define X(name, parameters) gn_status(*name) parameters;
@@ -34,6 +48,10 @@ typedef struct gn_backend {
     size_t (*linear_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                int64_t max_rank, int max_terms);
     size_t (*attention_workspace)(const gn_ctx *, int64_t context);
+    size_t (*linear_bwd_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
+                                   int64_t max_rank);
+    size_t (*attention_train_workspace)(const gn_ctx *, int64_t context);
+    size_t (*cross_entropy_workspace)(const gn_ctx *, int64_t max_c, int64_t vocab);
     void *(*alloc)(gn_ctx *, size_t bytes); /* 64-byte aligned */
     void (*free)(gn_ctx *, void *memory);
     gn_status (*write)(gn_ctx *, void *dst, const void *src, size_t bytes);

@@ -114,7 +114,7 @@ static bool is_part(const gn_ctx *ctx, const gn_linear_args *args, int i) {
     return true;
 }
 
-gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
+static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
     if (!ctx || !args || !(args->norm ? is_f32(&args->x, 2) : is_activation(ctx, &args->x, 2)))
         return GN_EINVAL;
     const int64_t T = args->x.shape[0], K = args->x.shape[1];
@@ -124,12 +124,17 @@ gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
         return GN_EINVAL;
     if (args->norm && !is_vector(args->norm, K)) return GN_EINVAL;
     if (args->n_lora < 0 || args->pair < 0 || (args->n_lora > 0 && !args->lora)) return GN_EINVAL;
+    if (!(args->dropout.p >= 0 && args->dropout.p < 1)) return GN_EINVAL;
     for (int i = 0; i < args->n_lora; i++)
         if (!is_term(&args->lora[i], T)) return GN_EINVAL;
     for (int i = 0; i < args->n_parts; i++)
         if (!is_part(ctx, args, i)) return GN_EINVAL;
-    if (swiglu && args->part[0].w->rows != args->part[1].w->rows) return GN_EINVAL;
-    return T == 0 ? GN_OK : ctx->backend->linear(ctx, args);
+    return swiglu && args->part[0].w->rows != args->part[1].w->rows ? GN_EINVAL : GN_OK;
+}
+
+gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
+    const gn_status status = check_linear(ctx, args);
+    return status || args->x.shape[0] == 0 ? status : ctx->backend->linear(ctx, args);
 }
 
 size_t gn_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
@@ -255,9 +260,166 @@ gn_status gn_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
 gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, const gn_lora *terms,
                    int32_t n_terms) {
     if (!ctx || !seqs || seqs->n < 1 || !seqs->row0 || !is_seqs(seqs, seqs->row0[seqs->n]) ||
-        seqs->row0[seqs->n] < 1 || !ids || !seqs->blocks || n_terms < 0 || (n_terms > 0 && !terms))
+        seqs->row0[seqs->n] < 1 || !ids || n_terms < 0 || (n_terms > 0 && !terms) ||
+        (seqs->max_blocks != 0 && !seqs->blocks))
         return GN_EINVAL;
     for (int32_t i = 0; i < n_terms; i++)
         if (!is_term(&terms[i], seqs->row0[seqs->n])) return GN_EINVAL;
     return ctx->backend->stage(ctx, ids, seqs, terms, n_terms);
+}
+
+/* ---- training ---- */
+
+static bool is_gradient(const gn_ctx *ctx, const gn_tensor *t, int ndim) {
+    return is_f32(t, ndim) || is_activation(ctx, t, ndim);
+}
+
+static bool is_gradient_rows(const gn_ctx *ctx, const gn_tensor *t, int64_t rows, int64_t cols) {
+    return is_gradient(ctx, t, 2) && t->shape[0] == rows && t->shape[1] == cols;
+}
+
+/* Of a parameter; or none, where none is wanted. */
+static bool is_sum(const gn_tensor *t, int64_t rows, int64_t cols) {
+    return !t->data || is_rows(t, rows, cols);
+}
+
+static bool same_shape(const gn_tensor *a, const gn_tensor *b) {
+    if (a->ndim != b->ndim) return false;
+    for (int i = 0; i < a->ndim; i++)
+        if (a->shape[i] != b->shape[i]) return false;
+    return true;
+}
+
+gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy, const int32_t *ids) {
+    if (!ctx || !is_f32(dtable, 2) || !is_f32(dy, 2) || dy->shape[1] != dtable->shape[1])
+        return GN_EINVAL;
+    if (dy->shape[0] == 0) return GN_OK;
+    if (!ids) return GN_EINVAL;
+    for (int64_t t = 0; t < dy->shape[0]; t++)
+        if (ids[t] < 0 || ids[t] >= dtable->shape[0]) return GN_EINVAL;
+    return ctx->backend->embed_bwd(ctx, dtable, dy, ids);
+}
+
+gn_status gn_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
+                         const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w, float eps) {
+    if (!ctx || !dw || !is_f32(x, 2)) return GN_EINVAL;
+    const int64_t T = x->shape[0], C = x->shape[1];
+    if (!is_gradient_rows(ctx, dx, T, C) || !is_gradient_rows(ctx, dy, T, C) ||
+        (skip && !is_gradient_rows(ctx, skip, T, C)) || !is_vector(w, C) ||
+        (dw->data && !is_vector(dw, C)))
+        return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->rmsnorm_bwd(ctx, dx, dw, dy, skip, x, w, eps);
+}
+
+static bool is_part_grads(const gn_ctx *ctx, const gn_linear_args *args,
+                          const gn_linear_grads *grads, int i) {
+    const gn_matrix *w = args->part[i].w;
+    const struct gn_linear_part_grads *part = &grads->part[i];
+    if (!is_gradient_rows(ctx, &part->dy, args->x.shape[0], w->rows)) return false;
+    if (!is_sum(&part->dw, w->rows, w->cols) || (part->dw.data && w->qtype != GN_Q_NONE))
+        return false;
+    const int64_t rank = args->n_lora ? args->lora[0].pairs[args->pair + i].rank : 0;
+    if (rank == 0) return !part->da.data && !part->db.data;
+    return is_sum(&part->da, rank, w->cols) && is_sum(&part->db, w->rows, rank);
+}
+
+gn_status gn_linear_bwd(gn_ctx *ctx, const gn_linear_args *args, const gn_linear_grads *grads) {
+    const gn_status status = check_linear(ctx, args);
+    if (status) return status;
+    const int64_t T = args->x.shape[0];
+    if (!grads || args->epilogue == GN_SWIGLU || args->n_lora > 1 ||
+        (grads->dx.data && !is_gradient_rows(ctx, &grads->dx, T, args->x.shape[1])))
+        return GN_EINVAL;
+    for (int i = 0; i < args->n_parts; i++)
+        if (!is_part_grads(ctx, args, grads, i)) return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->linear_bwd(ctx, args, grads);
+}
+
+size_t gn_linear_bwd_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
+                               int64_t max_rank) {
+    return ctx->backend->linear_bwd_workspace(ctx, rows, max_k, max_n, max_rank);
+}
+
+gn_status gn_swiglu(gn_ctx *ctx, gn_tensor *y, const gn_tensor *gate, const gn_tensor *up) {
+    if (!ctx || !is_activation(ctx, y, 2) || !is_activation(ctx, gate, 2) ||
+        !is_activation(ctx, up, 2) || !same_shape(y, gate) || !same_shape(y, up))
+        return GN_EINVAL;
+    return y->shape[0] == 0 ? GN_OK : ctx->backend->swiglu(ctx, y, gate, up);
+}
+
+gn_status gn_swiglu_bwd(gn_ctx *ctx, gn_tensor *dgate, gn_tensor *dup, const gn_tensor *dy,
+                        const gn_tensor *gate, const gn_tensor *up) {
+    if (!ctx || !is_gradient(ctx, dgate, 2) || !is_gradient(ctx, dup, 2) ||
+        !is_gradient(ctx, dy, 2) || !is_activation(ctx, gate, 2) || !is_activation(ctx, up, 2))
+        return GN_EINVAL;
+    if (!same_shape(dgate, dy) || !same_shape(dup, dy) || !same_shape(gate, dy) ||
+        !same_shape(up, dy))
+        return GN_EINVAL;
+    return dy->shape[0] == 0 ? GN_OK : ctx->backend->swiglu_bwd(ctx, dgate, dup, dy, gate, up);
+}
+
+/* Heads of an even size, and a row of cosines and sines for each of x. */
+static bool has_angles(const gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
+    return x->shape[2] % 2 == 0 && x->shape[2] <= GN_MAX_HEAD_DIM &&
+           is_rows(cos, x->shape[0], x->shape[2] / 2) && is_rows(sin, x->shape[0], x->shape[2] / 2);
+}
+
+gn_status gn_rope(gn_ctx *ctx, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
+    if (!ctx || !is_activation(ctx, x, 3) || !has_angles(x, cos, sin)) return GN_EINVAL;
+    return x->shape[0] == 0 ? GN_OK : ctx->backend->rope(ctx, x, cos, sin);
+}
+
+gn_status gn_rope_bwd(gn_ctx *ctx, gn_tensor *dx, const gn_tensor *cos, const gn_tensor *sin) {
+    if (!ctx || !is_gradient(ctx, dx, 3) || !has_angles(dx, cos, sin)) return GN_EINVAL;
+    return dx->shape[0] == 0 ? GN_OK : ctx->backend->rope_bwd(ctx, dx, cos, sin);
+}
+
+static bool is_attention_rows(const gn_ctx *ctx, const gn_attention_rows *r) {
+    if (!ctx || !r || !is_activation(ctx, &r->q, 3) || !is_activation(ctx, &r->k, 3) ||
+        !is_activation(ctx, &r->v, 3) || !is_activation(ctx, &r->y, 3))
+        return false;
+    const int64_t T = r->q.shape[0], heads = r->q.shape[1], D = r->q.shape[2];
+    return same_shape(&r->y, &r->q) && same_shape(&r->v, &r->k) && r->k.shape[0] == T &&
+           r->k.shape[2] == D && D <= GN_MAX_HEAD_DIM && heads % r->k.shape[1] == 0 &&
+           is_rows(&r->lse, T, heads) && is_seqs(r->seqs, T);
+}
+
+gn_status gn_attention_train(gn_ctx *ctx, const gn_attention_rows *rows) {
+    if (!is_attention_rows(ctx, rows)) return GN_EINVAL;
+    return rows->q.shape[0] == 0 ? GN_OK : ctx->backend->attention_train(ctx, rows);
+}
+
+gn_status gn_attention_bwd(gn_ctx *ctx, gn_tensor *dq, gn_tensor *dk, gn_tensor *dv,
+                           const gn_tensor *dy, const gn_attention_rows *rows) {
+    if (!is_attention_rows(ctx, rows) || !is_gradient(ctx, dq, 3) || !is_gradient(ctx, dk, 3) ||
+        !is_gradient(ctx, dv, 3) || !is_gradient(ctx, dy, 3))
+        return GN_EINVAL;
+    if (!same_shape(dq, &rows->q) || !same_shape(dk, &rows->k) || !same_shape(dv, &rows->v) ||
+        !same_shape(dy, &rows->y))
+        return GN_EINVAL;
+    return dy->shape[0] == 0 ? GN_OK : ctx->backend->attention_bwd(ctx, dq, dk, dv, dy, rows);
+}
+
+size_t gn_attention_train_workspace(const gn_ctx *ctx, int64_t context) {
+    return ctx->backend->attention_train_workspace(ctx, context);
+}
+
+gn_status gn_cross_entropy(gn_ctx *ctx, const gn_cross_entropy_args *args) {
+    if (!ctx || !args || !is_f32(&args->x, 2) || !is_matrix(args->lm_head) ||
+        args->lm_head->qtype != GN_Q_NONE || args->x.shape[1] != args->lm_head->cols)
+        return GN_EINVAL;
+    const int64_t T = args->x.shape[0], C = args->x.shape[1], V = args->lm_head->rows;
+    if (!is_vector(&args->loss, T) || !is_sum(&args->dx, T, C) || !is_sum(&args->dw, V, C) ||
+        (args->dw.data && !args->dx.data))
+        return GN_EINVAL;
+    if (T == 0) return GN_OK;
+    if (!args->labels) return GN_EINVAL;
+    for (int64_t t = 0; t < T; t++)
+        if (args->labels[t] != GN_IGNORED_LABEL && (args->labels[t] < 0 || args->labels[t] >= V))
+            return GN_EINVAL;
+    return ctx->backend->cross_entropy(ctx, args);
+}
+
+size_t gn_cross_entropy_workspace(const gn_ctx *ctx, int64_t max_c, int64_t vocab) {
+    return ctx->backend->cross_entropy_workspace(ctx, max_c, vocab);
 }

@@ -15,6 +15,7 @@
 
 #include "blockquant.h"
 #include "ctx.h"
+#include "dropout.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -82,6 +83,7 @@ typedef struct gn_linear_args {
     const gn_lora *lora; /* the batch's terms, as staged; or NULL */
     int n_lora;
     int pair; /* the terms' pair for part 0; part i uses pair + i */
+    gn_dropout dropout; /* in training: of what LoRA's A multiplies, pair + i being the module */
     int n_parts;
     struct gn_linear_part {
         gn_tensor y;        /* (T, N_i) an activation, or f32 with GN_ADD and for logits; with
@@ -111,7 +113,7 @@ typedef struct gn_seqs {
 
 /* Hands a batch to the device: the ops up to the next gn_stage read ids, sequences and LoRA terms
  * from this copy, and take their host arguments for the shapes only. On the CPU there is nothing
- * to do. gn_stage_reserve says how large a batch may be. */
+ * to do. gn_stage_reserve says how large a batch may be. seqs without a cache have max_blocks 0. */
 typedef struct gn_stage_limits {
     int32_t rows, seqs, max_blocks, terms;
 } gn_stage_limits;

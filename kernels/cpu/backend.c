@@ -44,6 +44,9 @@ const gn_backend gn_cpu_backend = {
 #undef X
         .linear_workspace = gn_cpu_linear_workspace,
     .attention_workspace = gn_cpu_attention_workspace,
+    .linear_bwd_workspace = gn_cpu_linear_bwd_workspace,
+    .attention_train_workspace = gn_cpu_attention_train_workspace,
+    .cross_entropy_workspace = gn_cpu_cross_entropy_workspace,
     .alloc = gn_cpu_alloc,
     .free = gn_cpu_free,
     .write = gn_cpu_copy,

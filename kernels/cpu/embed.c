@@ -12,3 +12,28 @@ gn_status gn_cpu_embed(gn_ctx *ctx, gn_tensor *y, const gn_matrix *table, const 
     }
     return GN_OK;
 }
+
+struct embed_bwd {
+    const gn_tensor *dtable, *dy;
+    const int32_t *ids;
+};
+
+/* A thread owns columns, so that rows of the same id add up in order. */
+static void add_columns(void *arg, const gn_cpu_team *team) {
+    const struct embed_bwd *op = arg;
+    const int64_t C = op->dy->shape[1];
+    const int64_t first = gn_cpu_share(C, team->thread, team->n_threads);
+    const int64_t last = gn_cpu_share(C, team->thread + 1, team->n_threads);
+    for (int64_t t = 0; t < op->dy->shape[0]; t++) {
+        float *to = gn_cpu_row(op->dtable, op->ids[t]);
+        const float *from = gn_cpu_row(op->dy, t);
+        for (int64_t c = first; c < last; c++) to[c] += from[c];
+    }
+}
+
+gn_status gn_cpu_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy,
+                           const int32_t *ids) {
+    struct embed_bwd op = {dtable, dy, ids};
+    gn_cpu_parallel(ctx->pool, gn_tensor_numel(dy) < GN_CPU_SERIAL, add_columns, &op);
+    return GN_OK;
+}

@@ -47,10 +47,11 @@ struct call {
     const gn_linear_args *args;
     const gn_linear_kernel *kernel, *lora_kernel; /* the latter's operands are float32 */
     gn_dtype compute;
-    int64_t T, K, padded; /* K in whole blocks and groups */
-    bool lora, prepared;  /* any LoRA terms; step 1 is done */
+    int64_t T, K, padded;         /* K in whole blocks and groups */
+    bool lora, dropout, prepared; /* any LoRA terms; their x is masked; step 1 is done */
     struct weight weight[GN_MAX_PARTS];
     float *x;                        /* (T, padded) as products see it, float32 in order */
+    float *lora_x[GN_MAX_PARTS];     /* the same with dropout; x without */
     char *plain, *nibbles;           /* (T, padded) operands; NULL where no part needs them */
     float *u[GN_MAX_PARTS];          /* by term: (rows, rank in whole vectors) */
     struct span *span[GN_MAX_PARTS]; /* by chunk of kernel->tile_tokens tokens */
@@ -224,8 +225,9 @@ static int min_int(int64_t a, int64_t b) {
 
 /* ---- step 1: operands ---- */
 
-static float *x_row(const struct call *op, int64_t t) {
-    return op->x + t * (int64_t)(operand_stride(op->padded, sizeof(float)) / sizeof(float));
+/* Row t of x or lora_x. */
+static float *x_row(const struct call *op, float *x, int64_t t) {
+    return x + t * (int64_t)(operand_stride(op->padded, sizeof(float)) / sizeof(float));
 }
 
 void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_dtype compute) {
@@ -238,13 +240,29 @@ void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_d
     for (int64_t k = 0; k < K; k++) dst[k] = gn_linear_round(x[k], compute);
 }
 
+void gn_linear_drop_row(float *dst, const float *x, const gn_linear_args *args, int part,
+                        int64_t t) {
+    const int64_t K = args->x.shape[1];
+    for (int64_t k = 0; k < K; k += 4) {
+        float factor[4];
+        gn_dropout_quad(factor, &args->dropout, (uint32_t)(args->pair + part), (uint32_t)t,
+                        (uint32_t)(k / 4));
+        for (int i = 0; i < 4 && k + i < K; i++) dst[k + i] = x[k + i] * factor[i];
+    }
+}
+
 static void prepare_rows(const struct call *op, const gn_cpu_team *team) {
     const size_t stride = operand_stride(op->padded, op->kernel->operand_bytes);
     const int64_t last = gn_cpu_share(op->T, team->thread + 1, team->n_threads);
     for (int64_t t = gn_cpu_share(op->T, team->thread, team->n_threads); t < last; t++) {
-        float *x = x_row(op, t);
+        float *x = x_row(op, op->x, t);
         gn_linear_input_row(x, op->args, t, op->compute);
         memset(x + op->K, 0, (size_t)(op->padded - op->K) * sizeof *x);
+        for (int i = 0; op->dropout && i < op->args->n_parts; i++) {
+            float *dropped = x_row(op, op->lora_x[i], t);
+            gn_linear_drop_row(dropped, x, op->args, i, t);
+            memset(dropped + op->K, 0, (size_t)(op->padded - op->K) * sizeof *dropped);
+        }
         if (op->plain && op->plain != (char *)op->x)
             op->kernel->encode(op->plain + (size_t)t * stride, x, op->K, false);
         if (op->nibbles) op->kernel->encode(op->nibbles + (size_t)t * stride, x, op->K, true);
@@ -258,8 +276,9 @@ static int64_t rank_stride(const gn_lora_pair *pair) {
 }
 
 /* Columns [r, r+n) of a term's u, n <= 4. */
-static void project_rows(const struct call *op, const gn_lora *term, const gn_lora_pair *pair,
-                         float *u, int64_t r, int n, const struct scratch *scratch) {
+static void project_rows(const struct call *op, int part, const gn_lora *term, float *u, int64_t r,
+                         int n, const struct scratch *scratch) {
+    const gn_lora_pair *pair = &term->pairs[op->args->pair + part];
     const gn_linear_kernel *kernel = op->lora_kernel;
     const struct weight a = weight_of_tensor(kernel, &pair->a);
     const float scale = term->scale * pair->scale;
@@ -271,7 +290,8 @@ static void project_rows(const struct call *op, const gn_lora *term, const gn_lo
         const int tokens = min_int(term->rows - t, most);
         float sums[GN_TILE_TOKENS * GN_TILE_ROWS * GN_TILE_LANES];
         float values[GN_TILE_TOKENS][GN_TILE_ROWS];
-        multiply(sums, kernel, &rows, 0, n, (const char *)x_row(op, term->row0 + t),
+        multiply(sums, kernel, &rows, 0, n,
+                 (const char *)x_row(op, op->lora_x[part], term->row0 + t),
                  operand_stride(op->padded, sizeof(float)), tokens);
         kernel->finish(values[0], sums, tokens);
         for (int i = 0; i < tokens; i++)
@@ -298,7 +318,7 @@ static void project(const struct call *op, const gn_cpu_team *team, const struct
             for (int64_t r = 0; r < rank; r += GN_TILE_ROWS, turn = (turn + 1) % team->n_threads) {
                 if (turn != team->thread) continue;
                 if (r == 0) clear_padding(pair, term->rows, u);
-                project_rows(op, term, pair, u, r, min_int(rank - r, GN_TILE_ROWS), scratch);
+                project_rows(op, part, term, u, r, min_int(rank - r, GN_TILE_ROWS), scratch);
             }
             u += term->rows * rank_stride(pair);
         }
@@ -479,6 +499,12 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
     const size_t x =
         gn_linear_piece(&total, (size_t)op->T * operand_stride(op->padded, sizeof(float)));
     if (memory) op->x = (float *)(memory + x);
+    for (int i = 0; i < op->args->n_parts; i++) {
+        size_t at = x;
+        if (op->dropout)
+            at = gn_linear_piece(&total, (size_t)op->T * operand_stride(op->padded, sizeof(float)));
+        if (memory) op->lora_x[i] = (float *)(memory + at);
+    }
     if (plain && operand_bytes == sizeof(float)) {
         op->plain = (char *)op->x;
     } else if (plain) {
@@ -503,8 +529,8 @@ static size_t lay_out(struct call *op, char *memory, int threads) {
     return total;
 }
 
-static void find_spans(struct span *spans, int64_t n_spans, int chunk,
-                       const gn_linear_args *args, int part) {
+static void find_spans(struct span *spans, int64_t n_spans, int chunk, const gn_linear_args *args,
+                       int part) {
     memset(spans, 0, (size_t)n_spans * sizeof *spans);
     int64_t u = 0;
     for (int i = 0; i < args->n_lora; i++) {
@@ -565,6 +591,7 @@ gn_status gn_cpu_linear(gn_ctx *ctx, const gn_linear_args *args) {
                       .K = args->x.shape[1],
                       .padded = padded_columns(args->x.shape[1])};
     op.lora = args->n_lora > 0;
+    op.dropout = op.lora && args->dropout.p > 0;
     for (int i = 0; i < args->n_parts; i++)
         op.weight[i] = weight_of_matrix(kernel, args->part[i].w, ctx->compute);
     if (lay_out(&op, NULL, ctx->threads) > ctx->workspace_bytes) return GN_ENOMEM;

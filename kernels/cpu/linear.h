@@ -101,5 +101,9 @@ static inline float gn_linear_round(float x, gn_dtype compute) {
 
 /* dst = row t of x, normalised if asked, rounded to the compute dtype. */
 void gn_linear_input_row(float *dst, const gn_linear_args *args, int64_t t, gn_dtype compute);
+/* dst = x under the dropout mask of row t of `part`'s A: what A multiplies, or what comes back
+ * through it. dst may be x. */
+void gn_linear_drop_row(float *dst, const float *x, const gn_linear_args *args, int part,
+                        int64_t t);
 
 #endif

@@ -10,6 +10,7 @@ struct reference {
     gn_dtype compute;
     int64_t T, K;
     float *x;               /* (T, K) as products see it */
+    float *dropped;         /* (threads, K): a row of it with dropout */
     float *u[GN_MAX_PARTS]; /* A x of a part's terms, one after another: (rows, r) each */
     float *w;               /* (threads, K): the weight's row that a thread is at */
 };
@@ -25,13 +26,17 @@ static size_t lora_floats(const gn_linear_args *args, int part) {
 static size_t lay_out(struct reference *op, char *memory, int threads) {
     size_t total = 0;
     const size_t x = gn_linear_piece(&total, (size_t)op->T * (size_t)op->K * sizeof(float));
-    const size_t w = gn_linear_piece(&total, (size_t)threads * (size_t)op->K * sizeof(float));
+    const size_t row_of_each = (size_t)threads * (size_t)op->K * sizeof(float);
+    const size_t w = gn_linear_piece(&total, row_of_each);
+    const bool drops = op->args->n_lora > 0 && op->args->dropout.p > 0;
+    const size_t dropped = gn_linear_piece(&total, drops ? row_of_each : 0);
     size_t u[GN_MAX_PARTS];
     for (int i = 0; i < op->args->n_parts; i++)
         u[i] = gn_linear_piece(&total, lora_floats(op->args, i) * sizeof(float));
     if (!memory) return total;
     op->x = (float *)(memory + x);
     op->w = (float *)(memory + w);
+    op->dropped = (float *)(memory + dropped);
     for (int i = 0; i < op->args->n_parts; i++) op->u[i] = (float *)(memory + u[i]);
     return total;
 }
@@ -55,6 +60,15 @@ static double dot_row(const gn_tensor *a, int64_t row, const float *b) {
     return sum;
 }
 
+/* Row t of x as A of `part` multiplies it. */
+static const float *lora_input(const struct reference *op, int part, int64_t t, int thread) {
+    const float *x = op->x + t * op->K;
+    if (op->args->dropout.p == 0) return x;
+    float *dropped = op->dropped + thread * op->K;
+    gn_linear_drop_row(dropped, x, op->args, part, t);
+    return dropped;
+}
+
 static void project_lora(const struct reference *op, int part, const gn_cpu_team *team) {
     float *u = op->u[part];
     for (int i = 0; i < op->args->n_lora; i++) {
@@ -62,9 +76,10 @@ static void project_lora(const struct reference *op, int part, const gn_cpu_team
         const gn_lora_pair *pair = gn_linear_pair(op->args, part, i);
         const int64_t r = pair->rank;
         const int64_t last = gn_cpu_share(term->rows, team->thread + 1, team->n_threads);
-        for (int64_t t = gn_cpu_share(term->rows, team->thread, team->n_threads); t < last; t++)
-            for (int64_t j = 0; j < r; j++)
-                u[t * r + j] = (float)dot_row(&pair->a, j, op->x + (term->row0 + t) * op->K);
+        for (int64_t t = gn_cpu_share(term->rows, team->thread, team->n_threads); t < last; t++) {
+            const float *x = lora_input(op, part, term->row0 + t, team->thread);
+            for (int64_t j = 0; j < r; j++) u[t * r + j] = (float)dot_row(&pair->a, j, x);
+        }
         u += term->rows * r;
     }
 }

@@ -1,4 +1,4 @@
-/* rope.c - rotary positions, and the keys' and values' way into the paged cache. */
+/* rope.c - rotary positions, the keys' and values' way into the paged cache, and the way back. */
 #include "cpu.h"
 
 #include <math.h>
@@ -76,4 +76,38 @@ gn_status gn_cpu_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const
     struct rope op = {q, k, v, cos, sin, seqs, kv};
     gn_cpu_parallel(ctx->pool, gn_tensor_numel(q) < GN_CPU_SERIAL, rope_rows, &op);
     return GN_OK;
+}
+
+/* Rotates x's rows in place by their angles, or by the negatives. */
+struct turn {
+    const gn_tensor *x, *cos, *sin;
+    float sign;
+};
+
+static void turn_rows(void *arg, const gn_cpu_team *team) {
+    const struct turn *op = arg;
+    const int64_t T = op->x->shape[0], heads = op->x->shape[1], D = op->x->shape[2];
+    const int64_t last = gn_cpu_share(T, team->thread + 1, team->n_threads);
+    for (int64_t t = gn_cpu_share(T, team->thread, team->n_threads); t < last; t++) {
+        const float *c = gn_cpu_row(op->cos, t), *sines = gn_cpu_row(op->sin, t);
+        float s[GN_MAX_HEAD_DIM / 2];
+        for (int64_t j = 0; j < D / 2; j++) s[j] = op->sign * sines[j];
+        float *x = gn_cpu_row(op->x, t);
+        for (int64_t h = 0; h < heads; h++) rotate(x + h * D, x + h * D, c, s, D / 2);
+    }
+}
+
+static gn_status turn(gn_ctx *ctx, const gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin,
+                      float sign) {
+    struct turn op = {x, cos, sin, sign};
+    gn_cpu_parallel(ctx->pool, gn_tensor_numel(x) < GN_CPU_SERIAL, turn_rows, &op);
+    return GN_OK;
+}
+
+gn_status gn_cpu_rope(gn_ctx *ctx, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, x, cos, sin, 1);
+}
+
+gn_status gn_cpu_rope_bwd(gn_ctx *ctx, gn_tensor *dx, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, dx, cos, sin, -1);
 }

@@ -87,6 +87,9 @@ static const gn_backend cuda_backend = {
 #undef X
         .linear_workspace = gn_cuda_linear_workspace,
     .attention_workspace = gn_cuda_attention_workspace,
+    .linear_bwd_workspace = gn_cuda_linear_bwd_workspace,
+    .attention_train_workspace = gn_cuda_attention_train_workspace,
+    .cross_entropy_workspace = gn_cuda_cross_entropy_workspace,
     .alloc = cuda_alloc,
     .free = cuda_free,
     .write = cuda_write,

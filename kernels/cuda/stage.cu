@@ -90,8 +90,9 @@ static void fill(gn_cuda_batch *to, const int32_t *ids, const gn_seqs *seqs, con
     memcpy(to->row0, seqs->row0, (size_t)(seqs->n + 1) * sizeof *to->row0);
     memcpy(to->pos0, seqs->pos0, (size_t)seqs->n * sizeof *to->pos0);
     memcpy(to->terms, terms, (size_t)n_terms * sizeof *terms);
-    memcpy(to->blocks, seqs->blocks,
-           (size_t)seqs->n * (size_t)seqs->max_blocks * sizeof *to->blocks);
+    if (seqs->max_blocks > 0)
+        memcpy(to->blocks, seqs->blocks,
+               (size_t)seqs->n * (size_t)seqs->max_blocks * sizeof *to->blocks);
     for (int32_t i = 0; i < seqs->n; i++)
         for (int32_t row = seqs->row0[i]; row < seqs->row0[i + 1]; row++) {
             to->row_seq[row] = i;

@@ -131,4 +131,13 @@ static inline gn_isa best_isa(void) {
     return isa;
 }
 
+/* Dense float32 of two and of three dimensions. */
+static inline gn_tensor rows2(float *data, int64_t rows, int64_t cols) {
+    return gn_tensor_2d(data, GN_F32, rows, cols);
+}
+
+static inline gn_tensor rows3(float *data, int64_t rows, int64_t heads, int64_t dim) {
+    return (gn_tensor){data, GN_F32, 3, {rows, heads, dim, 1}, heads * dim};
+}
+
 #endif
