@@ -1,6 +1,5 @@
-/* ptx.cuh - instructions that CUDA C++ has no words for, as the kernels use them.
- *
- * tests/emulated has a ptx.cuh in this one's place, which does the same on the CPU. */
+/* ptx.cuh - instructions that CUDA C++ has no words for, as kernels use them. Those of kernels that
+ * tests/emulated runs on the CPU are all here: its ptx.h does the same there. */
 #ifndef GN_CUDA_PTX_CUH
 #define GN_CUDA_PTX_CUH
 

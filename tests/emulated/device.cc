@@ -1,6 +1,7 @@
-/* device.cc - the tables and tiles of an emulated device. */
-#include "tests/emulated/device.h"
-
+/* device.cc - the device "cuda" of programs that are linked with this instead of backend.cu: its
+ * kernels are emulated, its memory is the CPU's. Ops that are not emulated are the CPU's own, which
+ * do not read weights in tiles. A test that needs another number of multiprocessors writes it
+ * into ctx->cuda. */
 #include "tests/emulated/emulator.h"
 
 #include <vector>
@@ -70,28 +71,28 @@ static gn_status place(gn_ctx *, gn_matrix *out, const gn_matrix *host, void *me
 
 static void close(gn_ctx *ctx) {
     delete staged_of(ctx);
-    gn_cpu_backend.close(ctx);
 }
 
-gn_ctx *emulated_open(int sms) {
-    gn_ctx *ctx = NULL;
-    gn_error err;
-    gn_ctx_options options = {};
-    options.device = "cpu";
-    options.compute = GN_BF16;
-    options.threads = 1;
-    if (gn_ctx_open(&ctx, &options, &err)) return NULL;
+gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err) {
+    if (index != 0) return gn_fail(err, GN_EDEVICE, "only one device is emulated");
+    if (auto_compute) ctx->compute = GN_BF16;
     staged *s = new staged();
     s->counters.resize(GN_CUDA_COUNTERS);
-    s->cuda.sms = sms;
+    s->cuda.sms = emulator::RESIDENT_BLOCKS;
     s->cuda.shared_limit = emulator::SHARED_LIMIT;
     s->cuda.counters = s->counters.data();
     s->table = gn_cpu_backend;
+    s->table.attention = gn_cuda_attention;
+    s->table.attention_workspace = gn_cuda_attention_workspace;
     s->table.stage = stage;
     s->table.place_bytes = place_bytes;
     s->table.place = place;
     s->table.close = close;
     ctx->backend = &s->table;
     ctx->cuda = &s->cuda;
-    return ctx;
+    return GN_OK;
+}
+
+gn_status gn_cuda_status(cudaError_t error) {
+    return error == cudaSuccess ? GN_OK : GN_EDEVICE;
 }

@@ -93,9 +93,10 @@ void wait_for_copies(int groups);
 
 /* ---- CUDA C++ ---- */
 
-/* A block has a thread of the host, which has its shared memory. Arrays of dynamic shared memory
- * are all one; a source that calls it by another name than `shared` has that defined as this. */
-extern thread_local uint8_t shared[];
+/* A block has a thread of the host, which has its shared memory. All arrays of dynamic shared
+ * memory are one: a source that has some is included after this macro with their type and name. */
+#define GN_EMULATED_SHARED(type, name) extern thread_local type name[] __asm__("gn_emulated_shared")
+GN_EMULATED_SHARED(uint8_t, shared);
 
 #undef __shared__
 #undef __launch_bounds__

@@ -5,5 +5,5 @@ extern "C" { /* for tests in C */
 #include "kernels/cuda/linear.h"
 }
 
-#define stages shared
+GN_EMULATED_SHARED(uint8_t, stages);
 #include "kernels/cuda/lora_prefill.cu"

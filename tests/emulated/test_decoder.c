@@ -1,8 +1,8 @@
 /* The kernels of gn_decoder, emulated, against the CPU's ops in float32: the residual stream after
  * the layers, and what the cache has gained. */
+#include "kernels/cuda/cuda.h"
 #include "kernels/decoder.h"
 
-#include "tests/emulated/device.h"
 #include "tests/gpu/device.h"
 
 enum { LAYERS = 2, PROJ = 7, TERMS = 4, TOKENS = 16, SEQ_BLOCKS = 48, ROWS = 16 };
@@ -114,8 +114,8 @@ static void open_term(model *m, rng *r, int term, const int rows[], const int co
 
 static void open_model(model *m, shape s) {
     rng r = {(uint64_t)(s.hidden + s.T + s.D)};
-    *m = (model){.s = s, .cpu = open_on("cpu", GN_F32), .device = emulated_open(s.sms)};
-    cr_assert(m->device);
+    *m = (model){.s = s, .cpu = open_on("cpu", GN_F32), .device = open_on("cuda", GN_BF16)};
+    m->device->cuda->sms = s.sms;
     m->host.ctx = m->cpu;
     m->placed.ctx = m->device;
     const int dim = s.heads * s.D, kv = s.kv_heads * s.D;

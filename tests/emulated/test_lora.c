@@ -1,7 +1,6 @@
 /* The kernels of gn_cuda_lora and of its wider operands, emulated, against sums in double. */
 #include "kernels/cuda/linear.h"
 
-#include "tests/emulated/device.h"
 #include "tests/gpu/device.h"
 
 enum { TERMS = 48, PARTS = 3 };
@@ -44,8 +43,8 @@ static float *open_rows(call *c, rng *r, gn_tensor *t, int64_t rows, int64_t col
 /* x_ld: that of the wider operands, or K. */
 static void open_call(call *c, const shape *s) {
     rng r = {(uint64_t)(s->T + s->K)};
-    *c = (call){.s = *s, .ctx = emulated_open(s->sms)};
-    cr_assert(c->ctx);
+    *c = (call){.s = *s, .ctx = open_on("cuda", GN_BF16)};
+    c->ctx->cuda->sms = s->sms;
     c->memory.ctx = c->ctx;
     c->args = (gn_linear_args){.n_parts = s->n_parts, .lora = c->terms, .n_lora = s->n_terms};
     for (int p = 0; p < s->n_parts; p++) {
