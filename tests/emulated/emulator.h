@@ -79,11 +79,6 @@ template <typename T> T shuffle(uint32_t mask, T v, int from) {
 
 /* ---- memory ---- */
 
-template <typename T> T load(const void *at) {
-    if ((uintptr_t)at % alignof(T) != 0) fail("a load is not aligned");
-    return *(const T *)at;
-}
-
 /* A zero `from` copies zeros. */
 void copy_async(void *to, const void *from, int bytes);
 void commit_copies();
@@ -130,13 +125,13 @@ static inline uint32_t atomicAdd(uint32_t *at, uint32_t by) {
     return __atomic_fetch_add(at, by, __ATOMIC_RELAXED);
 }
 template <typename T> static inline T __ldg(const T *at) {
-    return emulator::load<T>(at);
+    return *at;
 }
 template <typename T> static inline T __ldcg(const T *at) {
-    return emulator::load<T>(at);
+    return *at;
 }
 template <typename T> static inline T __ldcs(const T *at) {
-    return emulator::load<T>(at);
+    return *at;
 }
 
 static inline float rsqrtf(float x) {

@@ -26,14 +26,14 @@ static inline float exp2_fast(float x) {
 }
 
 static inline float load_fresh(const float *at) {
-    return emulator::load<float>(at);
+    return *at;
 }
 static inline uint32_t load_acquire(const uint32_t *at) {
     emulator::let_others_run();
     return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
-    if (n > 0) v = emulator::load<T>(at);
+    if (n > 0) v = *(const T *)at;
 }
 static inline void prefetch_line(const void *) {}
 
