@@ -33,8 +33,13 @@ static gn_status stage(gn_ctx *ctx, const int32_t *, const gn_seqs *seqs, const 
     s->pos0.assign(seqs->pos0, seqs->pos0 + seqs->n);
     s->blocks.assign(seqs->blocks, seqs->blocks + (int64_t)seqs->n * seqs->max_blocks);
     s->terms.assign(terms, terms + n_terms);
-    s->cuda.batch = {NULL,           s->row_seq.data(), s->row_pos.data(), s->row0.data(),
-                     s->pos0.data(), s->terms.data(),   s->blocks.data()};
+    gn_cuda_batch *batch = &s->cuda.batch;
+    batch->row_seq = s->row_seq.data();
+    batch->row_pos = s->row_pos.data();
+    batch->row0 = s->row0.data();
+    batch->pos0 = s->pos0.data();
+    batch->blocks = s->blocks.data();
+    batch->terms = s->terms.data();
     return GN_OK;
 }
 

@@ -5,16 +5,17 @@
  * the CPU: what a kernel calls without asking for it in a header is defined here.
  *
  *   - A thread is a fiber. Those of a block take turns on one thread of the host; a warp runs as
- *     long as one of its lanes can, then another one of those that can, at random. Up to
- *     RESIDENT_BLOCKS run at once, each on a thread of its own.
- *   - What the lanes of a mask do together (shuffles, votes, matrix products) happens when the last
- *     of them is there. Lanes that meet at different instructions, and threads that wait for each
- *     other, end the program with a message; so does an access that is not aligned.
- *   - A copy into shared memory happens when it is waited for, and not before; until then there is
- *     NaN in its place. Dynamic shared memory begins as NaN, and what is past its end must stay so.
+ *     long as one of its lanes can, then any other one. Up to RESIDENT_BLOCKS run at once, each on
+ *     a thread of the host, so a grid of so many may wait for itself.
+ *   - What lanes do together (shuffles, votes, matrix products) is done when the last one of the
+ *     mask is there. Lanes that meet at different instructions, and threads that all wait, end the
+ *     program with a message; so does, through the compiler's sanitizer, what is not aligned.
+ *   - A copy into shared memory is done when it is waited for, not before; until then its place
+ *     holds NaN. Dynamic shared memory begins as NaN, and what is past its end must stay so.
  *
- * What it does not know: caches, bank conflicts, clusters, mbarriers, wgmma; how long anything
- * takes; reads and writes of two warps that meet by luck. */
+ * So barriers, waits and copies that are missing are seen, but not all: shuffles and matrix
+ * products hold lanes together like a __syncwarp, and fences do nothing that the host would not do.
+ * Clusters, mbarriers, wgmma and caches are not emulated. */
 #ifndef GN_TEST_EMULATOR_H
 #define GN_TEST_EMULATOR_H
 
