@@ -177,15 +177,22 @@ static void run_block(block *b, char *stacks, size_t shared_bytes) {
             fail("dynamic shared memory is written past its end");
 }
 
-/* Each stack is above a page that nobody may touch. */
-static char *map_stacks(size_t n) {
-    void *memory = mmap(NULL, n * STACK_BYTES, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+/* Stacks for all threads of a block, each above a page that nobody may touch. */
+static char *map_stacks() {
+    enum { ALL = MAX_WARPS * LANES * STACK_BYTES };
+    void *memory =
+        mmap(NULL, ALL, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) fail("no memory for stacks");
-    for (size_t i = 0; i < n; i++)
-        if (mprotect((char *)memory + i * STACK_BYTES, PAGE_BYTES, PROT_NONE) != 0)
-            fail("no memory for stacks");
+    for (char *stack = (char *)memory; stack < (char *)memory + ALL; stack += STACK_BYTES)
+        if (mprotect(stack, PAGE_BYTES, PROT_NONE) != 0) fail("no memory for stacks");
     return (char *)memory;
+}
+
+/* Of host thread `i` of a launch; kept for the next one. */
+static char *stacks_of(unsigned i) {
+    static char *stacks[RESIDENT_BLOCKS];
+    if (!stacks[i]) stacks[i] = map_stacks();
+    return stacks[i];
 }
 
 struct grid {
@@ -199,12 +206,11 @@ static unsigned n_blocks(const grid *g) {
     return g->blocks.x * g->blocks.y * g->blocks.z;
 }
 
-static void run_blocks(grid *g) {
+static void run_blocks(grid *g, char *stacks) {
     block b = {};
     b.kernel = g->kernel;
     b.fibers.resize(g->threads.x);
     here = &b;
-    char *stacks = map_stacks(g->threads.x);
     for (unsigned i; (i = g->next++) < n_blocks(g);) {
         const unsigned x = g->blocks.x, y = g->blocks.y;
         blockIdx = {i % x, i / x % y, i / x / y};
@@ -213,7 +219,6 @@ static void run_blocks(grid *g) {
         b.random = i;
         run_block(&b, stacks, g->shared_bytes);
     }
-    munmap(stacks, (size_t)g->threads.x * STACK_BYTES);
 }
 
 cudaError_t run(dim3 blocks, dim3 threads, size_t shared_bytes,
@@ -225,7 +230,7 @@ cudaError_t run(dim3 blocks, dim3 threads, size_t shared_bytes,
         return cudaErrorInvalidConfiguration;
     std::vector<std::thread> hosts;
     for (unsigned i = 0; i < n_blocks(&g) && i < RESIDENT_BLOCKS; i++)
-        hosts.emplace_back(run_blocks, &g);
+        hosts.emplace_back(run_blocks, &g, stacks_of(i));
     for (std::thread &host : hosts) host.join();
     return cudaSuccess;
 }
