@@ -40,7 +40,6 @@ static float *open_rows(call *c, rng *r, gn_tensor *t, int64_t rows, int64_t col
     return v;
 }
 
-/* x_ld: that of the wider operands, or K. */
 static void open_call(call *c, const shape *s) {
     rng r = {(uint64_t)(s->T + s->K)};
     *c = (call){.s = *s, .ctx = open_on("cuda", GN_BF16)};
@@ -227,11 +226,16 @@ static const shape beside[] = {
      {{0, 40, 100}, {30, 30, 16}, {63, 1, 16}}},
 };
 
-/* More steps than are listed at once. */
-static shape many_steps(void) {
+/* More steps than are listed at once, and, in blocks of 32 rows, than h has room for. */
+static shape many_steps(bool tall) {
     shape s = {"many steps", 9, 20, 64, {24}, 1, GN_BF16, 0, 0, 41, {{0}}};
     for (int i = 0; i < 40; i++) s.terms[i] = (term_shape){0, 9, 120};
     s.terms[40] = (term_shape){3, 17, 5};
+    if (!tall) return s;
+    s.name = "many steps, 32 rows a block";
+    s.sms = 1, s.T = 64, s.N[0] = 140, s.n_terms = 21;
+    for (int i = 0; i < 20; i++) s.terms[i] = (term_shape){i, 40, 100};
+    s.terms[20] = (term_shape){60, 4, 7};
     return s;
 }
 
@@ -314,9 +318,11 @@ static void test_wider(tally *tally, const shape *s) {
 
 Test(emulated_lora, adds_up_beside_the_product, .timeout = 300) {
     tally tally = {0};
-    const shape many = many_steps();
     for (int i = 0; i < COUNT(beside); i++) test_beside(&tally, &beside[i]);
-    test_beside(&tally, &many);
+    for (int tall = 0; tall < 2; tall++) {
+        const shape s = many_steps(tall);
+        test_beside(&tally, &s);
+    }
     conclude(&tally, "LoRA beside the product");
 }
 
