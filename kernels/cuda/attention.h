@@ -77,13 +77,6 @@ static __device__ __forceinline__ tile_of_seq find_tile(const int32_t *row0, int
     return {-1, 0, 0};
 }
 
-/* 2^x, within 2 ulp; 0 for -infinity. */
-static __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Two floats as a register of a matrix fragment, `low` first. */
 static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     const bf162 pair = __floats2bfloat162_rn(low, high);

@@ -45,13 +45,6 @@ static __device__ __forceinline__ uint32_t word(const uint4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-/* An 8x8 matrix of 16-bit values, a row to four lanes, turned. */
-static __device__ __forceinline__ uint32_t turn(uint32_t x) {
-    uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 /* score[i] of position g + i/2 * 8 and query 2c + i%2. */
 template <int P>
 static __device__ __forceinline__ void multiply_keys(float score[4], const uint4 keys[P / 32][2],
@@ -73,8 +66,8 @@ static __device__ __forceinline__ void multiply_keys(float score[4], const uint4
 template <int P>
 static __device__ __forceinline__ void
 multiply_values(float out[P / 64][4][4], const uint4 values[P / 64][4], const float weight[4]) {
-    const uint32_t b[2] = {turn(pack_bf16(weight[0], weight[1])),
-                           turn(pack_bf16(weight[2], weight[3]))};
+    const uint32_t b[2] = {turn_matrix(pack_bf16(weight[0], weight[1])),
+                           turn_matrix(pack_bf16(weight[2], weight[3]))};
 #pragma unroll
     for (int h = 0; h < P / 64; h++)
 #pragma unroll

@@ -28,32 +28,6 @@ template <int D> static __device__ __forceinline__ int chunk_at(int row, int chu
     return row * STEP<D> + (D % 64 == 0 ? chunk ^ (row % 8) : chunk) * 16;
 }
 
-/* Copies 16 bytes into shared memory, or as many zeros. */
-static __device__ __forceinline__ void copy_chunk(uint32_t to, const void *from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(is_there ? 16 : 0)
-                 : "memory");
-}
-
-/* Until all this thread's copies are there. */
-static __device__ __forceinline__ void wait_for_copies(void) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-/* Four 8x8 matrices; each lane gives the address of a row, lanes 8i to 8i + 7 those of matrix i. */
-static __device__ __forceinline__ void load_matrices(uint32_t m[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row)
-                 : "memory");
-}
-static __device__ __forceinline__ void load_turned_matrices(uint32_t m[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row)
-                 : "memory");
-}
-
 /* Starts copying KEYS positions from p0 on of one tensor of the cache; zeros from `end` on, where
  * memory holds anything. entries: of the block table, 32 from the one at lane 0 on, of which
  * the tile's first is `entry`. */
@@ -64,8 +38,8 @@ static __device__ __forceinline__ void copy_tile(uint32_t to, const bf16 *cache,
     for (int i = 0; i < KEYS * CHUNKS<D> / THREADS; i++) {
         const int at = threadIdx.x + i * THREADS, row = at / CHUNKS<D>, chunk = at % CHUNKS<D>;
         const int64_t block = __shfl_sync(0xffffffffu, entries, entry + row / TOKENS);
-        copy_chunk(to + chunk_at<D>(row, chunk), cache + block * ld + row % TOKENS * D + chunk * 8,
-                   p0 + row < end);
+        copy_async_or_zeros(to + chunk_at<D>(row, chunk),
+                            cache + block * ld + row % TOKENS * D + chunk * 8, p0 + row < end);
     }
 }
 
@@ -176,7 +150,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
     int entries = lane < n_blocks ? table[lane] : 0; /* of 32 blocks: 8 tiles */
     pdl_wait();
 
-    const uint32_t queries = (uint32_t)__cvta_generic_to_shared(memory);
+    const uint32_t queries = shared_address(memory);
     const uint32_t keys = queries + ROWS<M> * STEP<D>, values = keys + 2 * KEYS * STEP<D>;
     const bf16 *k = (const bf16 *)a.k + (int64_t)kv_head * TOKENS * D;
     const bf16 *v = (const bf16 *)a.v + (int64_t)kv_head * TOKENS * D;
@@ -184,8 +158,8 @@ static __global__ void __launch_bounds__(THREADS, 2)
     for (int at = threadIdx.x; at < ROWS<M> * CHUNKS<D>; at += THREADS) {
         const int row = at / CHUNKS<D>, chunk = at % CHUNKS<D>;
         const bool is_there = row < n_rows;
-        copy_chunk(queries + chunk_at<D>(row, chunk), q + (is_there ? row : 0) * a.q_ld + chunk * 8,
-                   is_there);
+        copy_async_or_zeros(queries + chunk_at<D>(row, chunk),
+                            q + (is_there ? row : 0) * a.q_ld + chunk * 8, is_there);
     }
     copy_tile<D>(keys, k, a.k_ld, entries, 0, 0, end);
     copy_tile<D>(values, v, a.v_ld, entries, 0, 0, end);
@@ -200,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
     for (int j = 0; j < n_tiles; j++) {
         const int now = j % 2 * KEYS * STEP<D>, then = KEYS * STEP<D> - now;
-        wait_for_copies();
+        wait_for_all_copies();
         __syncthreads(); /* everybody's are there, and nobody reads the other pair of tiles */
         if (j + 1 < n_tiles) {
             const int p0 = (j + 1) * KEYS, block = p0 / TOKENS;

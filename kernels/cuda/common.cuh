@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "cuda.h"
+#include "ptx.cuh"
 
 typedef __nv_bfloat16 bf16;
 typedef __nv_bfloat162 bf162;
@@ -47,30 +48,6 @@ static __device__ __forceinline__ float block_sum(float x) {
     if (lane == 0) sums[warp] = x;
     __syncthreads();
     return warp_sum(lane < (int)blockDim.x / WARP ? sums[lane] : 0.0f);
-}
-
-/* c += a b, with a 16x16 and b 16x8 in bf16, c 16x8 in float32. */
-static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4],
-                                                const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-/* Waits for everything that earlier kernels of the stream wrote. On chips before Hopper kernels
- * do not overlap and there is nothing to wait for. */
-static __device__ __forceinline__ void pdl_wait(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/* Lets the next kernel start its preamble when every block of this one got here. */
-static __device__ __forceinline__ void pdl_trigger(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 /* Launches `kernel` on the context's stream, allowed to start before its predecessor ends: so it

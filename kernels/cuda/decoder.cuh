@@ -136,26 +136,6 @@ static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
     return __ldcg((const uint4 *)at);
 }
 
-static __device__ __forceinline__ void prefetch_line(const void *at) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
-    uint32_t v;
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-
-template <int BYTES>
-static __device__ __forceinline__ void copy_async(const void *to, const void *from) {
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
-    if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES)
-                     : "memory");
-}
-
 /* ---- who does what ---- */
 
 /* A block's groups of a phase; a warp's blocks of columns. */
@@ -305,7 +285,7 @@ static __device__ __forceinline__ void load_step(const struct cursor *cur, int n
         copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + l) * 16,
                        cur->scales + ((int64_t)at * 2 + l) * 16);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
 }
 
 /* Asks for steps until STAGES are under way or there are no more. */
@@ -326,9 +306,9 @@ static __device__ __forceinline__ void ask(struct cursor *cur, const struct prog
 /* Until the oldest step is here, for all lanes. */
 static __device__ __forceinline__ void await(const struct cursor *cur) {
     if (cur->asked - cur->taken == STAGES)
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        wait_for_copies<STAGES - 1>();
     else
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        wait_for_copies<0>();
     __syncwarp();
 }
 

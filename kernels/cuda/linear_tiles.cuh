@@ -37,34 +37,11 @@ static inline bool is_matrix(const gn_matrix *m) {
            is_aligned(m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax, scale);
 }
 
-/* What other kernels or blocks write: from L2, never from a stale L1. */
-static __device__ __forceinline__ float load_fresh(const float *at) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
-    return v;
-}
-static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
-    uint32_t v;
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-
-static __device__ __forceinline__ void prefetch_line(const void *at) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-static __device__ __forceinline__ uint32_t shared_address(const void *at) {
-    return (uint32_t)__cvta_generic_to_shared(at);
-}
-
 static __device__ __forceinline__ void copy_async(void *to, const void *from, bool is_16) {
     if (is_16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
-                     "l"(from)
-                     : "memory");
+        copy_async<16>(to, from);
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from)
-                     : "memory");
+        copy_async<8>(to, from);
 }
 
 static __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -150,13 +150,7 @@ template <bool VECTOR>
 static __device__ __forceinline__ uint2 load4(const gn_tensor &m, int64_t i, int n) {
     uint2 v = {};
     if (!VECTOR) return {load_pair(m, i, n), load_pair(m, i + 2, n - 2)};
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.gt.s32 p, %3, 0;\n"
-                 "@p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];\n"
-                 "}"
-                 : "+r"(v.x), "+r"(v.y)
-                 : "l"((const bf16 *)m.data + i), "r"(n));
+    load_once(v, (const bf16 *)m.data + i, n);
     return v;
 }
 
@@ -167,13 +161,7 @@ static __device__ __forceinline__ uint4 load8(const gn_tensor &m, int64_t i, int
         const uint2 low = load4<false>(m, i, n), high = load4<false>(m, i + 4, n - 4);
         return {low.x, low.y, high.x, high.y};
     }
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.gt.s32 p, %5, 0;\n"
-                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 "}"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-                 : "l"((const bf16 *)m.data + i), "r"(n));
+    load_once(v, (const bf16 *)m.data + i, n);
     return v;
 }
 

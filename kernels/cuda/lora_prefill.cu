@@ -29,12 +29,6 @@ struct tile {
     bool vector;
 };
 
-static __device__ __forceinline__ void copy16(uint32_t to, const void *from, bool exists) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
-}
-
 /* Piece `at` of a row stands where odd rows have their halves swapped: a quarter of a warp reads
  * half of two rows, from all banks. */
 static __device__ __forceinline__ int place_of(int row, int at) {
@@ -55,12 +49,12 @@ static __device__ __forceinline__ void copy_stage(uint8_t *stage, const struct l
         const bool exists = from < end && column < c.K;
         uint8_t *to = stage + place_of(row, at);
         if (t.vector)
-            copy16((uint32_t)__cvta_generic_to_shared(to),
-                   (const bf16 *)m.data + (exists ? from * m.ld + column : 0), exists);
+            copy_async_or_zeros(shared_address(to),
+                                (const bf16 *)m.data + (exists ? from * m.ld + column : 0), exists);
         else
             *(uint4 *)to = load8<false>(m, from * m.ld + column, exists ? (int)(c.K - column) : 0);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
 }
 
 /* acc += a warp's 32 ranks times its 32 rows, over a stage's columns. */
@@ -99,17 +93,17 @@ static __device__ __forceinline__ void multiply(float acc[2][4][4], uint8_t *sta
         if (k < n)
             copy_stage(stages + k * STAGE_BYTES, c, t, first + k);
         else
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            commit_copies();
     }
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         const int next = k + STAGES - 1;
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        wait_for_copies<STAGES - 2>();
         __syncthreads();
         if (next < n)
             copy_stage(stages + next % STAGES * STAGE_BYTES, c, t, first + next);
         else
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            commit_copies();
         if (row0 < t.chunk.rows)
             multiply_stage(acc, stages + k % STAGES * STAGE_BYTES, row0, rank0,
                            (int)min(t.a.shape[0] - t.rank0, (int64_t)RANKS));
