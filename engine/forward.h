@@ -19,7 +19,8 @@ typedef struct gn_forward_options {
     int32_t max_logits; /* rows whose logits are asked for at once */
     int32_t kv_blocks;  /* of GN_KV_BLOCK_TOKENS tokens each */
     int32_t context;    /* tokens of the longest sequence */
-    /* Device memory for adapters, taken at once; 0: as they need; less: none, they cannot be used. */
+    /* Device memory for adapters, taken at once; 0: as they need; less: none, they cannot be used.
+     */
     int64_t adapter_bytes;
 } gn_forward_options;
 
@@ -49,7 +50,7 @@ typedef struct gn_batch {
     const int32_t *ids;
     const int32_t *drawn; /* (n_drawn), or NULL */
     int32_t n_drawn;
-    gn_seqs seqs;       /* seqs.row0[seqs.n] == rows */
+    gn_seqs seqs; /* seqs.row0[seqs.n] == rows */
     /* Adapters of sequence i, ready: uses[use0[i]] up to uses[use0[i+1]]. Neighbours with the same
      * adapters and scales share one LoRA term. */
     const gn_adapter_use *uses;

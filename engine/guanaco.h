@@ -160,7 +160,7 @@ typedef struct gn_request {
     int32_t logprobs;     /* -1: none; else how many alternatives, at most GN_MAX_TOP_LOGPROBS */
     bool prompt_logprobs; /* report the prompt's, with `logprobs` alternatives */
     bool ignore_eos;
-    bool strip_space;     /* drop the reply's leading space, as a chat reply wants */
+    bool strip_space;        /* drop the reply's leading space, as a chat reply wants */
     const char *const *stop; /* not part of the reply */
     int32_t n_stop;
     const int32_t *stop_ids;
@@ -190,7 +190,7 @@ typedef struct gn_engine_options {
     int64_t adapter_bytes;
     gn_adapter *const *adapters; /* that are there already, for the two above */
     int32_t n_adapters;
-    int32_t context;          /* tokens a sequence may have; 0: the model's */
+    int32_t context; /* tokens a sequence may have; 0: the model's */
     bool no_prefix_cache;
 } gn_engine_options;
 

@@ -2,7 +2,8 @@
  *
  * Weights are there already. What activations and working memory need is known, and a part is kept
  * for what cannot be: the driver's context, kernels it loads, recorded graphs. Adapters and then
- * the KV cache get what remains. On the CPU weights, mapped files for the most part, do not count. */
+ * the KV cache get what remains. On the CPU weights, mapped files for the most part, do not count.
+ */
 #ifndef GN_MEMORY_PLAN_H
 #define GN_MEMORY_PLAN_H
 

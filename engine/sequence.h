@@ -34,10 +34,10 @@ struct gn_sequence {
     bool acquired;     /* its adapters have their room on the device */
     int32_t passed;    /* sequences with adapters that went ahead while it had none */
     gn_status failure; /* why its adapters cannot be had */
-    gn_hash adapters; /* content of uses */
+    gn_hash adapters;  /* content of uses */
 
     gn_sampler *sampler;
-    int32_t counts; /* of the device's sampler, or GN_SAMPLE_NO_COUNTS */
+    int32_t counts;              /* of the device's sampler, or GN_SAMPLE_NO_COUNTS */
     gn_detokenizer *detokenizer; /* NULL without a tokenizer */
     char id_text[16];            /* without one: the last token's number, which is its text */
     int32_t logprobs;            /* alternatives reported, or -1 */

@@ -82,7 +82,7 @@ typedef struct gn_linear_args {
     gn_epilogue epilogue;
     const gn_lora *lora; /* the batch's terms, as staged; or NULL */
     int n_lora;
-    int pair; /* the terms' pair for part 0; part i uses pair + i */
+    int pair;           /* the terms' pair for part 0; part i uses pair + i */
     gn_dropout dropout; /* in training: of what LoRA's A multiplies, pair + i being the module */
     int n_parts;
     struct gn_linear_part {

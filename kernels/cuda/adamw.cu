@@ -143,18 +143,6 @@ gn_status gn_cuda_adamw(gn_ctx *ctx, const gn_adamw_args *args) {
 
 /* ---- the gradient's norm ---- */
 
-/* Of a block of BLOCK threads, in a fixed order; thread 0 gets it. */
-static __device__ __forceinline__ double block_sum_double(double x) {
-    __shared__ double sums[BLOCK / WARP];
-#pragma unroll
-    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = 0;
-    for (int i = 0; i < BLOCK / WARP; i++) x += sums[i];
-    return x;
-}
-
 static __global__ void __launch_bounds__(BLOCK)
     squares_kernel(double *part, const void *x, bool is_bf16, int64_t n) {
     pdl_trigger();
@@ -164,7 +152,7 @@ static __global__ void __launch_bounds__(BLOCK)
         const double value = load(x, is_bf16, i);
         sum += value * value;
     }
-    sum = block_sum_double(sum);
+    sum = block_sum_double<BLOCK>(sum);
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
@@ -173,7 +161,7 @@ static __global__ void __launch_bounds__(BLOCK) total_kernel(double *sum, const 
     pdl_wait();
     double x = 0;
     for (int i = threadIdx.x; i < SUM_BLOCKS; i += BLOCK) x += part[i];
-    x = block_sum_double(x);
+    x = block_sum_double<BLOCK>(x);
     if (threadIdx.x == 0) *sum += x;
 }
 

@@ -33,8 +33,8 @@ static gn_status cuda_write(gn_ctx *ctx, void *dst, const void *src, size_t byte
 }
 
 static gn_status cuda_read(gn_ctx *ctx, void *dst, const void *src, size_t bytes) {
-    const gn_status status = gn_cuda_status(
-        cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, ctx->cuda->stream));
+    const gn_status status =
+        gn_cuda_status(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, ctx->cuda->stream));
     return status ? status : gn_cuda_status(cudaStreamSynchronize(ctx->cuda->stream));
 }
 

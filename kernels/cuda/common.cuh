@@ -50,6 +50,18 @@ static __device__ __forceinline__ float block_sum(float x) {
     return warp_sum(lane < (int)blockDim.x / WARP ? sums[lane] : 0.0f);
 }
 
+/* The same in double, over a block of THREADS, in a fixed order; once a kernel. */
+template <int THREADS> static __device__ __forceinline__ double block_sum_double(double x) {
+    __shared__ double sums[THREADS / WARP];
+#pragma unroll
+    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
+    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < THREADS / WARP; i++) x += sums[i];
+    return x;
+}
+
 /* Launches `kernel` on the context's stream, allowed to start before its predecessor ends: so it
  * must call pdl_wait before it touches what another kernel wrote or reads. */
 template <typename... P, typename... A>

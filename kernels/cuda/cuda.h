@@ -30,13 +30,13 @@ enum { GN_CUDA_TILE_ROWS = 8, GN_CUDA_TILE_BYTES = 256, GN_CUDA_COUNTERS = 4096 
 /* The staged batch, as kernels see it: device arrays at addresses that never change, so that a
  * recorded graph finds the next step's values there. */
 typedef struct gn_cuda_batch {
-    int32_t *ids;      /* (rows) */
-    int32_t *row_seq;  /* (rows) sequence of each row */
-    int32_t *row_pos;  /* (rows) its position */
-    int32_t *row0;     /* (n_seqs + 1) */
-    int32_t *pos0;     /* (n_seqs) */
-    gn_lora *terms;    /* (n_terms), with ->placed valid on the device */
-    int32_t *blocks;   /* (n_seqs, max_blocks) */
+    int32_t *ids;     /* (rows) */
+    int32_t *row_seq; /* (rows) sequence of each row */
+    int32_t *row_pos; /* (rows) its position */
+    int32_t *row0;    /* (n_seqs + 1) */
+    int32_t *pos0;    /* (n_seqs) */
+    gn_lora *terms;   /* (n_terms), with ->placed valid on the device */
+    int32_t *blocks;  /* (n_seqs, max_blocks) */
 } gn_cuda_batch;
 
 struct gn_cuda {

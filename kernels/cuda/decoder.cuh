@@ -25,7 +25,6 @@ struct weight {
     const uint8_t *scales; /* or floats, without double quantization */
     const float *nested_absmax;
     float offset;
-    int rows;
 };
 
 enum kind { PREPARE, QKV, ATTEND, ADD, SWIGLU };

@@ -6,17 +6,6 @@
 
 enum { THREADS = 256 };
 
-static __device__ double block_sum_double(double x) {
-    __shared__ double sums[THREADS / WARP];
-#pragma unroll
-    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = 0;
-    for (int i = 0; i < THREADS / WARP; i++) x += sums[i];
-    return x;
-}
-
 /* y may be x: a thread writes the elements that it alone reads again. */
 static __global__ void __launch_bounds__(THREADS)
     rmsnorm_kernel(float *y, int64_t y_ld, const float *x, int64_t x_ld, const float *w, int64_t C,
@@ -27,7 +16,7 @@ static __global__ void __launch_bounds__(THREADS)
     pdl_wait();
     double sum = 0;
     for (int64_t i = threadIdx.x; i < C; i += THREADS) sum += (double)x[i] * x[i];
-    const float r = (float)(1.0 / sqrt(block_sum_double(sum) / (double)C + eps));
+    const float r = (float)(1.0 / sqrt(block_sum_double<THREADS>(sum) / (double)C + eps));
     for (int64_t i = threadIdx.x; i < C; i += THREADS) y[i] = x[i] * r * w[i];
 }
 

@@ -73,8 +73,8 @@ gn_status gn_cuda_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits) {
     for (int i = 0; i < BUFFERS && !status; i++) {
         status = gn_cuda_status(cudaMallocHost((void **)&stage->host[i], stage->bytes));
         if (!status)
-            status = gn_cuda_status(
-                cudaEventCreateWithFlags(&stage->copied[i], cudaEventDisableTiming));
+            status =
+                gn_cuda_status(cudaEventCreateWithFlags(&stage->copied[i], cudaEventDisableTiming));
     }
     if (status)
         gn_cuda_stage_close(cuda);
@@ -117,6 +117,5 @@ gn_status gn_cuda_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, co
     status = gn_cuda_status(cudaMemcpyAsync(stage->device, stage->host[i],
                                             (size_t)((const char *)end - stage->host[i]),
                                             cudaMemcpyHostToDevice, ctx->cuda->stream));
-    return status ? status
-                  : gn_cuda_status(cudaEventRecord(stage->copied[i], ctx->cuda->stream));
+    return status ? status : gn_cuda_status(cudaEventRecord(stage->copied[i], ctx->cuda->stream));
 }

@@ -1,11 +1,10 @@
 /* The kernels of gn_decoder, emulated, against the CPU's ops in float32: the residual stream after
  * the layers, and what the cache has gained. */
 #include "kernels/cuda/cuda.h"
-#include "kernels/decoder.h"
 
-#include "tests/gpu/device.h"
+#include "tests/gpu/decoder_layers.h"
 
-enum { LAYERS = 2, PROJ = 7, TERMS = 4, TOKENS = 16, SEQ_BLOCKS = 48, ROWS = 16 };
+enum { TERMS = 4, SEQ_BLOCKS = 48, ROWS = 16 };
 
 typedef struct {
     int sms, hidden, intermediate, heads, kv_heads, D, layers, T, past[5]; /* by row, again */
@@ -50,105 +49,86 @@ static const shape shapes[] = {
 /* A model on both sides: weights and caches as each takes them. */
 typedef struct {
     shape s;
-    gn_ctx *cpu, *device;
     device_memory host, placed;
-    random_matrix w[LAYERS][PROJ];
-    gn_matrix tiles[LAYERS][PROJ];
-    gn_tensor norms[LAYERS][2];
-    gn_kv kv[2][LAYERS]; /* in bfloat16 on the device, in float32 */
-    gn_tensor cos, sin;
-    gn_lora_pair pairs[TERMS][LAYERS * PROJ];
+    random_matrix w[MAX_LAYERS][PROJ];
+    decoder_layers decoder, ops; /* in bfloat16, emulated; in float32 on the CPU */
+    gn_lora_pair pairs[TERMS][MAX_LAYERS * PROJ];
     gn_lora terms[TERMS];
     int32_t row0[ROWS + 1], pos0[ROWS], blocks[ROWS * SEQ_BLOCKS];
-    gn_seqs seqs;
 } model;
-
-/* Products neither grow nor shrink what goes through them. */
-static random_matrix weight(model *m, rng *r, int64_t rows, int64_t cols) {
-    random_matrix w = make_matrix(r, GN_Q_NF4, m->s.double_quant, GN_BF16, rows, cols);
-    const gn_quant_sizes sizes = gn_quant_sizes_of(GN_Q_NF4, m->s.double_quant, rows, cols);
-    const float scale = 2.0f / sqrtf((float)cols);
-    float *absmax = w.owned[m->s.double_quant ? 3 : 1];
-    const size_t bytes = m->s.double_quant ? sizes.nested_absmax : sizes.absmax;
-    for (size_t i = 0; i < bytes / sizeof *absmax; i++) absmax[i] *= scale;
-    w.m.offset *= scale;
-    return w;
-}
-
-static gn_tensor scaled_rows(device_memory *memory, rng *r, gn_dtype dtype, int64_t rows,
-                             int64_t cols, float scale, float offset) {
-    float *v = random_floats(r, (size_t)(rows * cols));
-    for (int64_t i = 0; i < rows * cols; i++) v[i] = offset + scale * v[i];
-    const gn_tensor t = device_rows(memory, v, dtype, rows, cols, 0, 0);
-    free(v);
-    return t;
-}
 
 /* Keys or values of the past, the same on both sides. */
 static void open_cache(model *m, rng *r, gn_tensor *device, gn_tensor *host) {
-    const int64_t n = m->s.T * SEQ_BLOCKS, row = (int64_t)m->s.kv_heads * TOKENS * m->s.D;
+    const int64_t n = m->s.T * SEQ_BLOCKS, row = (int64_t)m->s.kv_heads * CACHE_TOKENS * m->s.D;
     float *past = random_floats(r, (size_t)(n * row));
     round_floats(past, GN_BF16, n * row);
-    *device = device_rows(&m->placed, past, GN_BF16, n, row, 0, 0);
-    *host = device_rows(&m->host, past, GN_F32, n, row, 0, 0);
+    *device = cache_rows(&m->placed, past, GN_BF16, n, m->s.kv_heads, m->s.D);
+    *host = cache_rows(&m->host, past, GN_F32, n, m->s.kv_heads, m->s.D);
     free(past);
-    for (int i = 0; i < 2; i++) {
-        gn_tensor *t = i ? host : device;
-        t->ndim = 4;
-        t->shape[1] = m->s.kv_heads, t->shape[2] = TOKENS, t->shape[3] = m->s.D;
+}
+
+static void open_layers(model *m, rng *r, const int rows[PROJ], const int cols[PROJ]) {
+    decoder_layers *d = &m->decoder, *o = &m->ops;
+    for (int i = 0; i < m->s.layers; i++) {
+        for (int p = 0; p < PROJ; p++) {
+            m->w[i][p] = steady_matrix(r, GN_Q_NF4, m->s.double_quant, rows[p], cols[p]);
+            o->w[i][p] = m->w[i][p].m;
+            d->w[i][p] = device_matrix(&m->placed, &m->w[i][p].m);
+        }
+        for (int j = 0; j < 2; j++)
+            d->norms[i][j] = o->norms[i][j] = scaled_vector(&m->host, r, m->s.hidden, 0.25f, 1);
+        open_cache(m, r, &d->kv[i].k, &o->kv[i].k);
+        open_cache(m, r, &d->kv[i].v, &o->kv[i].v);
     }
 }
 
-/* Every fifth projection has none. */
-static void open_term(model *m, rng *r, int term, const int rows[], const int cols[]) {
-    const int rank = m->s.terms[term].rank;
-    for (int i = 0; i < m->s.layers * PROJ; i++) {
-        const int p = i % PROJ;
-        if ((i + term) % 5 == 4) continue;
-        gn_lora_pair *pair = &m->pairs[term][i];
-        pair->rank = rank;
-        pair->scale = 0.5f;
-        pair->a = scaled_rows(&m->placed, r, GN_BF16, rank, cols[p], 1 / sqrtf((float)cols[p]), 0);
-        pair->b = scaled_rows(&m->placed, r, GN_BF16, rows[p], rank, 1 / sqrtf((float)rank), 0);
-    }
-    m->terms[term] = (gn_lora){.row0 = m->s.terms[term].row0,
-                               .rows = m->s.terms[term].rows,
-                               .scale = term % 2 ? -0.7f : 1.1f,
-                               .pairs = m->pairs[term],
-                               .placed = m->pairs[term]};
+static void open_batch(model *m, rng *r) {
+    const int T = m->s.T;
+    decoder_layers *o = &m->ops;
+    for (int i = 0; i <= T; i++) m->row0[i] = i;
+    for (int i = 0; i < T; i++) m->pos0[i] = m->s.past[i % COUNT(m->s.past)];
+    for (int i = 0; i < T * SEQ_BLOCKS; i++) m->blocks[i] = (i * 7 + 3) % (T * SEQ_BLOCKS);
+    o->seqs = (gn_seqs){T, SEQ_BLOCKS, m->row0, m->pos0, m->blocks};
+    o->cos = device_rows(&m->host, NULL, GN_F32, T, m->s.D / 2, 0, 0);
+    o->sin = device_rows(&m->host, NULL, GN_F32, T, m->s.D / 2, 0, 0);
+    const gn_tensor inv_freq = scaled_vector(&m->host, r, m->s.D / 2, 0.5f, 0.5f);
+    cr_assert_eq(gn_rope_table(o->ctx, &o->cos, &o->sin, &inv_freq, &o->seqs), GN_OK);
+    gn_tensor *const activations[] = {&o->q, &o->k, &o->v, &o->a, &o->h};
+    const int dim = m->s.heads * m->s.D, kv = m->s.kv_heads * m->s.D;
+    const int cols[] = {dim, kv, kv, dim, m->s.intermediate};
+    for (int i = 0; i < COUNT(cols); i++)
+        *activations[i] = device_rows(&m->host, NULL, GN_F32, T, cols[i], 0, 0);
+    m->decoder.seqs = o->seqs;
 }
 
 static void open_model(model *m, shape s) {
     rng r = {(uint64_t)(s.hidden + s.T + s.D)};
-    *m = (model){.s = s, .cpu = open_on("cpu", GN_F32), .device = open_on("cuda", GN_BF16)};
-    m->device->cuda->sms = s.sms;
-    m->host.ctx = m->cpu;
-    m->placed.ctx = m->device;
+    *m = (model){.s = s};
+    decoder_layers *const both[] = {&m->decoder, &m->ops};
+    for (int i = 0; i < 2; i++)
+        *both[i] = (decoder_layers){.ctx = i ? open_on("cpu", GN_F32) : open_on("cuda", GN_BF16),
+                                    .n = s.layers,
+                                    .heads = s.heads,
+                                    .kv_heads = s.kv_heads,
+                                    .D = s.D,
+                                    .terms = m->terms,
+                                    .n_terms = s.n_terms};
+    m->decoder.ctx->cuda->sms = s.sms;
+    m->placed.ctx = m->decoder.ctx;
+    m->host.ctx = m->ops.ctx;
     const int dim = s.heads * s.D, kv = s.kv_heads * s.D;
     const int rows[PROJ] = {dim, kv, kv, s.hidden, s.intermediate, s.intermediate, s.hidden};
     const int cols[PROJ] = {s.hidden, s.hidden, s.hidden, dim, s.hidden, s.hidden, s.intermediate};
-    for (int i = 0; i < s.layers; i++) {
-        for (int p = 0; p < PROJ; p++) {
-            m->w[i][p] = weight(m, &r, rows[p], cols[p]);
-            m->tiles[i][p] = device_matrix(&m->placed, &m->w[i][p].m);
-        }
-        for (int j = 0; j < 2; j++) {
-            m->norms[i][j] = scaled_rows(&m->host, &r, GN_F32, 1, s.hidden, 0.25f, 1);
-            m->norms[i][j] = gn_tensor_1d(m->norms[i][j].data, GN_F32, s.hidden);
-        }
-        open_cache(m, &r, &m->kv[0][i].k, &m->kv[1][i].k);
-        open_cache(m, &r, &m->kv[0][i].v, &m->kv[1][i].v);
+    open_layers(m, &r, rows, cols);
+    for (int i = 0; i < s.n_terms; i++) {
+        open_pairs(m->pairs[i], &m->placed, &r, s.layers, i, s.terms[i].rank, rows, cols);
+        m->terms[i] = (gn_lora){.row0 = s.terms[i].row0,
+                                .rows = s.terms[i].rows,
+                                .scale = i % 2 ? -0.7f : 1.1f,
+                                .pairs = m->pairs[i],
+                                .placed = m->pairs[i]};
     }
-    for (int i = 0; i < s.n_terms; i++) open_term(m, &r, i, rows, cols);
-    for (int i = 0; i <= s.T; i++) m->row0[i] = i;
-    for (int i = 0; i < s.T; i++) m->pos0[i] = s.past[i % COUNT(s.past)];
-    for (int i = 0; i < s.T * SEQ_BLOCKS; i++) m->blocks[i] = (i * 7 + 3) % (s.T * SEQ_BLOCKS);
-    m->seqs = (gn_seqs){s.T, SEQ_BLOCKS, m->row0, m->pos0, m->blocks};
-    const gn_tensor frequencies = scaled_rows(&m->host, &r, GN_F32, 1, s.D / 2, 0.5f, 0.5f);
-    const gn_tensor inv_freq = gn_tensor_1d(frequencies.data, GN_F32, s.D / 2);
-    m->cos = device_rows(&m->host, NULL, GN_F32, s.T, s.D / 2, 0, 0);
-    m->sin = device_rows(&m->host, NULL, GN_F32, s.T, s.D / 2, 0, 0);
-    cr_assert_eq(gn_rope_table(m->cpu, &m->cos, &m->sin, &inv_freq, &m->seqs), GN_OK);
+    open_batch(m, &r);
 }
 
 static void close_model(model *m) {
@@ -156,118 +136,28 @@ static void close_model(model *m) {
     device_free(&m->placed);
     for (int i = 0; i < m->s.layers; i++)
         for (int p = 0; p < PROJ; p++) free_matrix(&m->w[i][p]);
-    gn_ctx_close(m->device);
-    gn_ctx_close(m->cpu);
-}
-
-/* ---- the reference ---- */
-
-static gn_status project(model *m, int layer, int first, int n, gn_tensor x, const gn_tensor *norm,
-                         gn_epilogue epilogue, const gn_tensor *y) {
-    gn_linear_args args = {.x = x, .norm = norm, .eps = 1e-5f, .epilogue = epilogue, .n_parts = n};
-    args.lora = m->s.n_terms ? m->terms : NULL;
-    args.n_lora = m->s.n_terms;
-    args.pair = layer * PROJ + first;
-    for (int i = 0; i < n; i++) {
-        args.part[i].w = &m->w[layer][first + i].m;
-        args.part[i].y = y[i];
-    }
-    return gn_linear(m->cpu, &args);
-}
-
-static gn_tensor heads_of(const gn_tensor *t, int heads) {
-    const int64_t dim = t->shape[1];
-    const gn_tensor view = {t->data, t->dtype, 3, {t->shape[0], heads, dim / heads, 1}, dim};
-    return view;
-}
-
-static gn_tensor activations(model *m, int cols) {
-    return device_rows(&m->host, NULL, GN_F32, m->s.T, cols, 0, 0);
-}
-
-static void run_ops(model *m, gn_tensor x) {
-    const shape *s = &m->s;
-    const gn_tensor a = activations(m, s->heads * s->D), h = activations(m, s->intermediate);
-    const gn_tensor qkv[] = {activations(m, s->heads * s->D), activations(m, s->kv_heads * s->D),
-                             activations(m, s->kv_heads * s->D)};
-    const gn_tensor gate_up[] = {h, h};
-    gn_tensor q = heads_of(&qkv[0], s->heads), y = heads_of(&a, s->heads);
-    const gn_tensor k = heads_of(&qkv[1], s->kv_heads), v = heads_of(&qkv[2], s->kv_heads);
-    reserve(m->cpu, gn_linear_workspace(m->cpu, ROWS, 2048, 4096, 64, TERMS) +
-                        gn_attention_workspace(m->cpu, 1024));
-    gn_status status = GN_OK;
-    for (int i = 0; i < s->layers && !status; i++) {
-        gn_kv *kv = &m->kv[1][i];
-        status = project(m, i, 0, 3, x, &m->norms[i][0], GN_STORE, qkv);
-        if (!status) status = gn_rope_store(m->cpu, &q, &k, &v, &m->cos, &m->sin, &m->seqs, kv);
-        if (!status) status = gn_attention(m->cpu, &y, &q, kv, &m->seqs);
-        if (!status) status = project(m, i, 3, 1, a, NULL, GN_ADD, &x);
-        if (!status) status = project(m, i, 4, 2, x, &m->norms[i][1], GN_SWIGLU, gate_up);
-        if (!status) status = project(m, i, 6, 1, h, NULL, GN_ADD, &x);
-    }
-    cr_assert_eq(status, GN_OK, "%s", gn_status_text(status));
-}
-
-/* ---- the kernels ---- */
-
-static gn_decoder *open_decoder(model *m) {
-    gn_decoder_layer layers[LAYERS];
-    for (int i = 0; i < m->s.layers; i++) {
-        const gn_matrix *w = m->tiles[i];
-        layers[i] =
-            (gn_decoder_layer){&m->norms[i][0], &m->norms[i][1], &w[0], &w[1], &w[2],
-                               &w[3],           &w[4],           &w[5], &w[6], &m->kv[0][i]};
-    }
-    const gn_decoder_options options = {layers,        m->s.layers, m->s.heads,
-                                        m->s.kv_heads, m->s.D,      1e-5f};
-    gn_decoder *d = NULL;
-    cr_assert_eq(gn_decoder_open(&d, m->device, &options), GN_OK);
-    return d;
+    gn_ctx_close(m->decoder.ctx);
+    gn_ctx_close(m->ops.ctx);
 }
 
 /* Twice, with the same result: so all counters are as they were. */
 static void run_decoder(model *m, gn_tensor x, const float *start) {
     const int32_t ids[ROWS] = {0};
+    const decoder_layers *l = &m->decoder;
     const size_t bytes = (size_t)(m->s.T * m->s.hidden) * sizeof(float);
     float *first = malloc(bytes);
-    gn_decoder *d = open_decoder(m);
-    reserve(m->device, gn_linear_workspace(m->device, ROWS, 2048, 4096, 64, TERMS));
-    cr_assert_eq(gn_stage(m->device, ids, &m->seqs, m->terms, m->s.n_terms), GN_OK);
+    gn_decoder *d = open_decoder(l);
+    reserve(l->ctx, gn_linear_workspace(l->ctx, ROWS, 2048, 4096, 64, TERMS));
+    cr_assert_eq(gn_stage(l->ctx, ids, &l->seqs, m->terms, l->n_terms), GN_OK);
     for (int i = 0; i < 2; i++) {
         memcpy(x.data, start, bytes);
-        cr_assert_eq(gn_decoder_run(d, &x, &m->cos, &m->sin, &m->seqs, m->terms, m->s.n_terms),
-                     GN_OK);
+        cr_assert_eq(
+            gn_decoder_run(d, &x, &m->ops.cos, &m->ops.sin, &l->seqs, m->terms, l->n_terms), GN_OK);
         if (i == 0) memcpy(first, x.data, bytes);
     }
     cr_assert_arr_eq(x.data, first, bytes, "not the same again");
     gn_decoder_close(d);
     free(first);
-}
-
-/* ---- both ---- */
-
-/* |a - b| / |b - from|; from may be NULL. */
-static double distance(const float *a, const float *b, const float *from, int64_t n) {
-    double off = 0, all = 0;
-    for (int64_t i = 0; i < n; i++) {
-        off += pow((double)a[i] - b[i], 2);
-        all += pow((double)b[i] - (from ? from[i] : 0), 2);
-    }
-    return sqrt(off / all);
-}
-
-/* The decoder rounds to bfloat16 before every product. */
-static const double BOUND = 1.5e-2;
-
-static void compare_cache(model *m, verdict *v, int layer, const gn_tensor *got,
-                          const gn_tensor *expected) {
-    const int64_t n = gn_tensor_numel(got), D = m->s.D;
-    float *wide = malloc((size_t)n * sizeof *wide);
-    cr_assert(read_rows(m->device, wide, got));
-    for (int64_t i = 0; i < n; i += D) /* a position's head */
-        judge(v, layer, i, distance(wide + i, (const float *)expected->data + i, NULL, D), 0,
-              2 * BOUND);
-    free(wide);
 }
 
 static void test_shape(tally *tally, shape s) {
@@ -280,19 +170,12 @@ static void test_shape(tally *tally, shape s) {
     float *start = random_floats(&r, (size_t)(s.T * s.hidden));
     const gn_tensor expected = device_rows(&m.host, start, GN_F32, s.T, s.hidden, 0, 0);
     const gn_tensor got = device_rows(&m.placed, start, GN_F32, s.T, s.hidden, 0, 0);
-    run_ops(&m, expected);
+    reserve(m.ops.ctx, gn_linear_workspace(m.ops.ctx, ROWS, 2048, 4096, 64, TERMS) +
+                           gn_attention_workspace(m.ops.ctx, 1024));
+    cr_assert_eq(run_ops(&m.ops, expected), GN_OK);
     run_decoder(&m, got, start);
-    for (int64_t t = 0; t < s.T; t++) {
-        const int64_t at = t * s.hidden;
-        judge(&v, t, -1,
-              distance((const float *)got.data + at, (const float *)expected.data + at, start + at,
-                       s.hidden),
-              0, BOUND);
-    }
-    for (int i = 0; i < s.layers; i++) {
-        compare_cache(&m, &v, i, &m.kv[0][i].k, &m.kv[1][i].k);
-        compare_cache(&m, &v, i, &m.kv[0][i].v, &m.kv[1][i].v);
-    }
+    judge_rows(&v, got.data, expected.data, start, s.T, s.hidden);
+    judge_caches(&v, &m.decoder, &m.ops);
     settle(tally, &v, guards_stand(&m.placed) ? NULL : "a guard is written");
     free(start);
     close_model(&m);

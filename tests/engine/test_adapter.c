@@ -11,18 +11,10 @@
 
 #include "engine/adapter.h"
 #include "engine/tensor_file.h"
+#include "tests/support/golden_models.h"
 
 #define GOLDEN GN_SOURCE_DIR "/tests/golden/data/"
 #define SMOLLM GN_SOURCE_DIR "/../shared/data/adapters/smollm135m-medical-500"
-
-/* golden/tiny-bf16 */
-static const gn_config tiny = {.layers = 3,
-                               .hidden = 128,
-                               .intermediate = 352,
-                               .heads = 4,
-                               .kv_heads = 4,
-                               .head_dim = 32,
-                               .vocab = 512};
 
 /* A base so small that its adapters can be written and damaged quickly. */
 static const gn_config mini = {.layers = 2,
@@ -195,7 +187,7 @@ Test(adapter, golden) {
         gn_tensor_file *file = NULL;
         snprintf(folder, sizeof folder, GOLDEN "%s", cases[c].name);
         snprintf(path, sizeof path, "%s/%s", folder, cases[c].file);
-        cr_assert_eq(gn_adapter_load(&adapters[c], &tiny, "tiny", folder, &err), GN_OK, "%s",
+        cr_assert_eq(gn_adapter_load(&adapters[c], &golden_tiny, "tiny", folder, &err), GN_OK, "%s",
                      err.message);
         cr_assert_eq(c == 3 ? gn_torch_open(&file, path, &err)
                             : gn_safetensors_open(&file, path, &err),
@@ -240,7 +232,7 @@ Test(adapter, golden_values) {
         gn_adapter *adapter = NULL;
         gn_error err = {0};
         snprintf(folder, sizeof folder, GOLDEN "%s", cases[c].name);
-        cr_assert_eq(gn_adapter_load(&adapter, &tiny, "tiny", folder, &err), GN_OK);
+        cr_assert_eq(gn_adapter_load(&adapter, &golden_tiny, "tiny", folder, &err), GN_OK);
         cr_assert_eq(((const float *)adapter->pairs[1][GN_Q].a.data)[0], cases[c].first);
         gn_adapter_close(adapter);
     }
@@ -275,7 +267,7 @@ Test(adapter, smollm) {
     gn_adapter_close(adapter);
 
     adapter = NULL;
-    cr_assert_eq(gn_adapter_load(&adapter, &tiny, "tiny", SMOLLM, &err), GN_EMISMATCH);
+    cr_assert_eq(gn_adapter_load(&adapter, &golden_tiny, "tiny", SMOLLM, &err), GN_EMISMATCH);
     cr_assert_null(adapter);
     static const char *const says[] = {
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "(16, 576)",
@@ -374,8 +366,8 @@ Test(adapter, hash_is_of_contents) {
     write_bytes(
         "adapter_config.json", config,
         read_bytes(GOLDEN "adapter-all-r16-bin/adapter_config.json", config, sizeof config));
-    gn_adapter *legacy = NULL, *modern = load(&tiny);
-    cr_assert_eq(gn_adapter_load(&legacy, &tiny, "tiny", GOLDEN "adapter-all-r16-bin", &err),
+    gn_adapter *legacy = NULL, *modern = load(&golden_tiny);
+    cr_assert_eq(gn_adapter_load(&legacy, &golden_tiny, "tiny", GOLDEN "adapter-all-r16-bin", &err),
                  GN_OK);
     cr_assert(same_hash(legacy, modern));
     gn_adapter_close(legacy);

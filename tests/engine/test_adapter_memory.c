@@ -3,81 +3,26 @@
  * a few of its own: stdio then reads unbuffered, asprintf does not shrink its result. Such a load
  * must be whole.
  *
- * This program's own malloc stands before the C library's. Sanitizers bring theirs and cannot be
- * asked to fail, so under them the loads run without failures, for their checks of the rest. */
+ * Under sanitizers the loads run without failures, for their checks of the rest. */
 #include <criterion/criterion.h>
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine/adapter.h"
+#include "tests/support/failing_alloc.h"
+#include "tests/support/golden_models.h"
 
 #define GOLDEN GN_SOURCE_DIR "/tests/golden/data/"
 
-static bool watching;
-static long calls, fail_at, live;
-
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define CAN_FAIL true
-
-void *__libc_malloc(size_t bytes);
-void *__libc_calloc(size_t n, size_t bytes);
-void *__libc_realloc(void *p, size_t bytes);
-void *__libc_memalign(size_t alignment, size_t bytes);
-void __libc_free(void *p);
-
-static bool fails(void) {
-    if (!watching || ++calls != fail_at) return false;
-    errno = ENOMEM;
-    return true;
-}
-
-static void *counted(void *p) {
-    if (watching && p) live++;
-    return p;
-}
-
-void *malloc(size_t bytes) {
-    return fails() ? NULL : counted(__libc_malloc(bytes));
-}
-
-void *calloc(size_t n, size_t bytes) {
-    return fails() ? NULL : counted(__libc_calloc(n, bytes));
-}
-
-void *realloc(void *p, size_t bytes) {
-    if (fails()) return NULL;
-    return p ? __libc_realloc(p, bytes) : counted(__libc_realloc(p, bytes));
-}
-
-void *aligned_alloc(size_t alignment, size_t bytes) {
-    return fails() ? NULL : counted(__libc_memalign(alignment, bytes));
-}
-
-void free(void *p) {
-    if (watching && p) live--;
-    __libc_free(p);
-}
-#else
-#define CAN_FAIL false
-#endif
-
 /* *hash is the adapter's, when it was loaded. */
 static gn_status load(const char *dir, long nth, uint64_t hash[2]) {
-    static const gn_config tiny = {.layers = 3,
-                                   .hidden = 128,
-                                   .intermediate = 352,
-                                   .heads = 4,
-                                   .kv_heads = 4,
-                                   .head_dim = 32,
-                                   .vocab = 512};
     gn_adapter *adapter = NULL;
     gn_error err = {0};
     calls = live = 0;
     fail_at = nth;
     watching = true;
-    const gn_status status = gn_adapter_load(&adapter, &tiny, "tiny", dir, &err);
+    const gn_status status = gn_adapter_load(&adapter, &golden_tiny, "tiny", dir, &err);
     if (adapter) memcpy(hash, adapter->hash, sizeof adapter->hash);
     gn_adapter_close(adapter);
     watching = false;

@@ -5,6 +5,7 @@
 #include <criterion/criterion.h>
 #include <string.h>
 
+#include "tests/support/golden_models.h"
 #include "tests/support/uploads.h"
 
 #define GOLDEN GN_SOURCE_DIR "/tests/golden/data/"
@@ -20,16 +21,10 @@ typedef struct room {
 } room;
 
 static gn_adapter_use load(const char *dir) {
-    static const gn_config tiny = {.layers = 3,
-                                   .hidden = 128,
-                                   .intermediate = 352,
-                                   .heads = 4,
-                                   .kv_heads = 4,
-                                   .head_dim = 32,
-                                   .vocab = 512};
     gn_adapter_use use = {.scale = 1};
     gn_error err = {0};
-    cr_assert_eq(gn_adapter_load(&use.adapter, &tiny, "tiny", dir, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_adapter_load(&use.adapter, &golden_tiny, "tiny", dir, &err), GN_OK, "%s",
+                 err.message);
     return use;
 }
 

@@ -41,8 +41,7 @@ Test(gpu_ops, embed_copies_rows) {
         snprintf(v.name, sizeof v.name, "embed %s T=%d C=%d", gn_dtype_name(dtypes[i % 3]), T, C);
         cr_assert_eq(gn_embed(s.cpu, &e, &table.m, known, NULL, 0), GN_OK);
         cr_assert_eq(gn_stage(s.gpu, ids, &seqs, NULL, 0), GN_OK);
-        const char *why =
-            ran(s.gpu, gn_embed(s.gpu, &y, &placed, ids, drawn_there, DRAWN), v.name);
+        const char *why = ran(s.gpu, gn_embed(s.gpu, &y, &placed, ids, drawn_there, DRAWN), v.name);
         if (!why && !read_rows(s.gpu, got, &y)) why = "a gap between rows of y is written";
         if (!why && !guards_stand(&m)) why = "a guard is written";
         for (int j = 0; j < T * C && !why; j++) judge(&v, j / C, j % C, got[j], expected[j], 0);

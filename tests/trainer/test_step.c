@@ -1,7 +1,6 @@
 /* The training step against PEFT, bitsandbytes and torch (golden/data/train.safetensors), and
  * against itself: gradients add up over micro-batches, packed samples do not see each other,
- * dropout is the same forward and backward, and results do not depend on the number of threads. The
- * golden run needs an optimizer; it uses a plain AdamW of its own. */
+ * dropout is the same forward and backward, and results do not depend on the number of threads. */
 #include "trainer/step.h"
 
 #include <criterion/criterion.h>
@@ -11,6 +10,7 @@
 #include <string.h>
 
 #include "engine/adapter.h"
+#include "kernels/adamw.h"
 
 #define DATA GN_SOURCE_DIR "/tests/golden/data/"
 
@@ -28,7 +28,7 @@ enum {
 typedef struct param {
     char name[96];
     gn_tensor weight, grad;
-    float *m, *v; /* of AdamW */
+    gn_tensor m, v; /* moments */
 } param;
 
 typedef struct run {
@@ -57,8 +57,8 @@ static param *add_param(run *r, const gn_tensor *from, const char *name) {
     p->weight.dtype = p->grad.dtype = GN_F32;
     p->weight.data = zeros(n);
     p->grad.data = zeros(n);
-    p->m = zeros(n);
-    p->v = zeros(n);
+    p->m = gn_tensor_1d(zeros(n), GN_F32, n);
+    p->v = gn_tensor_1d(zeros(n), GN_F32, n);
     gn_widen(p->weight.data, from->data, from->dtype, n);
     return p;
 }
@@ -143,14 +143,18 @@ static void close_run(run *r) {
     for (int i = 0; i < r->n; i++) {
         free(r->params[i].weight.data);
         free(r->params[i].grad.data);
-        free(r->params[i].m);
-        free(r->params[i].v);
+        free(r->params[i].m.data);
+        free(r->params[i].v.data);
     }
     free(r->pairs);
     free(r->grads);
     free(r->layers);
     gn_train_step_close(r->step);
     gn_model_close(r->model);
+}
+
+static gn_tensor flat(const gn_tensor *t) {
+    return gn_tensor_1d(t->data, t->dtype, gn_tensor_numel(t));
 }
 
 static void clear_grads(run *r) {
@@ -170,20 +174,20 @@ static double grad_norm(const run *r) {
     return sqrt(sum);
 }
 
-static void adamw(run *r, int step, double lr, double grad_scale) {
-    const double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+static void update(run *r, int step, float lr, float grad_scale) {
     for (int i = 0; i < r->n; i++) {
-        param *p = &r->params[i];
-        float *w = p->weight.data;
-        const float *grad = p->grad.data;
-        for (int64_t j = 0; j < gn_tensor_numel(&p->weight); j++) {
-            const double g = grad_scale * grad[j];
-            p->m[j] = (float)(beta1 * p->m[j] + (1 - beta1) * g);
-            p->v[j] = (float)(beta2 * p->v[j] + (1 - beta2) * g * g);
-            const double m = p->m[j] / (1 - pow(beta1, step));
-            const double v = p->v[j] / (1 - pow(beta2, step));
-            w[j] = (float)(w[j] - lr * m / (sqrt(v) + eps));
-        }
+        const param *p = &r->params[i];
+        gn_adamw_args args = {.lr = lr,
+                              .beta1 = 0.9f,
+                              .beta2 = 0.999f,
+                              .eps = 1e-8f,
+                              .grad_scale = grad_scale,
+                              .step = step,
+                              .master = flat(&p->weight),
+                              .grad = flat(&p->grad),
+                              .m = {.values = flat(&p->m)},
+                              .v = {.values = flat(&p->v)}};
+        cr_assert_eq(gn_adamw(r->model->ctx, &args), GN_OK);
     }
 }
 
@@ -274,7 +278,7 @@ static void follow_golden(run *r, golden *g, const char *prefix, double lr, doub
         const double found = grad_norm(r);
         worst_loss = fmax(worst_loss, fabs(sum * b.scale - loss[i]) / loss[i]);
         worst_norm = fmax(worst_norm, fabs(found - norm[i]) / norm[i]);
-        adamw(r, i + 1, lr, found > 0.3 ? 0.3 / (found + 1e-6) : 1);
+        update(r, i + 1, (float)lr, gn_clip_scale(found, 0.3));
     }
     fprintf(stderr, "%slosses within %.2e, gradient norms within %.2e\n", prefix, worst_loss,
             worst_norm);

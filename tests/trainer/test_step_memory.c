@@ -1,66 +1,16 @@
 /* Memory of a training step: running allocates nothing, and every allocation of opening one fails
  * once, each time ending with GN_ENOMEM and nothing left behind.
- *
- * This program's own malloc stands before the C library's. Sanitizers bring theirs, so under them
- * nothing is counted and nothing fails. */
+ * Under sanitizers nothing is counted and nothing fails. */
 #include <criterion/criterion.h>
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine/adapter.h"
+#include "tests/support/failing_alloc.h"
 #include "trainer/step.h"
 
 #define DATA GN_SOURCE_DIR "/tests/golden/data/"
-
-static bool watching;
-static long calls, fail_at, live;
-
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define CAN_FAIL true
-
-void *__libc_malloc(size_t bytes);
-void *__libc_calloc(size_t n, size_t bytes);
-void *__libc_realloc(void *p, size_t bytes);
-void *__libc_memalign(size_t alignment, size_t bytes);
-void __libc_free(void *p);
-
-static bool fails(void) {
-    return watching && ++calls == fail_at;
-}
-
-static void *counted(void *p) {
-    if (watching && p) live++;
-    return p;
-}
-
-void *malloc(size_t bytes) {
-    return fails() ? NULL : counted(__libc_malloc(bytes));
-}
-
-void *calloc(size_t n, size_t bytes) {
-    return fails() ? NULL : counted(__libc_calloc(n, bytes));
-}
-
-void *realloc(void *p, size_t bytes) {
-    if (fails()) return NULL;
-    return p ? __libc_realloc(p, bytes) : counted(__libc_realloc(p, bytes));
-}
-
-int posix_memalign(void **out, size_t alignment, size_t bytes) {
-    if (fails()) return ENOMEM;
-    *out = counted(__libc_memalign(alignment, bytes));
-    return *out ? 0 : ENOMEM;
-}
-
-void free(void *p) {
-    if (watching && p) live--;
-    __libc_free(p);
-}
-#else
-#define CAN_FAIL false
-#endif
 
 enum { TOKENS = 24 };
 
