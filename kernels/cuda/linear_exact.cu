@@ -4,6 +4,7 @@
  * output is one thread's sum over K in order, so that it does not depend on the batch. LoRA's terms
  * come first: u = scale A x for each row of a term, then B u, also in orders of their own. */
 #include "linear.cuh"
+#include "rows.cuh"
 
 enum { COLUMNS = 64, ROWS = 16, STEP = 32, THREADS = 256, OUTPUTS = COLUMNS * ROWS / THREADS };
 
@@ -63,6 +64,7 @@ struct terms {
     int n, pair, n_parts, max_rank;
     int64_t K;
     float *u; /* (rows of all terms, n_parts, max_rank) */
+    gn_dropout dropout;
 };
 
 /* u of one row of a term, `row` counting those of the terms before. */
@@ -80,6 +82,7 @@ static __global__ void __launch_bounds__(THREADS) project_kernel(struct terms c,
     pdl_wait();
     const int64_t t = blockIdx.x;
     const int part = blockIdx.y, lane = threadIdx.x % WARP;
+    const struct mask mask = {c.dropout, (uint32_t)(c.pair + part), 0};
     int64_t before = 0;
     for (int i = 0; i < c.n; before += c.terms[i++].rows) {
         const gn_lora *term = &c.terms[i];
@@ -87,8 +90,11 @@ static __global__ void __launch_bounds__(THREADS) project_kernel(struct terms c,
         const gn_lora_pair *pair = &term->placed[c.pair + part];
         for (int r = threadIdx.x / WARP; r < pair->rank; r += THREADS / WARP) {
             float sum = 0.0f;
-            for (int64_t k = lane; k < c.K; k += WARP)
-                sum = fmaf(value_of(pair->a, r * pair->a.ld + k), x[t * c.K + k], sum);
+            for (int64_t k = lane; k < c.K; k += WARP) {
+                float v = x[t * c.K + k];
+                if (c.dropout.p > 0) drop<1>(&v, mask, t, k);
+                sum = fmaf(value_of(pair->a, r * pair->a.ld + k), v, sum);
+            }
             sum = warp_sum(sum);
             if (lane == 0)
                 u_at(c, before + t - term->row0, part)[r] = term->scale * pair->scale * sum;
@@ -127,7 +133,7 @@ static gn_status add_terms(gn_ctx *ctx, const gn_linear_args *args, const float 
                            const gn_cuda_parts *parts, float *out) {
     const unsigned T = (unsigned)args->x.shape[0];
     const struct terms c = {ctx->cuda->batch.terms, args->n_lora,     args->pair, args->n_parts,
-                            max_rank_of(args),      args->x.shape[1], u};
+                            max_rank_of(args),      args->x.shape[1], u, args->dropout};
     gn_status status =
         launch(ctx, project_kernel, dim3(T, (unsigned)args->n_parts), dim3(THREADS), 0, c, x);
     for (int i = 0; i < args->n_parts && !status; i++) {

@@ -1,9 +1,10 @@
-/* rope.cu - rotary positions, and the keys' and values' way into the paged cache. Twin: cpu/rope.c.
+/* rope.cu - rotary positions, the keys' and values' way into the paged cache, and the way back.
+ * Twin: cpu/rope.c.
  *
- * One launch rotates q in place, and k on its way into the cache beside v. A thread takes some
+ * For inference one launch rotates q in place, and k on its way into the cache beside v. A thread takes some
  * dimensions of a head and those that they are paired with, half a head further: 16 bytes of each
  * where alignment allows, else one element. Bound by memory, and for a few rows by the launch. */
-#include "common.cuh"
+#include "rows.cuh"
 
 enum { THREADS = 256 };
 
@@ -178,4 +179,64 @@ gn_status gn_cuda_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, cons
                                : launch_rope<T, bf16, 1>(ctx, &args, rows);
     });
     return GN_OK;
+}
+
+/* ---- training ---- */
+
+struct turn {
+    struct rows x; /* (T, heads, 2 half) */
+    const float *cosines, *sines;
+    int64_t cos_ld, sin_ld, items; /* N dimensions and their pairs each */
+    int heads, half;
+    float sign; /* -1: back */
+};
+
+template <int N>
+static __global__ void __launch_bounds__(THREADS) turn_kernel(const struct turn o) {
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    const int per_head = o.half / N, per_row = o.heads * per_head;
+    const int64_t row = i / per_row;
+    const int item = (int)(i % per_row), j = item % per_head * N;
+    const int64_t col = (int64_t)(item / per_head) * 2 * o.half + j;
+    pdl_trigger();
+    pdl_wait();
+    if (i >= o.items) return;
+    float low[N], high[N];
+    load<N>(low, o.x, row, col);
+    load<N>(high, o.x, row, col + o.half);
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        const float c = o.cosines[row * o.cos_ld + j + k];
+        const float s = o.sign * o.sines[row * o.sin_ld + j + k];
+        const float a = low[k], b = high[k];
+        low[k] = a * c - b * s;
+        high[k] = b * c + a * s;
+    }
+    store<N>(o.x, row, col, low);
+    store<N>(o.x, row, col + o.half, high);
+}
+
+static gn_status turn(gn_ctx *ctx, const gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin,
+                      float sign) {
+    struct turn o = {};
+    o.x = rows_of(x);
+    o.cosines = (const float *)cos->data;
+    o.sines = (const float *)sin->data;
+    o.cos_ld = cos->ld;
+    o.sin_ld = sin->ld;
+    o.heads = (int)x->shape[1];
+    o.half = (int)(x->shape[2] / 2);
+    o.sign = sign;
+    const bool vectors = in_vectors(o.x, o.half);
+    o.items = x->shape[0] * o.heads * (o.half / (vectors ? ROW_VECTOR : 1));
+    return launch(ctx, vectors ? turn_kernel<ROW_VECTOR> : turn_kernel<1>,
+                  dim3((unsigned)((o.items + THREADS - 1) / THREADS)), dim3(THREADS), 0, o);
+}
+
+gn_status gn_cuda_rope(gn_ctx *ctx, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, x, cos, sin, 1);
+}
+
+gn_status gn_cuda_rope_bwd(gn_ctx *ctx, gn_tensor *dx, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, dx, cos, sin, -1);
 }
