@@ -210,8 +210,8 @@ static gn_status find_dx(const struct call *op, int n) {
         gn_cuda_factor w;
         status = weight_of(op, {0, op->V, c0, c}, &w);
         if (!status)
-            status = gn_cuda_gemm(op->ctx, n, c, op->V, 1, dlogits, w, 0, op->dx + c0, GN_F32,
-                                  op->C);
+            status =
+                gn_cuda_gemm(op->ctx, n, c, op->V, 1, dlogits, w, 0, op->dx + c0, GN_F32, op->C);
     }
     return status;
 }

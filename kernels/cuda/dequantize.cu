@@ -39,8 +39,7 @@ static __global__ void __launch_bounds__(THREADS)
     const int64_t row = i / per_row * GN_CUDA_TILE_ROWS + g;
     if (row >= r.rows) return;
     const uint2 codes = ((const uint2 *)((const char *)m.data + tile * GN_CUDA_TILE_BYTES))[lane];
-    const float scale =
-        block_scale(m, (r.row0 + row) * blocks + s, tile * GN_CUDA_TILE_ROWS + g);
+    const float scale = block_scale(m, (r.row0 + row) * blocks + s, tile * GN_CUDA_TILE_ROWS + g);
     float values[16];
 #pragma unroll
     for (int j = 0; j < 8; j++) {

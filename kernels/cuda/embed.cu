@@ -2,8 +2,8 @@
  * cpu/embed.c.
  *
  * Forward a block copies a piece of a row; the launch is what it costs. Backward the block of the
- * first row that has an id adds up those of all rows that have it, in order: as the CPU does, to the
- * bit. The floor is one read of dy, and one read and one write of the table's rows. */
+ * first row that has an id adds up those of all rows that have it, in order: as the CPU does, to
+ * the bit. The floor is one read of dy, and one read and one write of the table's rows. */
 #include <cuda_fp16.h>
 
 #include "common.cuh"

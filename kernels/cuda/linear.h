@@ -45,8 +45,8 @@ size_t gn_cuda_lora_bytes(const gn_ctx *ctx, int64_t rows, int64_t max_rank, int
 /* The call's `max_terms` for gn_cuda_lora_bytes: terms that cover a row, on the average. */
 int gn_cuda_lora_terms_a_row(const gn_linear_args *args);
 
-/* Its two launches; shrink for parts [part0, part0 + n_parts), of which x may be a copy under a mask
- * of their own. */
+/* Its two launches; shrink for parts [part0, part0 + n_parts), of which x may be a copy under a
+ * mask of their own. */
 gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, int part0, int n_parts,
                               const void *x, int64_t x_ld, void *scratch);
 gn_status gn_cuda_lora_expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, float *out);

@@ -115,8 +115,7 @@ size_t gn_cuda_linear_bwd_workspace(const gn_ctx *ctx, int64_t rows, int64_t max
         exact ? gn_cuda_linear_exact_workspace(rows, max_k, max_n, max_rank, 1)
               : gn_cuda_linear_dense_train_workspace(ctx, rows, max_k, max_n, max_rank),
         exact ? 0 : gn_cuda_linear_mma_workspace(ctx, rows, max_k, max_n, max_rank, 1),
-        exact ? 0 : gn_cuda_linear_decode_workspace(max_rank, 1),
-        gn_cuda_rmsnorm_bwd_bytes(rows)};
+        exact ? 0 : gn_cuda_linear_decode_workspace(max_rank, 1), gn_cuda_rmsnorm_bwd_bytes(rows)};
     size_t most = 0;
     for (size_t i = 0; i < sizeof bytes / sizeof *bytes; i++)
         if (bytes[i] > most) most = bytes[i];
@@ -170,8 +169,7 @@ static gn_status through_weight(const struct call *op, int part, struct span s, 
         const gn_cuda_region columns = {0, m->rows, k0, k};
         const gn_cuda_factor w = {stored ? m->data : op->memory.weight, k, false};
         if (!stored)
-            status =
-                gn_cuda_dequantize(op->ctx, m, &columns, op->memory.weight, k, op->dtype);
+            status = gn_cuda_dequantize(op->ctx, m, &columns, op->memory.weight, k, op->dtype);
         if (!status)
             status = gn_cuda_gemm(op->ctx, s.rows, k, m->rows, 1, dy, w, part > 0 ? 1.0f : 0.0f,
                                   to + k0 * (int64_t)gn_dtype_size(dx->dtype), dx->dtype, dx->ld);
@@ -195,8 +193,7 @@ static gn_status add_dx(const struct call *op, struct span s, int rank, gn_cuda_
     dx.shape[0] = s.rows;
     if (!mask)
         return gn_cuda_gemm(op->ctx, s.rows, op->K, rank, 1, v, a, 1, dx.data, dx.dtype, dx.ld);
-    const gn_tensor through =
-        gn_tensor_2d(op->memory.dropped, op->dtype, s.rows, op->K);
+    const gn_tensor through = gn_tensor_2d(op->memory.dropped, op->dtype, s.rows, op->K);
     const gn_status status = gn_cuda_gemm(op->ctx, s.rows, op->K, rank, 1, v, a, 0, through.data,
                                           through.dtype, through.ld);
     return status ? status : gn_cuda_add_dropped(op->ctx, &dx, &through, mask);
@@ -221,8 +218,7 @@ static gn_status through_lora(const struct call *op, int part, struct span s, gn
 
     gn_status status = rows_in(op, &pair->a, {0, r}, op->memory.a, NULL, &a);
     if (!status) status = rows_in(op, &pair->b, {0, N}, op->memory.b, NULL, &b);
-    if (!status)
-        status = gn_cuda_gemm(ctx, n, r, N, scale, dy, b, 0, op->memory.v, op->dtype, r);
+    if (!status) status = gn_cuda_gemm(ctx, n, r, N, scale, dy, b, 0, op->memory.v, op->dtype, r);
     if (!status && drops && (grads->da.data || grads->db.data)) {
         const gn_tensor from = {(void *)x.data, op->dtype, 2, {n, K, 1, 1}, x.ld};
         const gn_tensor to = gn_tensor_2d(op->memory.dropped, op->dtype, n, K);

@@ -4,6 +4,7 @@
  * output is one thread's sum over K in order, so that it does not depend on the batch. LoRA's terms
  * come first: u = scale A x for each row of a term, then B u, also in orders of their own. */
 #include "linear.cuh"
+#include "operands.h"
 #include "rows.cuh"
 
 enum { COLUMNS = 64, ROWS = 16, STEP = 32, THREADS = 256, OUTPUTS = COLUMNS * ROWS / THREADS };
@@ -133,7 +134,7 @@ static gn_status add_terms(gn_ctx *ctx, const gn_linear_args *args, const float 
                            const gn_cuda_parts *parts, float *out) {
     const unsigned T = (unsigned)args->x.shape[0];
     const struct terms c = {ctx->cuda->batch.terms, args->n_lora,     args->pair, args->n_parts,
-                            max_rank_of(args),      args->x.shape[1], u, args->dropout};
+                            max_rank_of(args),      args->x.shape[1], u,          args->dropout};
     gn_status status =
         launch(ctx, project_kernel, dim3(T, (unsigned)args->n_parts), dim3(THREADS), 0, c, x);
     for (int i = 0; i < args->n_parts && !status; i++) {
@@ -162,12 +163,8 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
     char *at = (char *)ctx->workspace;
     gn_tensor x = gn_tensor_2d(carve(&at, (size_t)(T * K) * sizeof(float)), GN_F32, T, K);
     float *lora = NULL;
-    gn_status status = args->norm
-                           ? gn_cuda_rmsnorm(ctx, &x, &args->x, args->norm, args->eps)
-                           : gn_cuda_status(cudaMemcpy2DAsync(
-                                 x.data, (size_t)K * sizeof(float), args->x.data,
-                                 (size_t)args->x.ld * sizeof(float), (size_t)K * sizeof(float),
-                                 (size_t)T, cudaMemcpyDeviceToDevice, gn_cuda_stream(ctx)));
+    gn_status status = args->norm ? gn_cuda_rmsnorm(ctx, &x, &args->x, args->norm, args->eps)
+                                  : gn_cuda_operands(ctx, &x, &args->x, NULL);
     if (!status && rank > 0) {
         lora = (float *)carve(&at, (size_t)(T * parts.first[parts.n]) * sizeof(float));
         status = add_terms(ctx, args, (const float *)x.data, (float *)at, &parts, lora);

@@ -334,7 +334,6 @@ gn_status gn_cuda_lora_expand(gn_ctx *ctx, const gn_linear_args *args, void *scr
 
 gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
                        void *scratch, float *out) {
-    const gn_status status =
-        gn_cuda_lora_shrink(ctx, args, 0, args->n_parts, x, x_ld, scratch);
+    const gn_status status = gn_cuda_lora_shrink(ctx, args, 0, args->n_parts, x, x_ld, scratch);
     return status ? status : gn_cuda_lora_expand(ctx, args, scratch, out);
 }

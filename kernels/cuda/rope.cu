@@ -1,9 +1,10 @@
 /* rope.cu - rotary positions, the keys' and values' way into the paged cache, and the way back.
  * Twin: cpu/rope.c.
  *
- * For inference one launch rotates q in place, and k on its way into the cache beside v. A thread takes some
- * dimensions of a head and those that they are paired with, half a head further: 16 bytes of each
- * where alignment allows, else one element. Bound by memory, and for a few rows by the launch. */
+ * For inference one launch rotates q in place, and k on its way into the cache beside v. A thread
+ * takes some dimensions of a head and those that they are paired with, half a head further: 16
+ * bytes of each where alignment allows, else one element. Bound by memory, and for a few rows by
+ * the launch. */
 #include "rows.cuh"
 
 enum { THREADS = 256 };

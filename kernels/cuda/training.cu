@@ -1,4 +1,5 @@
-/* training.cu - attention's ops of ops_train.h, which this backend does not have yet: each says so. */
+/* training.cu - attention's ops of ops_train.h, which this backend does not have yet: each says so.
+ */
 #include "cuda.h"
 
 gn_status gn_cuda_attention_train(gn_ctx *, const gn_attention_rows *) {

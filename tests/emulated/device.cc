@@ -74,10 +74,9 @@ static gn_status place(gn_ctx *, gn_matrix *out, const gn_matrix *host, void *me
     *out = *host;
     out->data = codes;
     if (!gn_cuda_is_tiled(host)) {
-        const gn_quant_sizes sizes = gn_quant_sizes_of(host->qtype, host->absmax_u8 != NULL,
-                                                       host->rows, host->cols);
-        memcpy(codes, host->data,
-               host->qtype == GN_Q_NONE ? gn_matrix_bytes(host) : sizes.data);
+        const gn_quant_sizes sizes =
+            gn_quant_sizes_of(host->qtype, host->absmax_u8 != NULL, host->rows, host->cols);
+        memcpy(codes, host->data, host->qtype == GN_Q_NONE ? gn_matrix_bytes(host) : sizes.data);
         if (host->absmax_u8)
             memcpy(scales, host->absmax_u8, sizes.absmax_u8);
         else if (host->absmax)

@@ -98,12 +98,12 @@ GN_EMULATED_SHARED(uint8_t, shared);
 #undef __launch_bounds__
 #define __shared__ thread_local
 #define __launch_bounds__(...)
-#define __syncthreads     emulator::sync_block
-#define __syncthreads_and emulator::all_of_block
+#define __syncthreads          emulator::sync_block
+#define __syncthreads_and      emulator::all_of_block
 #define __syncthreads_or(vote) (!emulator::all_of_block(!(vote)))
-#define __ballot_sync     emulator::ballot
-#define __shfl_sync       emulator::shuffle
-#define __expf            expf
+#define __ballot_sync          emulator::ballot
+#define __shfl_sync            emulator::shuffle
+#define __expf                 expf
 
 #define cudaLaunchKernelEx           emulator::launch
 #define cudaFuncSetAttribute(...)    cudaSuccess
