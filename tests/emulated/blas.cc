@@ -1,7 +1,5 @@
 /* blas.cc - the call of cuBLAS that kernels/cuda makes, as plain loops with double sums. */
-#include <cublas_v2.h>
-
-#include "kernels/base.h"
+#include "kernels/cuda/cuda.h"
 
 static float value(const void *m, cudaDataType type, int64_t i) {
     return type == CUDA_R_16BF ? gn_bf16_to_f32(((const uint16_t *)m)[i]) : ((const float *)m)[i];
