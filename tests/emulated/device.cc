@@ -155,6 +155,9 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     s->table.rope_bwd = gn_cuda_rope_bwd;
     s->table.cross_entropy = gn_cuda_cross_entropy;
     s->table.cross_entropy_workspace = gn_cuda_cross_entropy_workspace;
+    s->table.attention_train = gn_cuda_attention_train;
+    s->table.attention_bwd = gn_cuda_attention_bwd;
+    s->table.attention_train_workspace = gn_cuda_attention_train_workspace;
     s->table.stage = stage;
     s->table.place_bytes = place_bytes;
     s->table.place = place;
