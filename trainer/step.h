@@ -5,8 +5,9 @@
  * them and of their gradients, which the step adds to, so that micro-batches sum until the caller
  * clears them.
  *
- * What a layer's backward pass reads is either kept from the forward pass or computed again. Now
- * only each layer's input is kept. */
+ * What a layer's backward pass reads is either kept from the forward pass or computed again from
+ * the layer's input; results are the same bits whatever is kept. Layer inputs are kept in the
+ * compute dtype, and so the residual stream is rounded to it between layers. */
 #ifndef GN_TRAIN_STEP_H
 #define GN_TRAIN_STEP_H
 
@@ -46,11 +47,35 @@ typedef struct gn_train_batch {
 /* Labels that are learned: all but those of a sequence's first token. */
 int64_t gn_train_count(const gn_train_batch *batch);
 
+/* What a layer may keep. */
+typedef enum gn_keep {
+    GN_KEEP_QKV,       /* q, k and v, rotated */
+    GN_KEEP_ATTENTION, /* attention's output and the log-sums of its scores */
+    GN_KEEP_RESIDUAL,  /* the residual stream after attention, float32 */
+    GN_KEEP_GATE_UP,
+    GN_KEEP_SWIGLU, /* silu(gate) * up */
+    GN_KEEP_COUNT
+} gn_keep;
+
 typedef struct gn_train_limits {
     int32_t max_rows, max_seqs; /* of one batch */
     int32_t context;            /* tokens of the longest sequence */
     int max_rank;
+    /* How many layers keep each, from the first on; less than all. The last layer's are still there
+     * when its backward pass begins, but for the residual stream. */
+    int32_t keep[GN_KEEP_COUNT];
 } gn_train_limits;
+
+/* Bytes of the device's memory that a step takes. */
+typedef struct gn_train_step_bytes {
+    int64_t inputs;    /* of layers */
+    int64_t kept;      /* as limits->keep says */
+    int64_t scratch;   /* what is not kept, gradients on their way */
+    int64_t workspace; /* of the ops */
+} gn_train_step_bytes;
+gn_train_step_bytes gn_train_step_measure(const gn_model *model, const gn_train_limits *limits);
+/* Bytes that one layer takes to keep it. */
+int64_t gn_train_keep_bytes(const gn_model *model, const gn_train_limits *limits, gn_keep what);
 
 typedef struct gn_train_step gn_train_step;
 

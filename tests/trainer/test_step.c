@@ -71,7 +71,8 @@ static run open_run(const char *base, gn_compute compute, int threads, int rank)
     const gn_model_options options = {
         .device = "cpu", .compute = compute, .as_stored = true, .threads = threads};
     cr_assert_eq(gn_model_open(&r.model, dir, &options, &err), GN_OK, "%s", err.message);
-    const gn_train_limits limits = {ROWS, SAMPLES, TOKENS, rank};
+    const gn_train_limits limits = {
+        .max_rows = ROWS, .max_seqs = SAMPLES, .context = TOKENS, .max_rank = rank};
     cr_assert_eq(gn_train_step_open(&r.step, r.model, &limits, &err), GN_OK, "%s", err.message);
     return r;
 }
