@@ -50,17 +50,21 @@ static int64_t max_of(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+/* The most that any op of a step needs. */
 static int64_t workspace_bytes(const gn_model *model, const gn_train_limits *limits) {
     const gn_config *c = &model->config;
     const gn_ctx *ctx = model->ctx;
     const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    const int64_t max_k = max_of(max_of(c->hidden, c->intermediate), dim);
-    const int64_t max_n = max_of(max_of(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->hidden);
-    const int64_t rows = limits->max_rows;
-    const size_t linear = gn_linear_bwd_workspace(ctx, rows, max_k, max_n, limits->max_rank);
-    const size_t attention = gn_attention_train_workspace(ctx, limits->context);
-    const size_t loss = gn_cross_entropy_workspace(ctx, c->hidden, c->vocab);
-    return max_of((int64_t)linear, max_of((int64_t)attention, (int64_t)loss));
+    const int64_t products[][2] = {{c->hidden, dim + 2 * kv},
+                                   {dim, c->hidden},
+                                   {c->hidden, 2 * (int64_t)c->intermediate},
+                                   {c->intermediate, c->hidden}};
+    int64_t most = max_of((int64_t)gn_attention_train_workspace(ctx, limits->context),
+                          (int64_t)gn_cross_entropy_workspace(ctx, c->hidden, c->vocab));
+    for (size_t i = 0; i < sizeof products / sizeof *products; i++)
+        most = max_of(most, (int64_t)gn_linear_bwd_workspace(ctx, limits->max_rows, products[i][0],
+                                                             products[i][1], limits->max_rank));
+    return most;
 }
 
 /* ---- layout ---- */

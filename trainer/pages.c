@@ -7,6 +7,7 @@
 typedef struct page {
     int slot;    /* -1: only on the host */
     bool dirty;  /* the device's copy is newer */
+    bool empty;  /* holds nothing that is needed */
     bool in_use; /* between acquire and release */
 } page;
 
@@ -156,14 +157,16 @@ static gn_status bring(gn_pages *p, int i, bool hint) {
     int slot;
     gn_status status = find_slot(p, i, hint, &slot);
     if (status) return hint && status == GN_ENOMEM ? GN_OK : status;
-    status = p->device->upload(p->device->user, slot, p->slots[slot], gn_pages_host(p, i),
-                               p->page_bytes);
-    if (status) {
-        free_slot(p, slot);
-        return status;
+    if (!p->pages[i].empty) {
+        status = p->device->upload(p->device->user, slot, p->slots[slot], gn_pages_host(p, i),
+                                   p->page_bytes);
+        if (status) {
+            free_slot(p, slot);
+            return status;
+        }
+        p->stats.uploaded += (int64_t)p->page_bytes;
     }
     p->pages[i].slot = slot;
-    p->stats.uploaded += (int64_t)p->page_bytes;
     return GN_OK;
 }
 
@@ -187,6 +190,7 @@ gn_status gn_pages_acquire(gn_pages *p, int i, void **memory) {
         *memory = p->slots[page->slot];
     }
     page->in_use = true;
+    page->empty = false;
     p->last = i;
     return GN_OK;
 }
@@ -199,6 +203,13 @@ gn_status gn_pages_release(gn_pages *p, int i, bool written) {
     page->dirty |= written;
     const gn_status status = p->device->end_use(p->device->user, page->slot);
     return status ? status : shrink(p);
+}
+
+gn_status gn_pages_discard(gn_pages *p, int i) {
+    if (!is_page(p, i) || p->pages[i].in_use) return GN_EINVAL;
+    p->pages[i].empty = true;
+    p->pages[i].dirty = false;
+    return GN_OK;
 }
 
 gn_status gn_pages_set_budget(gn_pages *p, size_t budget) {

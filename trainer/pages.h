@@ -31,6 +31,10 @@ GN_CHECKED gn_status gn_pages_acquire(gn_pages *p, int page, void **memory);
 /* `written`: the ops changed the page. */
 GN_CHECKED gn_status gn_pages_release(gn_pages *p, int page, bool written);
 
+/* What the page holds is not needed any more: it is not copied, and its next user finds in it
+ * anything. The page is not in use. */
+GN_CHECKED gn_status gn_pages_discard(gn_pages *p, int page);
+
 /* A new budget: pages beyond it leave at once, acquired ones when they are released. */
 GN_CHECKED gn_status gn_pages_set_budget(gn_pages *p, size_t budget);
 

@@ -361,14 +361,21 @@ static gn_status attention_bwd(const gn_train_step *s, int i) {
     return status;
 }
 
+static gn_status layer_bwd(const gn_train_step *s, int i) {
+    const gn_trained *t = s->trained;
+    gn_tensor m;
+    gn_status status = fill_layer(s, i, &m);
+    if (!status && t->begin_layer) status = t->begin_layer(t->user, i);
+    if (status) return status;
+    status = mlp_bwd(s, i, m);
+    if (!status) status = attention_bwd(s, i);
+    const gn_status ended = t->begin_layer ? t->end_layer(t->user, i) : GN_OK;
+    return status ? status : ended;
+}
+
 static gn_status backward(const gn_train_step *s) {
     gn_status status = GN_OK;
-    for (int i = s->model->config.layers - 1; !status && i >= 0; i--) {
-        gn_tensor m;
-        status = fill_layer(s, i, &m);
-        if (!status) status = mlp_bwd(s, i, m);
-        if (!status) status = attention_bwd(s, i);
-    }
+    for (int i = s->model->config.layers - 1; !status && i >= 0; i--) status = layer_bwd(s, i);
     if (status || !s->trained->embed.data) return status;
     gn_tensor dtable = s->trained->embed;
     const gn_tensor dx = rows_of(s, &s->act.dstream);

@@ -32,6 +32,11 @@ typedef struct gn_trained {
      * lm_head may be the same when tied. */
     gn_tensor embed, lm_head, norm;
     const gn_layer_grads *layers;
+    /* Where gradients travel (gradients.h): begin_layer is called before a layer's backward pass,
+     * and then grads and layers say where that layer's are until end_layer. NULL: they stay. */
+    gn_status (*begin_layer)(void *user, int layer);
+    gn_status (*end_layer)(void *user, int layer);
+    void *user;
 } gn_trained;
 
 typedef struct gn_train_batch {

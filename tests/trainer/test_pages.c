@@ -295,6 +295,28 @@ Test(pages, a_page_in_use_leaves_when_it_is_released) {
     gn_pages_close(p);
 }
 
+Test(pages, what_is_discarded_is_not_copied) {
+    static fake f;
+    gn_pages *p = open_pages(&f, 3, 1);
+    void *memory;
+    cr_assert_eq(use(p, 0, 0), GN_OK);
+    cr_assert_eq(gn_pages_discard(p, 0), GN_OK);
+    cr_assert_eq(use(p, 1, 0), GN_OK);
+    cr_assert_eq(gn_pages_acquire(p, 0, &memory), GN_OK);
+    cr_assert_eq(gn_pages_discard(p, 0), GN_EINVAL, "it is in use");
+    *(int *)memory = 9;
+    cr_assert_eq(gn_pages_release(p, 0, true), GN_OK);
+    cr_assert_str_eq(f.log, "up0 up1 down1 ");
+    cr_assert_eq(use(p, 1, 0), GN_OK);
+    cr_assert_eq(use(p, 0, 0), GN_OK);
+    cr_assert_str_eq(f.log, "up0 up1 down1 down0 up1 down1 up0 ");
+    cr_assert_eq(gn_pages_flush(p), GN_OK);
+    cr_assert_eq(*(int *)gn_pages_host(p, 0), 10);
+    cr_assert_eq(*(int *)gn_pages_host(p, 1), 2);
+    cr_assert_eq(gn_pages_discard(p, 3), GN_EINVAL);
+    gn_pages_close(p);
+}
+
 /* The device has less memory than the budget says. */
 Test(pages, make_do_with_the_memory_there_is) {
     static fake f;
