@@ -20,6 +20,7 @@ typedef struct lora_run {
     gn_optimizer *o;
     gn_train_step *step;
     gn_lora_pair *pairs, *grads;
+    void *placed; /* pairs, where the device reads them */
     gn_trained trained;
     double loss;
 } lora_run;
@@ -83,6 +84,23 @@ static inline void set_weights(lora_run *r) {
     }
 }
 
+static inline void make_pairs(lora_run *r, int rank) {
+    const size_t n = (size_t)r->model->config.layers * GN_PROJ_COUNT;
+    gn_ctx *ctx = r->model->ctx;
+    r->pairs = calloc(n, sizeof *r->pairs);
+    r->grads = calloc(n, sizeof *r->grads);
+    for (size_t i = 0; i < n; i++)
+        r->pairs[i] = (gn_lora_pair){.rank = rank,
+                                     .scale = 2,
+                                     .a = gn_parameter_weight(r->p, i * 2),
+                                     .b = gn_parameter_weight(r->p, i * 2 + 1)};
+    r->trained = (gn_trained){.pairs = r->pairs, .placed = r->pairs, .grads = r->grads};
+    if (gn_ctx_is_host(ctx)) return;
+    r->placed = gn_ctx_alloc(ctx, n * sizeof *r->pairs);
+    cr_assert_eq(gn_ctx_write(ctx, r->placed, r->pairs, n * sizeof *r->pairs), GN_OK);
+    r->trained.placed = r->placed;
+}
+
 typedef struct lora_options {
     const gn_grad_options *grads; /* NULL: in one array */
     gn_optimizer_options optimizer;
@@ -92,7 +110,6 @@ typedef struct lora_options {
 
 static inline void open_lora(lora_run *r, gn_model *model, const lora_list *list,
                              const lora_options *o) {
-    const int n = model->config.layers * GN_PROJ_COUNT;
     gn_error err = {0};
     *r = (lora_run){.model = model};
     cr_assert_eq(gn_parameters_open_paged(&r->p, model->ctx, list->items, list->n, GN_BF16, GN_F32,
@@ -101,14 +118,7 @@ static inline void open_lora(lora_run *r, gn_model *model, const lora_list *list
     cr_assert_eq(gn_optimizer_open(&r->o, r->p, &o->optimizer, o->device, &err), GN_OK, "%s",
                  err.message);
     set_weights(r);
-    r->pairs = calloc((size_t)n, sizeof *r->pairs);
-    r->grads = calloc((size_t)n, sizeof *r->grads);
-    for (int i = 0; i < n; i++)
-        r->pairs[i] = (gn_lora_pair){.rank = list->rank,
-                                     .scale = 2,
-                                     .a = gn_parameter_weight(r->p, (size_t)i * 2),
-                                     .b = gn_parameter_weight(r->p, (size_t)i * 2 + 1)};
-    r->trained = (gn_trained){.pairs = r->pairs, .placed = r->pairs, .grads = r->grads};
+    make_pairs(r, list->rank);
     if (o->grads) {
         r->trained.begin_layer = begin_layer;
         r->trained.end_layer = end_layer;
@@ -123,38 +133,55 @@ static inline void close_lora(lora_run *r) {
     gn_train_step_close(r->step);
     gn_optimizer_close(r->o);
     gn_parameters_close(r->p);
+    gn_ctx_free(r->model->ctx, r->placed);
     free(r->pairs);
     free(r->grads);
 }
 
-/* One update from some micro-batches of a sequence each. */
-static inline void update_lora(lora_run *r, int number, int micro_batches, int tokens) {
-    const int32_t row0[] = {0, tokens}, pos0[] = {0};
-    int32_t *ids = calloc((size_t)tokens, sizeof *ids);
+/* One update from micro-batches of `seqs` sequences of `tokens` tokens each. */
+static inline void update_lora(lora_run *r, int number, int micro_batches, int seqs, int tokens) {
+    int32_t *ids = calloc((size_t)(seqs * tokens), sizeof *ids);
+    int32_t *row0 = calloc((size_t)seqs + 1, sizeof *row0),
+            *pos0 = calloc((size_t)seqs, sizeof *pos0);
     double norm;
+    for (int i = 0; i <= seqs; i++) row0[i] = i * tokens;
     cr_assert_eq(gn_grads_clear(r->p), GN_OK);
     for (int m = 0; m < micro_batches; m++) {
-        for (int i = 0; i < tokens; i++) ids[i] = (i * 7 + m * 31 + number * 5) % 512;
-        const gn_train_batch b = {.rows = tokens,
+        for (int i = 0; i < seqs * tokens; i++) ids[i] = (i * 7 + m * 31 + number * 5) % 512;
+        const gn_train_batch b = {.rows = seqs * tokens,
                                   .ids = ids,
                                   .labels = ids,
-                                  .seqs = {.n = 1, .row0 = row0, .pos0 = pos0},
-                                  .scale = 0.01f};
+                                  .seqs = {.n = seqs, .row0 = row0, .pos0 = pos0},
+                                  .scale = 1.0f / (float)(seqs * tokens * micro_batches)};
         cr_assert_eq(gn_train_step_run(r->step, &b, &r->trained, &r->loss), GN_OK);
     }
+    cr_assert_eq(gn_optimizer_prefetch(r->o), GN_OK);
     cr_assert_eq(gn_optimizer_grad_norm(r->o, &norm), GN_OK);
     cr_assert(norm > 0);
-    cr_assert_eq(gn_optimizer_step(r->o, 1e-3, 0.5f), GN_OK);
+    cr_assert_eq(gn_optimizer_step(r->o, 1e-3, gn_clip_scale(norm, 0)), GN_OK);
     free(ids);
+    free(row0);
+    free(pos0);
+}
+
+/* All trained weights, on the host; malloc'ed. */
+static inline uint16_t *read_weights(const lora_run *r, size_t *bytes) {
+    *bytes = (size_t)r->p->weights.shape[0] * sizeof(uint16_t);
+    uint16_t *weights = malloc(*bytes);
+    cr_assert_eq(gn_ctx_read(r->model->ctx, weights, r->p->weights.data, *bytes), GN_OK);
+    return weights;
+}
+
+static inline gn_model *open_shape(const char *shape, const char *device, gn_compute compute) {
+    const gn_model_options options = {.device = device, .compute = compute, .threads = 2};
+    gn_model *model;
+    gn_error err = {0};
+    cr_assert_eq(gn_model_synthetic(&model, shape, &options, &err), GN_OK, "%s", err.message);
+    return model;
 }
 
 static inline gn_model *open_tiny(void) {
-    const gn_model_options options = {.device = "cpu", .compute = GN_COMPUTE_F32, .threads = 2};
-    gn_model *model;
-    gn_error err = {0};
-    cr_assert_eq(gn_model_synthetic(&model, "llama-tiny", &options, &err), GN_OK, "%s",
-                 err.message);
-    return model;
+    return open_shape("llama-tiny", "cpu", GN_COMPUTE_F32);
 }
 
 #endif
