@@ -3,16 +3,24 @@
 #ifndef GN_TEST_LORA_RUN_H
 #define GN_TEST_LORA_RUN_H
 
-#include <criterion/criterion.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "trainer/gradients.h"
 #include "trainer/optimizer.h"
 #include "trainer/step.h"
+#include "trainer/train_memory.h"
 
 enum { PER_LAYER = 2 * GN_PROJ_COUNT };
+
+/* For tests and benchmarks alike. */
+static inline void must(gn_status status, const gn_error *err) {
+    if (status == GN_OK) return;
+    fprintf(stderr, "%s\n", err && err->message[0] ? err->message : gn_status_text(status));
+    abort();
+}
 
 typedef struct lora_run {
     gn_model *model; /* borrowed */
@@ -79,7 +87,7 @@ static inline void set_weights(lora_run *r) {
         const int64_t n = r->p->items[i].numel;
         float *values = malloc((size_t)n * sizeof *values);
         for (int64_t j = 0; j < n; j++) values[j] = 0.05f * sinf((float)(j * 3 + (int64_t)i));
-        cr_assert_eq(gn_optimizer_set(r->o, GN_STATE_MASTER, i, values), GN_OK);
+        must(gn_optimizer_set(r->o, GN_STATE_MASTER, i, values), NULL);
         free(values);
     }
 }
@@ -97,7 +105,7 @@ static inline void make_pairs(lora_run *r, int rank) {
     r->trained = (gn_trained){.pairs = r->pairs, .placed = r->pairs, .grads = r->grads};
     if (gn_ctx_is_host(ctx)) return;
     r->placed = gn_ctx_alloc(ctx, n * sizeof *r->pairs);
-    cr_assert_eq(gn_ctx_write(ctx, r->placed, r->pairs, n * sizeof *r->pairs), GN_OK);
+    must(gn_ctx_write(ctx, r->placed, r->pairs, n * sizeof *r->pairs), NULL);
     r->trained.placed = r->placed;
 }
 
@@ -112,11 +120,10 @@ static inline void open_lora(lora_run *r, gn_model *model, const lora_list *list
                              const lora_options *o) {
     gn_error err = {0};
     *r = (lora_run){.model = model};
-    cr_assert_eq(gn_parameters_open_paged(&r->p, model->ctx, list->items, list->n, GN_BF16, GN_F32,
-                                          o->grads, &err),
-                 GN_OK, "%s", err.message);
-    cr_assert_eq(gn_optimizer_open(&r->o, r->p, &o->optimizer, o->device, &err), GN_OK, "%s",
-                 err.message);
+    must(gn_parameters_open_paged(&r->p, model->ctx, list->items, list->n, GN_BF16, GN_F32,
+                                  o->grads, &err),
+         &err);
+    must(gn_optimizer_open(&r->o, r->p, &o->optimizer, o->device, &err), &err);
     set_weights(r);
     make_pairs(r, list->rank);
     if (o->grads) {
@@ -126,7 +133,39 @@ static inline void open_lora(lora_run *r, gn_model *model, const lora_list *list
     } else {
         for (int i = 0; i < model->config.layers; i++) find_grads(r, i);
     }
-    cr_assert_eq(gn_train_step_open(&r->step, model, &o->limits, &err), GN_OK, "%s", err.message);
+    must(gn_train_step_open(&r->step, model, &o->limits, &err), &err);
+}
+
+/* Samples of `tokens` tokens, `seqs` at a time; paged AdamW. */
+static inline gn_train_wanted want_lora(const lora_list *list, int seqs, int tokens,
+                                        int accumulation) {
+    return (gn_train_wanted){.limits = {.max_rows = seqs * tokens,
+                                        .max_seqs = seqs,
+                                        .context = tokens,
+                                        .max_rank = list->rank},
+                             .items = list->items,
+                             .n_items = list->n,
+                             .groups = list->groups,
+                             .n_groups = list->layers,
+                             .weights = GN_BF16,
+                             .grads = GN_F32,
+                             .optimizer = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f},
+                             .paged = true,
+                             .accumulation = accumulation};
+}
+
+/* As planned. */
+static inline void open_planned(lora_run *r, gn_model *model, const lora_list *list,
+                                const gn_train_wanted *w, const gn_train_memory *plan,
+                                const gn_page_device *device) {
+    const gn_grad_options grads = {w->groups, w->n_groups, plan->grad_budget, device};
+    lora_options o = {.grads = plan->grads_travel ? &grads : NULL,
+                      .optimizer = w->optimizer,
+                      .device = device,
+                      .limits = w->limits};
+    o.optimizer.budget = plan->optimizer_budget;
+    memcpy(o.limits.keep, plan->keep, sizeof o.limits.keep);
+    open_lora(r, model, list, &o);
 }
 
 static inline void close_lora(lora_run *r) {
@@ -145,7 +184,7 @@ static inline void update_lora(lora_run *r, int number, int micro_batches, int s
             *pos0 = calloc((size_t)seqs, sizeof *pos0);
     double norm;
     for (int i = 0; i <= seqs; i++) row0[i] = i * tokens;
-    cr_assert_eq(gn_grads_clear(r->p), GN_OK);
+    must(gn_grads_clear(r->p), NULL);
     for (int m = 0; m < micro_batches; m++) {
         for (int i = 0; i < seqs * tokens; i++) ids[i] = (i * 7 + m * 31 + number * 5) % 512;
         const gn_train_batch b = {.rows = seqs * tokens,
@@ -153,12 +192,12 @@ static inline void update_lora(lora_run *r, int number, int micro_batches, int s
                                   .labels = ids,
                                   .seqs = {.n = seqs, .row0 = row0, .pos0 = pos0},
                                   .scale = 1.0f / (float)(seqs * tokens * micro_batches)};
-        cr_assert_eq(gn_train_step_run(r->step, &b, &r->trained, &r->loss), GN_OK);
+        must(gn_train_step_run(r->step, &b, &r->trained, &r->loss), NULL);
     }
-    cr_assert_eq(gn_optimizer_prefetch(r->o), GN_OK);
-    cr_assert_eq(gn_optimizer_grad_norm(r->o, &norm), GN_OK);
-    cr_assert(norm > 0);
-    cr_assert_eq(gn_optimizer_step(r->o, 1e-3, gn_clip_scale(norm, 0)), GN_OK);
+    must(gn_optimizer_prefetch(r->o), NULL);
+    must(gn_optimizer_grad_norm(r->o, &norm), NULL);
+    if (!(norm > 0)) must(GN_EINVAL, NULL);
+    must(gn_optimizer_step(r->o, 1e-3, gn_clip_scale(norm, 0)), NULL);
     free(ids);
     free(row0);
     free(pos0);
@@ -168,7 +207,7 @@ static inline void update_lora(lora_run *r, int number, int micro_batches, int s
 static inline uint16_t *read_weights(const lora_run *r, size_t *bytes) {
     *bytes = (size_t)r->p->weights.shape[0] * sizeof(uint16_t);
     uint16_t *weights = malloc(*bytes);
-    cr_assert_eq(gn_ctx_read(r->model->ctx, weights, r->p->weights.data, *bytes), GN_OK);
+    must(gn_ctx_read(r->model->ctx, weights, r->p->weights.data, *bytes), NULL);
     return weights;
 }
 
@@ -176,7 +215,7 @@ static inline gn_model *open_shape(const char *shape, const char *device, gn_com
     const gn_model_options options = {.device = device, .compute = compute, .threads = 2};
     gn_model *model;
     gn_error err = {0};
-    cr_assert_eq(gn_model_synthetic(&model, shape, &options, &err), GN_OK, "%s", err.message);
+    must(gn_model_synthetic(&model, shape, &options, &err), &err);
     return model;
 }
 

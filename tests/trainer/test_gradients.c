@@ -1,8 +1,9 @@
 /* Gradients in pages: training is the same bits as with gradients that stay, on a device with room
  * for a few layers' at a time; what is cleared is not copied. */
-#include "tests/trainer/lora_run.h"
+#include <criterion/criterion.h>
 
 #include "tests/support/host_pages.h"
+#include "tests/trainer/lora_run.h"
 
 enum { RANK = 4, TOKENS = 40, MICRO_BATCHES = 2, UPDATES = 3, LAYERS = 3 };
 

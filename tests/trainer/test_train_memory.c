@@ -1,9 +1,7 @@
 /* How training divides memory: what is predicted is what is allocated, to the byte, on a device
  * that counts; every budget is kept to or refused with what is missing; what is kept for a budget
  * is also kept for a larger one; and results are the same bits for all of them. */
-#include "trainer/train_memory.h"
-
-#include <stdio.h>
+#include <criterion/criterion.h>
 
 #include "engine/memory_plan.h"
 #include "kernels/backend.h"
@@ -92,18 +90,11 @@ static gn_page_device counted_pages(gn_model *model) {
 
 /* ---- what is wanted ---- */
 
+/* With pages as small as they can be. */
 static gn_train_wanted wanted_of(const lora_list *list, int accumulation) {
-    return (gn_train_wanted){
-        .limits = {.max_rows = TOKENS, .max_seqs = 4, .context = TOKENS, .max_rank = list->rank},
-        .items = list->items,
-        .n_items = list->n,
-        .groups = list->groups,
-        .n_groups = list->layers,
-        .weights = GN_BF16,
-        .grads = GN_F32,
-        .optimizer = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .page_bytes = 1},
-        .paged = true,
-        .accumulation = accumulation};
+    gn_train_wanted w = want_lora(list, 1, TOKENS, accumulation);
+    w.optimizer.page_bytes = 1;
+    return w;
 }
 
 static gn_train_memory plan_ok(gn_model *model, const gn_train_wanted *w, int64_t budget) {
@@ -118,16 +109,10 @@ static gn_train_memory plan_ok(gn_model *model, const gn_train_wanted *w, int64_
 /* Trains as planned; the most memory that was taken. */
 static int64_t train(gn_model *model, const lora_list *list, const gn_train_wanted *w,
                      const gn_train_memory *plan, lora_run *r) {
-    const gn_page_device pages = counted_pages(model);
-    const gn_grad_options grads = {w->groups, w->n_groups, plan->grad_budget, &pages};
-    lora_options o = {.grads = plan->grads_travel ? &grads : NULL,
-                      .optimizer = w->optimizer,
-                      .device = &pages,
-                      .limits = w->limits};
-    o.optimizer.budget = plan->optimizer_budget;
-    memcpy(o.limits.keep, plan->keep, sizeof o.limits.keep);
+    static gn_page_device pages; /* lives as long as the run */
+    pages = counted_pages(model);
     device.peak = device.live;
-    open_lora(r, model, list, &o);
+    open_planned(r, model, list, w, plan, &pages);
     for (int i = 0; i < 2; i++) update_lora(r, i, 2, 1, TOKENS);
     return device.peak;
 }
@@ -407,10 +392,7 @@ static void open_large(gn_model *model, gn_ctx *ctx, int hidden, int inter, int 
 
 static gn_train_memory plan_large(gn_model *model, int seqs, int accumulation, double gib) {
     lora_list list = list_lora(model, 64);
-    gn_train_wanted w = wanted_of(&list, accumulation);
-    w.limits =
-        (gn_train_limits){.max_rows = seqs * 512, .max_seqs = seqs, .context = 512, .max_rank = 64};
-    w.optimizer.page_bytes = 0;
+    const gn_train_wanted w = want_lora(&list, seqs, 512, accumulation);
     const gn_train_memory m = plan_ok(model, &w, (int64_t)(gib * 0x1p30));
     char *table = gn_train_memory_text(&m, NULL);
     fprintf(stderr, "%d layers of %d, %d x 512 in %.1f GiB: %s", model->config.layers,
