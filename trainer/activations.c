@@ -155,9 +155,14 @@ bool gn_activations_keeps(const gn_activations *a, int layer, gn_activation whic
     return layer < a->n_kept[which];
 }
 
+size_t gn_activations_stride(const gn_activations *a, gn_activation which) {
+    const gn_tensor *t = &a->at[which];
+    return (size_t)padded(t->shape[0], t->shape[1], t->dtype);
+}
+
 gn_tensor gn_activations_at(const gn_activations *a, int layer, gn_activation which) {
     gn_tensor t = a->at[which];
     if (gn_activations_keeps(a, layer, which))
-        t.data = a->kept[which] + layer * padded(t.shape[0], t.shape[1], t.dtype);
+        t.data = a->kept[which] + (size_t)layer * gn_activations_stride(a, which);
     return t;
 }

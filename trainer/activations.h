@@ -44,6 +44,8 @@ void gn_activations_close(gn_activations *a);
 
 /* A tensor of a layer, all max_rows of it: kept or in scratch memory. */
 gn_tensor gn_activations_at(const gn_activations *a, int layer, gn_activation which);
+/* Bytes from one layer's to the next one's, where it is kept. */
+size_t gn_activations_stride(const gn_activations *a, gn_activation which);
 bool gn_activations_keeps(const gn_activations *a, int layer, gn_activation which);
 
 #endif

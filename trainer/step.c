@@ -25,6 +25,9 @@ struct gn_train_step {
     const gn_trained *trained;
     bool wants_grads;
     gn_lora term;
+    /* the inputs of the layers from lent_from on are lent to it; NULL: none are */
+    gn_pages *lodger;
+    int lent_from;
 };
 
 /* ---- open and close ---- */
@@ -38,6 +41,46 @@ static gn_status open_parts(gn_train_step *s) {
     if (!s->host_loss || !s->next) return GN_ENOMEM;
     const gn_status status = gn_activations_open(&s->act, s->model, &s->limits);
     return status ? status : gn_stage_reserve(s->model->ctx, &limits);
+}
+
+/* ---- memory that is lent ---- */
+
+/* All layers' inputs from i on, in one piece. */
+static size_t inputs_from(const gn_train_step *s, int i, void **memory) {
+    const gn_tensor first = gn_activations_at(&s->act, i, GN_ACT_X);
+    *memory = first.data;
+    return (size_t)(s->model->config.layers - i) * gn_activations_stride(&s->act, GN_ACT_X);
+}
+
+/* Lends the input of a layer whose backward pass is over: as soon as it holds a page, with those of
+ * later layers that did not. */
+static gn_status lend_input(gn_train_step *s, int i) {
+    gn_pages *pages = s->trained->lodger;
+    void *memory, *lent;
+    if (!pages || !s->batch->is_last) return GN_OK;
+    if (!s->lodger) s->lent_from = s->model->config.layers;
+    s->lodger = pages;
+    const size_t lent_bytes =
+        s->lent_from < s->model->config.layers ? inputs_from(s, s->lent_from, &lent) : 0;
+    const size_t bytes = inputs_from(s, i, &memory) - lent_bytes;
+    if (bytes < gn_pages_page_bytes(pages)) return GN_OK;
+    s->lent_from = i;
+    return gn_pages_lend(pages, memory, bytes);
+}
+
+/* Before anything is written to the input of layer i. */
+static gn_status take_back(const gn_train_step *s, int i) {
+    const gn_tensor x = gn_activations_at(&s->act, i, GN_ACT_X);
+    return s->lodger ? gn_pages_return(s->lodger, x.data, gn_activations_stride(&s->act, GN_ACT_X))
+                     : GN_OK;
+}
+
+static gn_status take_back_all(gn_train_step *s) {
+    gn_status status = s->lodger ? gn_pages_recall(s->lodger) : GN_OK;
+    for (int i = 0; !status && s->lodger && i < s->model->config.layers; i++)
+        status = take_back(s, i);
+    s->lodger = NULL;
+    return status;
 }
 
 static bool are_limits(const gn_train_limits *l, int32_t layers) {
@@ -67,6 +110,8 @@ gn_status gn_train_step_open(gn_train_step **out, gn_model *model, const gn_trai
 
 void gn_train_step_close(gn_train_step *s) {
     if (!s) return;
+    const gn_status status = take_back_all(s);
+    (void)status; /* the device has failed, and its pages are lost */
     gn_activations_close(&s->act);
     free(s->host_loss);
     free(s->next);
@@ -230,7 +275,8 @@ static gn_status keep_residual(const gn_train_step *s, int i) {
 
 static gn_status run_layer(const gn_train_step *s, int i) {
     const gn_linear_args down = down_product(s, i);
-    gn_status status = store_input(s, i);
+    gn_status status = take_back(s, i);
+    if (!status) status = store_input(s, i);
     if (!status) status = run_qkv(s, i);
     if (!status) status = run_attention(s, i);
     if (!status) status = add_attention(s, i);
@@ -241,14 +287,16 @@ static gn_status run_layer(const gn_train_step *s, int i) {
     return status;
 }
 
-static gn_status forward(const gn_train_step *s) {
+static gn_status forward(gn_train_step *s) {
     const gn_train_batch *b = s->batch;
     const gn_model *model = s->model;
     gn_tensor x = stream_of(s), cos = rows_of(s, &s->act.cos), sin = rows_of(s, &s->act.sin);
-    gn_status status = gn_stage(model->ctx, b->ids, &b->seqs, &s->term, s->term.pairs != NULL);
+    gn_status status = s->lodger ? gn_pages_recall(s->lodger) : GN_OK;
+    if (!status) status = gn_stage(model->ctx, b->ids, &b->seqs, &s->term, s->term.pairs != NULL);
     if (!status) status = gn_embed(model->ctx, &x, &model->embed, b->ids, NULL, 0);
     if (!status) status = gn_rope_table(model->ctx, &cos, &sin, &model->inv_freq, &b->seqs);
     for (int i = 0; !status && i < model->config.layers; i++) status = run_layer(s, i);
+    if (!status) s->lodger = NULL;
     return status;
 }
 
@@ -361,7 +409,7 @@ static gn_status attention_bwd(const gn_train_step *s, int i) {
     return status;
 }
 
-static gn_status layer_bwd(const gn_train_step *s, int i) {
+static gn_status layer_bwd(gn_train_step *s, int i) {
     const gn_trained *t = s->trained;
     gn_tensor m;
     gn_status status = fill_layer(s, i, &m);
@@ -370,10 +418,11 @@ static gn_status layer_bwd(const gn_train_step *s, int i) {
     status = mlp_bwd(s, i, m);
     if (!status) status = attention_bwd(s, i);
     const gn_status ended = t->begin_layer ? t->end_layer(t->user, i) : GN_OK;
-    return status ? status : ended;
+    if (!status) status = ended;
+    return status ? status : lend_input(s, i);
 }
 
-static gn_status backward(const gn_train_step *s) {
+static gn_status backward(gn_train_step *s) {
     gn_status status = GN_OK;
     for (int i = s->model->config.layers - 1; !status && i >= 0; i--) status = layer_bwd(s, i);
     if (status || !s->trained->embed.data) return status;

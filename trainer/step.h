@@ -13,6 +13,7 @@
 
 #include "engine/model.h"
 #include "kernels/ops_train.h"
+#include "trainer/pages.h"
 
 /* Gradients of a layer's own weights, float32; data NULL: frozen. */
 typedef struct gn_layer_grads {
@@ -37,6 +38,10 @@ typedef struct gn_trained {
     gn_status (*begin_layer)(void *user, int layer);
     gn_status (*end_layer)(void *user, int layer);
     void *user;
+    /* Pages, the optimizer's, that are lent the memory of layers' inputs from the backward pass of
+     * an update's last batch to the next forward pass: so they travel beside the one and come back
+     * beside the other. Closed after the step; NULL: nobody. */
+    gn_pages *lodger;
 } gn_trained;
 
 typedef struct gn_train_batch {
@@ -47,6 +52,7 @@ typedef struct gn_train_batch {
     gn_seqs seqs;          /* a sample each; blocks is not used */
     float scale;           /* of the gradients: 1 / all labels that are averaged over */
     uint32_t number;       /* of its own for every batch of a run: dropout's step */
+    bool is_last;          /* of an update */
 } gn_train_batch;
 
 /* Labels that are learned: all but those of a sequence's first token. */

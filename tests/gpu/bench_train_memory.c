@@ -35,7 +35,7 @@ int main(int argc, char **argv) {
     const int accumulation = atoi(argument(argc, argv, 4, "1"));
     const int tokens = atoi(argument(argc, argv, 5, "512"));
     gn_model *model;
-    gn_page_device *pages;
+    gn_page_device *pages[2];
     gn_error err = {0};
     const gn_model_options options = {.device = "cuda"};
     must(gn_model_synthetic(&model, shape, &options, &err), &err);
@@ -43,7 +43,7 @@ int main(int argc, char **argv) {
     const gn_train_wanted w = want_lora(&list, seqs, tokens, accumulation);
     gn_train_memory plan;
     must(gn_train_memory_plan(&plan, model, &w, (int64_t)(gib * 0x1p30), &err), &err);
-    must(gn_page_device_open(&pages, model->ctx), NULL);
+    for (int i = 0; i < 2; i++) must(gn_page_device_open(&pages[i], model->ctx), NULL);
 
     lora_run r;
     open_planned(&r, model, &list, &w, &plan, pages);
@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
            right ? "" : "; not within 5 %");
     free(table);
     close_lora(&r);
-    gn_page_device_close(pages);
+    for (int i = 0; i < 2; i++) gn_page_device_close(pages[i]);
     free_list(&list);
     gn_model_close(model);
     return fits && right ? 0 : 1;

@@ -14,11 +14,11 @@ typedef struct outcome {
 
 static outcome train(gn_model *model, const lora_list *list, const gn_train_wanted *w,
                      const gn_train_memory *plan) {
-    gn_page_device *pages = NULL;
+    gn_page_device *pages[2];
     gn_train_measured found;
     lora_run r;
     outcome result;
-    cr_assert_eq(gn_page_device_open(&pages, model->ctx), GN_OK);
+    for (int i = 0; i < 2; i++) cr_assert_eq(gn_page_device_open(&pages[i], model->ctx), GN_OK);
     open_planned(&r, model, list, w, plan, pages);
     for (int i = 0; i < UPDATES; i++) update_lora(&r, i, MICRO_BATCHES, SEQS, TOKENS);
     result.loss = r.loss;
@@ -27,7 +27,7 @@ static outcome train(gn_model *model, const lora_list *list, const gn_train_want
     cr_assert_eq(found.optimizer, plan->optimizer);
     if (plan->grads_travel) cr_assert_eq(found.gradients, plan->gradients);
     close_lora(&r);
-    gn_page_device_close(pages);
+    for (int i = 0; i < 2; i++) gn_page_device_close(pages[i]);
     return result;
 }
 

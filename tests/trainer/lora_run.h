@@ -154,18 +154,19 @@ static inline gn_train_wanted want_lora(const lora_list *list, int seqs, int tok
                              .accumulation = accumulation};
 }
 
-/* As planned. */
+/* As planned. devices: of gradients' pages and of the optimizer's. */
 static inline void open_planned(lora_run *r, gn_model *model, const lora_list *list,
                                 const gn_train_wanted *w, const gn_train_memory *plan,
-                                const gn_page_device *device) {
-    const gn_grad_options grads = {w->groups, w->n_groups, plan->grad_budget, device};
+                                gn_page_device *const devices[2]) {
+    const gn_grad_options grads = {w->groups, w->n_groups, plan->grad_budget, devices[0]};
     lora_options o = {.grads = plan->grads_travel ? &grads : NULL,
                       .optimizer = w->optimizer,
-                      .device = device,
+                      .device = devices[1],
                       .limits = w->limits};
     o.optimizer.budget = plan->optimizer_budget;
     memcpy(o.limits.keep, plan->keep, sizeof o.limits.keep);
     open_lora(r, model, list, &o);
+    r->trained.lodger = gn_optimizer_pages(r->o);
 }
 
 static inline void close_lora(lora_run *r) {
@@ -177,12 +178,12 @@ static inline void close_lora(lora_run *r) {
     free(r->grads);
 }
 
-/* One update from micro-batches of `seqs` sequences of `tokens` tokens each. */
-static inline void update_lora(lora_run *r, int number, int micro_batches, int seqs, int tokens) {
+/* Gradients of micro-batches of `seqs` sequences of `tokens` tokens each. */
+static inline void accumulate_lora(lora_run *r, int number, int micro_batches, int seqs,
+                                   int tokens) {
     int32_t *ids = calloc((size_t)(seqs * tokens), sizeof *ids);
     int32_t *row0 = calloc((size_t)seqs + 1, sizeof *row0),
             *pos0 = calloc((size_t)seqs, sizeof *pos0);
-    double norm;
     for (int i = 0; i <= seqs; i++) row0[i] = i * tokens;
     must(gn_grads_clear(r->p), NULL);
     for (int m = 0; m < micro_batches; m++) {
@@ -191,16 +192,26 @@ static inline void update_lora(lora_run *r, int number, int micro_batches, int s
                                   .ids = ids,
                                   .labels = ids,
                                   .seqs = {.n = seqs, .row0 = row0, .pos0 = pos0},
-                                  .scale = 1.0f / (float)(seqs * tokens * micro_batches)};
+                                  .scale = 1.0f / (float)(seqs * tokens * micro_batches),
+                                  .is_last = m + 1 == micro_batches};
         must(gn_train_step_run(r->step, &b, &r->trained, &r->loss), NULL);
     }
+    free(ids);
+    free(row0);
+    free(pos0);
+}
+
+static inline void apply_lora(lora_run *r) {
+    double norm;
     must(gn_optimizer_prefetch(r->o), NULL);
     must(gn_optimizer_grad_norm(r->o, &norm), NULL);
     if (!(norm > 0)) must(GN_EINVAL, NULL);
     must(gn_optimizer_step(r->o, 1e-3, gn_clip_scale(norm, 0)), NULL);
-    free(ids);
-    free(row0);
-    free(pos0);
+}
+
+static inline void update_lora(lora_run *r, int number, int micro_batches, int seqs, int tokens) {
+    accumulate_lora(r, number, micro_batches, seqs, tokens);
+    apply_lora(r);
 }
 
 /* All trained weights, on the host; malloc'ed. */

@@ -2,7 +2,7 @@
  * for a few layers' at a time; what is cleared is not copied. */
 #include <criterion/criterion.h>
 
-#include "tests/support/host_pages.h"
+#include "tests/support/late_pages.h"
 #include "tests/trainer/lora_run.h"
 
 enum { RANK = 4, TOKENS = 40, MICRO_BATCHES = 2, UPDATES = 3, LAYERS = 3 };
@@ -46,7 +46,8 @@ Test(gradients, in_pages_are_the_same) {
     cr_assert_null(gn_grads_pages(whole.p));
     update_all(&whole);
     for (int room = 1; room <= LAYERS; room++) {
-        open_run(&paged, model, room, test_host_pages());
+        gn_page_device *device = test_late_pages(model->ctx);
+        open_run(&paged, model, room, device);
         cr_assert_null(paged.p->grads.data);
         update_all(&paged);
         expect_same_weights(&whole, &paged, "pages that travel");
@@ -59,6 +60,7 @@ Test(gradients, in_pages_are_the_same) {
             cr_assert_leq(s.uploaded, UPDATES * (MICRO_BATCHES - 1 + 2) * LAYERS * page,
                           "the first micro-batch's zeros are not copied");
         close_lora(&paged);
+        gn_page_device_close(device);
     }
     open_run(&paged, model, 1, NULL);
     update_all(&paged);
@@ -73,7 +75,8 @@ Test(gradients, the_norm_is_that_of_all) {
     lora_run whole, paged;
     double a, b;
     open_run(&whole, model, 0, NULL);
-    open_run(&paged, model, 2, test_host_pages());
+    gn_page_device *device = test_late_pages(model->ctx);
+    open_run(&paged, model, 2, device);
     update_lora(&whole, 0, 1, 1, TOKENS);
     update_lora(&paged, 0, 1, 1, TOKENS);
     cr_assert_eq(gn_optimizer_grad_norm(whole.o, &a), GN_OK);
@@ -84,6 +87,7 @@ Test(gradients, the_norm_is_that_of_all) {
     cr_assert_eq(b, 0);
     close_lora(&whole);
     close_lora(&paged);
+    gn_page_device_close(device);
     gn_model_close(model);
 }
 

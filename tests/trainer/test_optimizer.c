@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/support/host_pages.h"
+#include "tests/support/late_pages.h"
 
 enum { STEPS = 3 };
 
@@ -67,7 +67,7 @@ static run open_paged(gn_dtype weights, const gn_optimizer_options *options) {
     run r = {.ctx = open_ctx(device ? device : "cpu")};
     cr_assert_eq(gn_page_device_open(&r.pages, r.ctx), GN_OK);
     cr_assert_eq(r.pages == NULL, gn_ctx_is_host(r.ctx));
-    if (!r.pages) r.pages = test_host_pages();
+    if (!r.pages) r.pages = test_late_pages(r.ctx);
     finish_run(&r, weights, options);
     return r;
 }

@@ -6,7 +6,7 @@
 #include "engine/memory_plan.h"
 #include "kernels/backend.h"
 #include "tests/trainer/lora_run.h"
-#include "tests/support/host_pages.h"
+#include "tests/support/late_pages.h"
 
 #define MIB ((int64_t)1 << 20)
 #define GIB ((int64_t)1 << 30)
@@ -72,22 +72,6 @@ static void stop_counting(gn_model *model) {
     model->ctx->cuda = NULL;
 }
 
-static void *page_alloc(void *user, size_t bytes) {
-    return gn_ctx_alloc(user, bytes);
-}
-
-static void page_free(void *user, void *memory) {
-    gn_ctx_free(user, memory);
-}
-
-static gn_page_device counted_pages(gn_model *model) {
-    gn_page_device d = *test_host_pages();
-    d.user = model->ctx;
-    d.alloc = page_alloc;
-    d.free = page_free;
-    return d;
-}
-
 /* ---- what is wanted ---- */
 
 /* With pages as small as they can be. */
@@ -106,15 +90,17 @@ static gn_train_memory plan_ok(gn_model *model, const gn_train_wanted *w, int64_
     return m;
 }
 
-/* Trains as planned; the most memory that was taken. */
-static int64_t train(gn_model *model, const lora_list *list, const gn_train_wanted *w,
-                     const gn_train_memory *plan, lora_run *r) {
-    static gn_page_device pages; /* lives as long as the run */
-    pages = counted_pages(model);
-    device.peak = device.live;
-    open_planned(r, model, list, w, plan, &pages);
-    for (int i = 0; i < 2; i++) update_lora(r, i, 2, 1, TOKENS);
-    return device.peak;
+typedef struct devices {
+    gn_page_device *at[2];
+} devices;
+
+static devices open_devices(gn_model *model) {
+    return (devices){{test_late_pages(model->ctx), test_late_pages(model->ctx)}};
+}
+
+static void close_devices(devices *d) {
+    gn_page_device_close(d->at[0]);
+    gn_page_device_close(d->at[1]);
 }
 
 /* All but what was there before; and the optimizer's eight bytes for a sum. */
@@ -147,7 +133,11 @@ static void check_run(gn_model *model, const lora_list *list, const gn_train_wan
     lora_run r;
     gn_train_measured found;
     size_t bytes;
-    const int64_t peak = train(model, list, w, m, &r) - placed_bytes(model);
+    devices d = open_devices(model);
+    device.peak = device.live;
+    open_planned(&r, model, list, w, m, d.at);
+    for (int i = 0; i < 2; i++) update_lora(&r, i, 2, 1, TOKENS);
+    const int64_t peak = device.peak - placed_bytes(model);
     cr_assert_geq(peak, predicted(m));
     cr_assert_leq(peak, predicted(m) + (int64_t)sizeof(double) + GN_SUM_WORKSPACE);
     cr_assert_eq(gn_train_memory_measure(&found, m, model, r.p, r.o), GN_OK);
@@ -164,6 +154,7 @@ static void check_run(gn_model *model, const lora_list *list, const gn_train_wan
         *before = (outcome){r.loss, weights};
     }
     close_lora(&r);
+    close_devices(&d);
     drop_workspace(model->ctx);
     cr_assert_eq(device.live, 0);
 }
@@ -180,7 +171,7 @@ static void check_refusal(gn_model *model, const gn_train_wanted *w, int64_t bud
 /* Every budget, from too little to more than enough. */
 static void sweep(gn_model *model, const lora_list *list, const gn_train_wanted *w,
                   outcome *result) {
-    enum { STEP = 8000, RUN_EACH = 16 };
+    enum { STEP = 8000, RUN_EACH = 40 };
     const gn_train_memory most = plan_ok(model, w, 4 * GIB);
     const int64_t enough = gn_train_memory_sum(&most);
     gn_train_memory before = {.recomputed = 1};
@@ -218,6 +209,63 @@ Test(train_memory, budgets_are_kept_to_and_change_no_bit) {
     }
     stop_counting(model);
     free(result.weights);
+    free_list(&list);
+    gn_model_close(model);
+}
+
+/* Optimizer pages that lodge in layers' inputs come during the backward pass, and change no bit;
+ * they are back when the step that lent the memory is gone. */
+Test(train_memory, pages_lodge_in_layers_inputs) {
+    enum { LONG = 240, UPDATES = 3 };
+    gn_model *model = open_tiny();
+    lora_list list = list_lora(model, RANK);
+    outcome results[2];
+    start_counting(model, 4 * GIB);
+    gn_train_wanted w = want_lora(&list, 1, LONG, 1);
+    w.optimizer.page_bytes = 1;
+    const gn_train_memory all = plan_ok(model, &w, 0);
+    gn_train_memory least;
+    gn_error err = {0};
+    int64_t budget = gn_train_memory_sum(&all) - 40 * MIB;
+    while (gn_train_memory_plan(&least, model, &w, budget, &err)) budget += 10000;
+    for (int lodges = 0; lodges < 2; lodges++) {
+        size_t bytes;
+        lora_run r;
+        devices d = open_devices(model);
+        open_planned(&r, model, &list, &w, &least, d.at);
+        if (!lodges) r.trained.lodger = NULL;
+        for (int i = 0; i < UPDATES; i++) {
+            const int64_t before = gn_pages_read_stats(gn_optimizer_pages(r.o)).uploaded;
+            accumulate_lora(&r, i, 2, 1, LONG);
+            const int64_t came = gn_pages_read_stats(gn_optimizer_pages(r.o)).uploaded - before;
+            const int64_t pages = came / (int64_t)gn_pages_page_bytes(gn_optimizer_pages(r.o));
+            if (lodges)
+                cr_assert_geq(pages, 6, "%lld pages", (long long)pages); /* 3 inputs of 2 pages */
+            else
+                cr_assert_eq(pages, 0);
+            apply_lora(&r);
+        }
+        gn_train_step_close(r.step);
+        r.step = NULL;
+        cr_assert_eq(gn_pages_flush(gn_optimizer_pages(r.o)), GN_OK);
+        results[lodges] = (outcome){r.loss, read_weights(&r, &bytes)};
+        if (lodges) {
+            cr_assert_eq(results[0].loss, results[1].loss);
+            cr_assert(!memcmp(results[0].weights, results[1].weights, bytes));
+        }
+        const gn_page_stats s = gn_pages_read_stats(gn_optimizer_pages(r.o));
+        cr_assert_eq(s.peak, (size_t)least.optimizer);
+        float *masters = malloc((size_t)r.p->items[0].numel * sizeof *masters);
+        cr_assert_eq(gn_optimizer_get(r.o, GN_STATE_MASTER, 0, masters), GN_OK);
+        for (int64_t j = 0; j < r.p->items[0].numel; j++)
+            cr_assert_eq(gn_f32_to_bf16(masters[j]), results[lodges].weights[j]);
+        free(masters);
+        close_lora(&r);
+        close_devices(&d);
+    }
+    free(results[0].weights);
+    free(results[1].weights);
+    stop_counting(model);
     free_list(&list);
     gn_model_close(model);
 }
