@@ -41,8 +41,8 @@ typedef struct gn_linear_grads {
 } gn_linear_grads;
 
 /* The epilogue is GN_STORE or GN_ADD, and there is at most one LoRA term. dx passes through
- * weights of any type, and through the term: dx = sum over parts of W^T dy + s * A^T B^T dy. Where
- * neither da, db nor dw is wanted of any part, x is not read, and dx may be x. */
+ * weights of any type, and through the term: dx = sum over parts of W^T dy + s * A^T B^T dy. Of a
+ * single part dx may be x; where neither da, db nor dw is wanted of any part, x is not read. */
 GN_CHECKED gn_status gn_linear_bwd(gn_ctx *ctx, const gn_linear_args *args,
                                    const gn_linear_grads *grads);
 /* Working memory that gn_linear with dropout, gn_linear_bwd and gn_rmsnorm_bwd need; sizes as in

@@ -184,7 +184,11 @@ static gn_status weight_of(const struct call *op, gn_cuda_region r, gn_cuda_fact
     return gn_cuda_dequantize(op->ctx, m, &r, op->weight, r.cols, op->dtype);
 }
 
+/* In float32 a row's losses do not depend on the other rows. */
 static gn_status find_logits(const struct call *op, int n) {
+    if (op->dtype == GN_F32)
+        return gn_cuda_exact_product(op->ctx, op->logits, op->V, op->args->lm_head,
+                                     (const float *)op->x, op->C, n);
     const gn_cuda_factor x = {op->x, op->C, false};
     const bool stored = gn_cuda_is_stored(op->ctx, op->args->lm_head);
     const int64_t step = stored ? op->V : gn_cuda_piece_rows(op->V, op->C);

@@ -21,6 +21,9 @@ size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max
 
 /* linear_exact.cu: float32, any weight and shape; a row's sums run in an order of their own. */
 gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args);
+/* y (T, rows of m) = x m^T by the same kernel; rows y_ld and x_ld apart. */
+gn_status gn_cuda_exact_product(gn_ctx *ctx, float *y, int64_t y_ld, const gn_matrix *m,
+                                const float *x, int64_t x_ld, int64_t T);
 /* max_n: columns of all parts together. */
 size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n, int64_t max_rank,
                                       int max_terms);

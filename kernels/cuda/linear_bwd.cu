@@ -186,59 +186,13 @@ static gn_status add_weight_gradient(const struct call *op, int part, struct spa
 
 /* ---- through LoRA ---- */
 
-static gn_status add_dx(const struct call *op, struct span s, int rank, gn_cuda_factor v,
-                        gn_cuda_factor a, const gn_cuda_operands_args *mask) {
-    gn_tensor dx = op->grads->dx;
-    dx.data = at_row(&dx, s.row0);
-    dx.shape[0] = s.rows;
-    if (!mask)
-        return gn_cuda_gemm(op->ctx, s.rows, op->K, rank, 1, v, a, 1, dx.data, dx.dtype, dx.ld);
-    const gn_tensor through = gn_tensor_2d(op->memory.dropped, op->dtype, s.rows, op->K);
-    const gn_status status = gn_cuda_gemm(op->ctx, s.rows, op->K, rank, 1, v, a, 0, through.data,
-                                          through.dtype, through.ld);
-    return status ? status : gn_cuda_add_dropped(op->ctx, &dx, &through, mask);
-}
-
-/* For the rows of s, which the term covers; dy and x are theirs. */
-static gn_status through_lora(const struct call *op, int part, struct span s, gn_cuda_factor dy,
-                              gn_cuda_factor x) {
-    gn_ctx *ctx = op->ctx;
-    const part_grads *grads = &op->grads->part[part];
-    const gn_lora_pair *pair = pair_of(op->args, part);
-    const int64_t N = op->args->part[part].w->rows, K = op->K, n = s.rows;
-    const int r = pair->rank;
-    const float scale = op->args->lora->scale * pair->scale;
-    gn_cuda_operands_args mask = {};
-    mask.dropout = op->args->dropout;
-    mask.module = op->args->pair + part;
-    mask.row0 = s.row0;
-    const bool drops = mask.dropout.p > 0;
-    const gn_cuda_factor u = {op->memory.u, r, false}, v = {op->memory.v, r, false};
-    gn_cuda_factor a, b;
-
-    gn_status status = rows_in(op, &pair->a, {0, r}, op->memory.a, NULL, &a);
-    if (!status) status = rows_in(op, &pair->b, {0, N}, op->memory.b, NULL, &b);
-    if (!status) status = gn_cuda_gemm(ctx, n, r, N, scale, dy, b, 0, op->memory.v, op->dtype, r);
-    if (!status && drops && (grads->da.data || grads->db.data)) {
-        const gn_tensor from = {(void *)x.data, op->dtype, 2, {n, K, 1, 1}, x.ld};
-        const gn_tensor to = gn_tensor_2d(op->memory.dropped, op->dtype, n, K);
-        status = gn_cuda_operands(ctx, &to, &from, &mask);
-        x = {to.data, to.ld, false};
-    }
-    if (!status && grads->db.data) {
-        status = gn_cuda_gemm(ctx, n, r, K, 1, x, gn_cuda_turned(a), 0, op->memory.u, op->dtype, r);
-        if (!status)
-            status = gn_cuda_gemm(ctx, N, r, n, scale, gn_cuda_turned(dy), u, 1, grads->db.data,
-                                  GN_F32, grads->db.ld);
-    }
-    if (!status && grads->da.data)
-        status = gn_cuda_gemm(ctx, r, K, n, 1, gn_cuda_turned(v), x, 1, grads->da.data, GN_F32,
-                              grads->da.ld);
-    if (!status && op->grads->dx.data) status = add_dx(op, s, r, v, a, drops ? &mask : NULL);
-    return status;
-}
-
-/* ---- the call ---- */
+/* A part's term: the rows that it covers, of those at hand; factors of these rows. */
+struct term {
+    const gn_lora_pair *pair;
+    struct span s; /* no rows: there is nothing to do */
+    gn_cuda_factor dy, x, a, v;
+    gn_cuda_operands_args mask;
+};
 
 /* The rows of s that the term covers. */
 static struct span covered(const gn_lora *term, struct span s) {
@@ -248,17 +202,91 @@ static struct span covered(const gn_lora *term, struct span s) {
     return {from, to > from ? to - from : 0};
 }
 
+static struct term term_of(const struct call *op, int part, struct span s, gn_cuda_factor dy,
+                           gn_cuda_factor x) {
+    const part_grads *grads = &op->grads->part[part];
+    struct term t = {};
+    t.pair = pair_of(op->args, part);
+    if (!t.pair || !(op->grads->dx.data || grads->da.data || grads->db.data)) return t;
+    t.s = covered(op->args->lora, s);
+    t.dy = from_row(op, dy, t.s.row0 - s.row0);
+    t.x = from_row(op, x, t.s.row0 - s.row0);
+    t.v = {op->memory.v, t.pair->rank, false};
+    t.mask.dropout = op->args->dropout;
+    t.mask.module = op->args->pair + part;
+    t.mask.row0 = t.s.row0;
+    return t;
+}
+
+/* A, and v = s dy B. */
+static gn_status find_v(const struct call *op, int part, struct term *t) {
+    const int64_t N = op->args->part[part].w->rows, r = t->pair->rank;
+    gn_cuda_factor b;
+    gn_status status = rows_in(op, &t->pair->a, {0, r}, op->memory.a, NULL, &t->a);
+    if (!status) status = rows_in(op, &t->pair->b, {0, N}, op->memory.b, NULL, &b);
+    if (status) return status;
+    return gn_cuda_gemm(op->ctx, t->s.rows, r, N, op->args->lora->scale * t->pair->scale, t->dy, b,
+                        0, op->memory.v, op->dtype, r);
+}
+
+/* dA and dB. */
+static gn_status add_pair_gradients(const struct call *op, int part, const struct term *t) {
+    gn_ctx *ctx = op->ctx;
+    const part_grads *grads = &op->grads->part[part];
+    const int64_t N = op->args->part[part].w->rows, K = op->K, n = t->s.rows, r = t->pair->rank;
+    const float scale = op->args->lora->scale * t->pair->scale;
+    const gn_cuda_factor u = {op->memory.u, r, false};
+    gn_cuda_factor x = t->x;
+    gn_status status = GN_OK;
+    if (t->mask.dropout.p > 0) {
+        const gn_tensor from = {(void *)x.data, op->dtype, 2, {n, K, 1, 1}, x.ld};
+        const gn_tensor to = gn_tensor_2d(op->memory.dropped, op->dtype, n, K);
+        status = gn_cuda_operands(ctx, &to, &from, &t->mask);
+        x = {to.data, to.ld, false};
+    }
+    if (!status && grads->db.data) {
+        status =
+            gn_cuda_gemm(ctx, n, r, K, 1, x, gn_cuda_turned(t->a), 0, op->memory.u, op->dtype, r);
+        if (!status)
+            status = gn_cuda_gemm(ctx, N, r, n, scale, gn_cuda_turned(t->dy), u, 1, grads->db.data,
+                                  GN_F32, grads->db.ld);
+    }
+    if (!status && grads->da.data)
+        status = gn_cuda_gemm(ctx, r, K, n, 1, gn_cuda_turned(t->v), x, 1, grads->da.data, GN_F32,
+                              grads->da.ld);
+    return status;
+}
+
+/* dx += dropout(v A). */
+static gn_status add_dx(const struct call *op, const struct term *t) {
+    const int64_t n = t->s.rows, K = op->K, r = t->pair->rank;
+    gn_tensor dx = op->grads->dx;
+    dx.data = at_row(&dx, t->s.row0);
+    dx.shape[0] = n;
+    if (!(t->mask.dropout.p > 0))
+        return gn_cuda_gemm(op->ctx, n, K, r, 1, t->v, t->a, 1, dx.data, dx.dtype, dx.ld);
+    const gn_tensor through = gn_tensor_2d(op->memory.dropped, op->dtype, n, K);
+    const gn_status status =
+        gn_cuda_gemm(op->ctx, n, K, r, 1, t->v, t->a, 0, through.data, through.dtype, through.ld);
+    return status ? status : gn_cuda_add_dropped(op->ctx, &dx, &through, &t->mask);
+}
+
+/* ---- the call ---- */
+
+/* Of a single part, x is not read any more when dx is written: they may be the same. */
 static gn_status run_part(const struct call *op, int part, struct span s, gn_cuda_factor x) {
     const part_grads *grads = &op->grads->part[part];
     gn_cuda_factor dy;
     gn_status status = rows_in(op, &grads->dy, s, op->memory.dy, NULL, &dy);
-    if (!status && op->grads->dx.data) status = through_weight(op, part, s, dy);
+    if (status) return status;
+    struct term t = term_of(op, part, s, dy, x);
+    if (t.s.rows > 0) status = find_v(op, part, &t);
+    if (!status && t.s.rows > 0 && (grads->da.data || grads->db.data))
+        status = add_pair_gradients(op, part, &t);
     if (!status && grads->dw.data) status = add_weight_gradient(op, part, s, dy, x);
-    if (status || !pair_of(op->args, part)) return status;
-    const struct span c = covered(op->args->lora, s);
-    if (c.rows == 0 || !(op->grads->dx.data || grads->da.data || grads->db.data)) return GN_OK;
-    return through_lora(op, part, c, from_row(op, dy, c.row0 - s.row0),
-                        from_row(op, x, c.row0 - s.row0));
+    if (status || !op->grads->dx.data) return status;
+    status = through_weight(op, part, s, dy);
+    return status || t.s.rows == 0 ? status : add_dx(op, &t);
 }
 
 gn_status gn_cuda_linear_bwd(gn_ctx *ctx, const gn_linear_args *args,

@@ -58,6 +58,20 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
+static gn_status multiply(gn_ctx *ctx, const output *out, const gn_matrix *m, const float *x,
+                          int64_t x_ld, int64_t T, bool is_up) {
+    const dim3 grid((unsigned)((m->rows + COLUMNS - 1) / COLUMNS),
+                    (unsigned)((T + ROWS - 1) / ROWS));
+    return launch(ctx, exact_kernel, grid, dim3(THREADS), 0, *out, *m, gn_cuda_is_tiled(m), x, x_ld,
+                  T, is_up);
+}
+
+gn_status gn_cuda_exact_product(gn_ctx *ctx, float *y, int64_t y_ld, const gn_matrix *m,
+                                const float *x, int64_t x_ld, int64_t T) {
+    const output out = {y, y_ld, GN_STORE, NULL, 0};
+    return multiply(ctx, &out, m, x, x_ld, T, false);
+}
+
 /* ---- LoRA ---- */
 
 struct terms {
@@ -175,10 +189,7 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
         const gn_matrix *m = args->part[i].w;
         const output out = {(float *)y->data, y->ld, args->epilogue,
                             lora ? lora + parts.first[i] : NULL, parts.first[parts.n]};
-        status = launch(
-            ctx, exact_kernel,
-            dim3((unsigned)((m->rows + COLUMNS - 1) / COLUMNS), (unsigned)((T + ROWS - 1) / ROWS)),
-            dim3(THREADS), 0, out, *m, gn_cuda_is_tiled(m), (const float *)x.data, K, T, is_up);
+        status = multiply(ctx, &out, m, (const float *)x.data, K, T, is_up);
     }
     return status;
 }

@@ -55,6 +55,7 @@ typedef struct {
     float dropout;
     bool norm, no_dx, no_params;
     bool f32_dy, f32_dx; /* else they have the activations' dtype */
+    bool in_place;       /* dx is x */
     gn_dtype lora_dtype;
     int pad, shift;
 } bwd_shape;
@@ -122,13 +123,14 @@ static bwd make_bwd(const sides *sides, const weights *w, const bwd_shape *s, ui
         if (w->type.qtype == GN_Q_NONE) add_gradient(&p, &r, DW + i, "dw", i, N, s->K);
     }
     snprintf(p.name, sizeof p.name,
-             "%s %s%s/%s T=%d K=%d N=%d,%d,%d r=%d,%d,%d%s rows %d+%d dropout %g%s%s%s pad %d "
+             "%s %s%s/%s T=%d K=%d N=%d,%d,%d r=%d,%d,%d%s rows %d+%d dropout %g%s%s%s%s pad %d "
              "shift %d",
              gn_dtype_name(sides->compute), gn_qtype_name(w->type.qtype),
              w->type.double_quant ? "+dq" : "", gn_dtype_name(w->type.dtype), s->T, s->K, s->N[0],
              s->N[1], s->N[2], s->rank[0], s->rank[1], s->rank[2], gn_dtype_name(s->lora_dtype),
              s->row0, s->rows, (double)s->dropout, s->norm ? " norm" : "",
-             s->f32_dy ? " f32 dy" : "", s->f32_dx ? " f32 dx" : "", s->pad, s->shift);
+             s->f32_dy ? " f32 dy" : "", s->f32_dx ? " f32 dx" : "", s->in_place ? " in place" : "",
+             s->pad, s->shift);
     return p;
 }
 
@@ -231,6 +233,7 @@ static const char *solve_on_gpu(const bwd *p, int run) {
     gn_linear_grads grads = {.dx = device_gradient(p, &m, DX, s->f32_dx ? GN_F32 : act)};
     gn_tensor tensors[GRADIENTS] = {[DX] = grads.dx};
     args.x = device_rows(&m, p->x, s->norm ? GN_F32 : act, s->T, s->K, s->pad, s->shift);
+    if (s->in_place) grads.dx = tensors[DX] = args.x;
     for (int i = 0; i < s->n_parts; i++) {
         const int N = s->N[i], rank = s->rank[i];
         gn_lora_pair *pair = &pairs[FIRST_PAIR + i];
@@ -508,6 +511,16 @@ static const bwd_shape bwd_shapes[] = {
     {.T = 21, .K = 128, .N = {88}, .n_parts = 1, .rank = {8}, .rows = 21, .no_dx = true},
     {.T = 21, .K = 128, .N = {88}, .n_parts = 1, .rank = {8}, .rows = 21, .no_params = true},
     {.T = 33, .K = 100, .N = {40}, .n_parts = 1, .rows = 0},
+    {.T = 50,
+     .K = 192,
+     .N = {72},
+     .n_parts = 1,
+     .rank = {16},
+     .row0 = 3,
+     .rows = 40,
+     .dropout = 0.1f,
+     .f32_dy = true,
+     .in_place = true},
 };
 
 static void check_shape(tally *tally, const sides *s, const bwd_shape *shape, weight_type type,
