@@ -23,10 +23,6 @@ static staged *staged_of(gn_ctx *ctx) {
     return (staged *)ctx->cuda;
 }
 
-static gn_status stage_reserve(gn_ctx *, const gn_stage_limits *) {
-    return GN_OK;
-}
-
 static gn_status stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs, const gn_lora *terms,
                        int32_t n_terms) {
     staged *s = staged_of(ctx);
@@ -162,7 +158,6 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     s->table.attention_train = gn_cuda_attention_train;
     s->table.attention_bwd = gn_cuda_attention_bwd;
     s->table.attention_train_workspace = gn_cuda_attention_train_workspace;
-    s->table.stage_reserve = stage_reserve;
     s->table.stage = stage;
     s->table.place_bytes = place_bytes;
     s->table.place = place;
