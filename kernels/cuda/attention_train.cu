@@ -422,7 +422,7 @@ static __global__ void __launch_bounds__(BWD_THREADS<N>, 1) backward_kernel(cons
         wait_for_all_copies();
         __syncthreads(); /* everybody's are there, and nobody reads what the last step did */
         if (i > 0 && unit > 0) count_tile(arrived_of(i - 1));
-        if (STAGES < N >> 1 && i + 1 < n_steps) copy_step(i + 1);
+        if (STAGES<N> == 2 && i + 1 < n_steps) copy_step(i + 1);
 
         /* Rows that are not there have zeros for q, dy and stats, so that they add nothing. */
         float weight[2][4][4] = {}, slope[2][4][4] = {};
