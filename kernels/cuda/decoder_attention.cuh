@@ -83,7 +83,7 @@ static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const 
     }
     const int32_t *table = p.batch.blocks + (int64_t)p.batch.row_seq[item.t] * p.max_blocks;
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
-    const float scale = rsqrtf((float)p.D) * 1.44269504f; /* exponentials are powers of two */
+    const float scale = rsqrtf((float)p.D) * LOG2_E;
 #pragma unroll 1
     for (int b = first; b * TOKENS < length; b += step) {
         const int64_t block = table[b];
