@@ -23,6 +23,7 @@ int gn_command_run(const gn_command *commands, const char *program, int n, char 
 
 int gn_quantize_command(int n, char *const *args);
 int gn_merge_command(int n, char *const *args);
+int gn_report_command(int n, char *const *args);
 int gn_eval_ppl_command(int n, char *const *args);
 int gn_eval_logits_command(int n, char *const *args);
 int gn_bench_command(int n, char *const *args);
