@@ -20,10 +20,24 @@
 
 enum { ROWS = 256 }; /* of a weight that are merged together */
 
+/* Rows of a weight on their way from the base to the file; the buffers hold those of any weight. */
+typedef struct sum {
+    const gn_matrix *base;
+    const gn_lora_pair *pair; /* rank 0: nothing is added */
+    gn_dtype dtype;
+    int64_t row0;
+    float *rows; /* (ROWS, cols) */
+    float *a;    /* (cols, rank): A transposed, times the pair's scale */
+    float *b;    /* (ROWS, rank) */
+    char *out;   /* (ROWS, cols) of dtype */
+    atomic_bool finite;
+} sum;
+
 typedef struct job {
     const gn_merge_options *options;
     gn_adapter *adapter;
     gn_ctx *ctx;
+    sum sum;
     gn_merge_result result;
 } job;
 
@@ -97,25 +111,12 @@ static gn_status open_base(base *b, gn_model_copy *c, const gn_copy_item *item) 
 
 /* ---- the sum ---- */
 
-/* ROWS rows of a weight on their way from the base to the file. */
-typedef struct sum {
-    const gn_matrix *base;
-    const gn_lora_pair *pair; /* rank 0: nothing is added */
-    int64_t row0;
-    float *rows; /* (ROWS, cols) */
-    float *a;    /* (cols, rank): A transposed, times the pair's scale */
-    float *b;    /* (ROWS, rank) */
-    char *out;   /* (ROWS, cols) of dtype */
-    gn_dtype dtype;
-    atomic_bool finite;
-} sum;
-
-static bool open_sum(sum *s) {
-    const size_t cols = (size_t)s->base->cols, rank = (size_t)s->pair->rank;
+static bool open_sum(sum *s, int64_t max_cols, int64_t max_rank) {
+    const size_t cols = (size_t)max_cols, rank = (size_t)max_rank;
     s->rows = malloc(ROWS * cols * sizeof *s->rows);
-    s->out = malloc(ROWS * cols * gn_dtype_size(s->dtype));
-    s->a = malloc((cols * rank + 1) * sizeof *s->a);
-    s->b = malloc((ROWS * rank + 1) * sizeof *s->b);
+    s->out = malloc(ROWS * cols * sizeof(float));
+    s->a = malloc(cols * rank * sizeof *s->a);
+    s->b = malloc(ROWS * rank * sizeof *s->b);
     atomic_init(&s->finite, true);
     return s->rows && s->out && s->a && s->b;
 }
@@ -210,14 +211,14 @@ static gn_status write_merged(gn_model_copy *c, const gn_copy_item *item,
     job *j = c->user;
     const gn_file_tensor *t = item->from[0];
     base b;
-    sum s = {.base = &b.matrix, .pair = pair_of(j, item), .dtype = item->to[0].dtype};
-    if (s.pair->rank == 0 && j->result.over == GN_Q_NONE && s.dtype == t->dtype)
+    sum *s = &j->sum;
+    s->base = &b.matrix;
+    s->pair = pair_of(j, item);
+    s->dtype = item->to[0].dtype;
+    if (s->pair->rank == 0 && j->result.over == GN_Q_NONE && s->dtype == t->dtype)
         return gn_safetensors_write(w, t->data, t->bytes, c->err);
     gn_status status = open_base(&b, c, item);
-    if (!status)
-        status = open_sum(&s) ? write_sum(&s, j->ctx, t->name, w, c->err)
-                              : gn_fail(c->err, GN_ENOMEM, "out of memory for %s", t->name);
-    close_sum(&s);
+    if (!status) status = write_sum(s, j->ctx, t->name, w, c->err);
     free(b.memory);
     return status;
 }
@@ -311,6 +312,7 @@ static gn_status prepare(job *j, gn_model_copy *c) {
         if (gn_proj_cols(&c->config, (gn_proj)p) > cols)
             cols = gn_proj_cols(&c->config, (gn_proj)p);
     status = gn_ctx_reserve(j->ctx, gn_linear_workspace(j->ctx, ROWS, j->result.rank, cols, 0, 0));
+    if (!status && !open_sum(&j->sum, cols, j->result.rank)) status = GN_ENOMEM;
     return status ? gn_fail(c->err, status, "%s: out of memory", c->in) : GN_OK;
 }
 
@@ -330,6 +332,7 @@ gn_status gn_merge_folder(const gn_merge_options *options, gn_merge_result *resu
     j.result.bytes_out = copy.bytes_out;
     if (!status) *result = j.result;
     gn_model_copy_close(&copy);
+    close_sum(&j.sum);
     gn_adapter_close(j.adapter);
     gn_ctx_close(j.ctx);
     return status;

@@ -23,16 +23,16 @@ enum {
     MAX_LINE_BYTES = 1 << 16
 };
 
-/* Keys of metrics.jsonl; each is a curve over `step`. */
+/* Keys of metrics.jsonl; each is a curve over `step`. The last two are only summed up. */
 #define CURVES(X)                                                                                  \
     X(loss)                                                                                        \
     X(grad_norm)                                                                                   \
     X(learning_rate)                                                                               \
     X(tok_s)                                                                                       \
     X(device_bytes)                                                                                \
-    X(time)                                                                                        \
     X(eval_loss)                                                                                   \
-    X(eval_ppl)
+    X(eval_ppl)                                                                                    \
+    X(time)
 
 enum {
 #define X(name) CURVE_##name,
@@ -212,6 +212,8 @@ static const double *last(const curve *c) {
 static void print_summary(FILE *f, const run *r) {
     const curve *loss = &r->curves[CURVE_eval_loss], *ppl = &r->curves[CURVE_eval_ppl];
     const curve *rate = &r->curves[CURVE_tok_s], *bytes = &r->curves[CURVE_device_bytes];
+    const curve *time = &r->curves[CURVE_time];
+    const double seconds = time->n ? *last(time) - time->points[0].value : 0;
     const point *best = loss->points;
     double mean = 0, peak = 0, best_ppl = 0;
     for (size_t i = 1; i < loss->n; i++)
@@ -227,7 +229,7 @@ static void print_summary(FILE *f, const run *r) {
     print_number(f, "eval_loss", loss->n ? &best->value : NULL);
     print_number(f, "eval_step", loss->n ? &best->step : NULL);
     print_number(f, "eval_ppl", loss->n ? &best_ppl : NULL);
-    print_number(f, "seconds", last(&r->curves[CURVE_time]));
+    print_number(f, "seconds", time->n ? &seconds : NULL);
     print_number(f, "tok_s", rate->n ? &mean : NULL);
     print_number(f, "device_bytes", bytes->n ? &peak : NULL);
     fputs("},", f);
@@ -258,7 +260,7 @@ static bool print_name(FILE *f, const char *dir) {
 
 static void print_curves(FILE *f, const char *name, const curve *curves) {
     fprintf(f, "\"%s\":{", name);
-    for (int i = 0; i < N_CURVES; i++) {
+    for (int i = 0; i < CURVE_eval_ppl; i++) {
         fprintf(f, "%s\n\"%s\":[", i ? "]," : "", curve_names[i]);
         print_thinned(f, &curves[i]);
     }
