@@ -124,7 +124,7 @@ static gn_status read_lines(run *r, FILE *f) {
             return gn_fail(r->err, status, "%s: line %ld: %s", r->metrics, n, err.message);
     }
     if (ferror(f)) return gn_fail(r->err, GN_EIO, "%s: %s", r->metrics, strerror(errno));
-    for (int i = 0; i < N_CURVES; i++)
+    for (int i = 0; i < CURVE_eval_ppl; i++)
         if (r->curves[i].n > 0) return GN_OK;
     return gn_fail(r->err, GN_EFORMAT, "%s: no step is logged in it", r->metrics);
 }
