@@ -14,8 +14,8 @@
 
 #include "engine/adapter.h"
 #include "engine/bnb.h"
-#include "engine/json_file.h"
 #include "engine/model_copy.h"
+#include "engine/model_files.h"
 #include "kernels/ops.h"
 
 enum { ROWS = 256 }; /* of a weight that are merged together */
@@ -223,31 +223,6 @@ static gn_status write_merged(gn_model_copy *c, const gn_copy_item *item,
     return status;
 }
 
-/* The text as it is, or without what is no longer true. */
-static gn_status write_config(gn_model_copy *c) {
-    static const char *const gone[] = {"quantization_config", "torch_dtype", "dtype"};
-    const job *j = c->user;
-    if (j->result.over == GN_Q_NONE && !j->options->set_dtype)
-        return gn_copy_take_file(c, "config.json");
-    char *path;
-    cJSON *root;
-    if (asprintf(&path, "%s/config.json", c->in) < 0)
-        return gn_fail(c->err, GN_ENOMEM, "out of memory");
-    gn_status status = gn_json_read(&root, path, c->err);
-    free(path);
-    if (status) return status;
-    const char *key = cJSON_GetObjectItemCaseSensitive(root, "dtype") ? "dtype" : "torch_dtype";
-    for (size_t i = 0; i < sizeof gone / sizeof *gone; i++) {
-        while (cJSON_GetObjectItemCaseSensitive(root, gone[i]))
-            cJSON_DeleteItemFromObjectCaseSensitive(root, gone[i]);
-    }
-    status = cJSON_AddStringToObject(root, key, gn_torch_dtype_name(j->result.dtype))
-                 ? gn_copy_write_json(c, "config.json", root)
-                 : gn_fail(c->err, GN_ENOMEM, "out of memory");
-    cJSON_Delete(root);
-    return status;
-}
-
 static gn_status write_statement(gn_model_copy *c) {
     const job *j = c->user;
     const gn_merge_result *r = &j->result;
@@ -271,7 +246,10 @@ static gn_status write_statement(gn_model_copy *c) {
 }
 
 static gn_status describe(gn_model_copy *c) {
-    const gn_status status = write_config(c);
+    const job *j = c->user;
+    const gn_status status = j->result.over == GN_Q_NONE && !j->options->set_dtype
+                                 ? gn_model_config_copy(c->in, c->folder, c->err)
+                                 : gn_model_config_write(c->in, c->folder, j->result.dtype, c->err);
     return status ? status : write_statement(c);
 }
 

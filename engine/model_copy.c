@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "engine/bnb.h"
+#include "engine/model_files.h"
 #include "engine/model_internal.h"
 #include "engine/save_folder.h"
 #include "engine/tensor_file_internal.h"
@@ -231,44 +232,6 @@ gn_status gn_copy_write_json(gn_model_copy *c, const char *name, const cJSON *ro
     return status;
 }
 
-gn_status gn_copy_take_file(gn_model_copy *c, const char *name) {
-    char from[MAX_PATH_BYTES], to[MAX_PATH_BYTES], buffer[1 << 16];
-    snprintf(from, sizeof from, "%s/%s", c->in, name);
-    snprintf(to, sizeof to, "%s/%s", c->folder, name);
-    FILE *in = fopen(from, "rb");
-    if (!in && errno == ENOENT) return GN_OK;
-    if (!in) return gn_fail(c->err, GN_EIO, "%s: %s", from, strerror(errno));
-    FILE *out = fopen(to, "wb");
-    bool ok = out != NULL;
-    for (size_t n; ok && (n = fread(buffer, 1, sizeof buffer, in)) > 0;)
-        ok = fwrite(buffer, 1, n, out) == n;
-    if (ok) ok = !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0;
-    const gn_status status = ok ? GN_OK : gn_fail(c->err, GN_EIO, "%s: %s", to, strerror(errno));
-    fclose(in);
-    if (out) fclose(out);
-    return status;
-}
-
-static gn_status take_others(gn_model_copy *c) {
-    static const char *const names[] = {
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.json",
-        "generation_config.json",
-        "added_tokens.json",
-        "tokenizer.json",
-        "LICENSE",
-        "LICENSE.txt",
-        "README.md",
-        "USE_POLICY.md",
-    };
-    gn_status status = GN_OK;
-    for (size_t i = 0; !status && i < sizeof names / sizeof *names; i++)
-        status = gn_copy_take_file(c, names[i]);
-    return status;
-}
-
 /* ---- the folder ---- */
 
 static gn_status make_folder(gn_model_copy *c) {
@@ -291,7 +254,7 @@ static gn_status fill_folder(gn_model_copy *c) {
     for (int shard = 0; !status && shard < c->n_shards; shard++) status = write_shard(c, shard);
     if (!status && c->n_shards > 1) status = write_index(c);
     if (!status) status = c->maker.describe(c);
-    if (!status) status = take_others(c);
+    if (!status) status = gn_model_files_copy(c->in, c->folder, c->err);
     char inside[MAX_PATH_BYTES];
     snprintf(inside, sizeof inside, "%s/config.json", c->folder);
     if (!status) status = gn_sync_parent(inside, c->err);

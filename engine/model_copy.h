@@ -66,7 +66,5 @@ GN_CHECKED gn_status gn_copy_add(gn_model_copy *copy, gn_copy_item *item, const 
 /* For `describe`: files of the new folder. */
 GN_CHECKED gn_status gn_copy_write_text(gn_model_copy *copy, const char *name, const char *text);
 GN_CHECKED gn_status gn_copy_write_json(gn_model_copy *copy, const char *name, const cJSON *root);
-/* Takes a file of the old one along, if it is there. */
-GN_CHECKED gn_status gn_copy_take_file(gn_model_copy *copy, const char *name);
 
 #endif
