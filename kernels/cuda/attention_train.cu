@@ -4,10 +4,11 @@
  * In bfloat16 both are flash attention on the matrix units. Forward is that of
  * attention_tiles.cuh. Backward recomputes the weights P from the scores and lse:
  *
- *   A unit is 128 keys of a sequence under one kv head; a block keeps their dK and dV in registers
- *   and passes over the queries that see them, 64 at a time, for every head of the group. P and dS
- *   go through shared memory, which turns them. So scores are computed once and there are five
- *   products, where a pass of its own for dQ would take seven.
+ *   A unit is 128 keys of a sequence under one kv head, or 64 where a chip has little shared
+ * memory; a block keeps their dK and dV in registers and passes over the queries that see them, 64
+ * at a time, for every head of the group. P and dS go through shared memory, which turns them. So
+ * scores are computed once and there are five products, where a pass of its own for dQ would take
+ * seven.
  *
  *   dQ of 64 queries is a sum over units, in float32 in global memory and in a fixed order: from
  * the diagonal down to the first keys. A counter of each such tile says how many have added theirs.
@@ -214,19 +215,25 @@ template <int D> static gn_status launch_forward(gn_ctx *ctx, const train_args *
 enum {
     STATS_THREADS = 256,
     STATS_LANES = 16, /* of a query: 8 values each */
-    BWD_WARPS = 8,
-    BWD_THREADS = BWD_WARPS * WARP,
-    BWD_KEYS = 128, /* of a unit */
-    BWD_ROWS = 64,  /* of a tile of queries */
+    MANY_KEYS = 128,  /* of a unit */
+    FEW_KEYS = 64,
+    BWD_ROWS = 64, /* of a tile of queries */
 };
 
-/* Of the 16-column pieces of a row: a warp's, where two share them, and where four do. */
-template <int D> constexpr int HALF = (D / 16 + 1) / 2;
-template <int D> constexpr int QUARTER = (D / 16 + 3) / 4;
+/* N: keys of a unit. Warps stand in two rows of N / 32. */
+template <int N> constexpr int COLUMNS = N / 32;
+template <int N> constexpr int BWD_THREADS = 2 * COLUMNS<N> *WARP;
+/* Tiles of queries and of dy: one pair is multiplied, another one may be under way. */
+template <int N> constexpr int STAGES = N / FEW_KEYS;
 
-/* Tiles of keys and of values, two each of queries and of dy, then of P and of dS. */
-template <int D>
-constexpr int BWD_SHARED = (2 * BWD_KEYS + 4 * BWD_ROWS) * STEP<D> + 2 * BWD_ROWS *STEP<BWD_KEYS>;
+/* Of the 16-column pieces of a row: a warp's, where two share them, and where a row of warps does.
+ */
+template <int D> constexpr int HALF = (D / 16 + 1) / 2;
+template <int D, int N> constexpr int PART = (D / 16 + COLUMNS<N> - 1) / COLUMNS<N>;
+
+/* Tiles of keys and of values, then of queries and of dy, then of P and of dS. */
+template <int D, int N>
+constexpr int BWD_SHARED = (2 * N + 2 * STAGES<N> * BWD_ROWS) * STEP<D> + 2 * BWD_ROWS *STEP<N>;
 
 /* stats of every query; nobody has arrived yet. */
 static __global__ void __launch_bounds__(STATS_THREADS) stats_kernel(const train_args a) {
@@ -253,19 +260,20 @@ static __global__ void __launch_bounds__(STATS_THREADS) stats_kernel(const train
 }
 
 /* 32 rows by 32 keys of P or dS from registers to their tile. */
+template <int N>
 static __device__ __forceinline__ void store_patch(char *tile, const float v[2][4][4], int row0,
                                                    int key0) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int x = 0; x < 16; x++) {
         const int m = x / 8, n = x / 2 % 4, half = x % 2;
-        *(uint32_t *)(tile + chunk_at<BWD_KEYS>(row0 + 16 * m + 8 * half + lane / 4, key0 / 8 + n) +
+        *(uint32_t *)(tile + chunk_at<N>(row0 + 16 * m + 8 * half + lane / 4, key0 / 8 + n) +
                       lane % 4 * 4) = pack_bf16(v[m][n][2 * half], v[m][n][2 * half + 1]);
     }
 }
 
 /* c += a^T b: the 32 keys from key0 on of P or dS, over the tile's queries. */
-template <int D>
+template <int D, int N>
 static __device__ __forceinline__ void multiply_by_key(float c[2][2 * HALF<D>][4], uint32_t a_tile,
                                                        int key0, uint32_t b_rows, int first) {
     const int lane = threadIdx.x % WARP, row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
@@ -274,8 +282,8 @@ static __device__ __forceinline__ void multiply_by_key(float c[2][2 * HALF<D>][4
         uint32_t a[2][4];
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            load_turned_matrices(
-                a[m], a_tile + chunk_at<BWD_KEYS>(16 * k + row, key0 / 8 + 2 * m + chunk));
+            load_turned_matrices(a[m],
+                                 a_tile + chunk_at<N>(16 * k + row, key0 / 8 + 2 * m + chunk));
         multiply<D, 2, HALF<D>>(c, a, b_rows + 16 * k * STEP<D>, first);
     }
 }
@@ -305,14 +313,14 @@ static __device__ __forceinline__ void store_sums(bf16 *to, int64_t ld, int n, c
 }
 
 /* A tile's dq, complete but for these last terms or not: where it is summed, or in its place. */
-template <int D>
+template <int D, int N>
 static __device__ __forceinline__ void
-store_queries(const train_args &a, const float v[2][2 * QUARTER<D>][4], int64_t row0, int n,
+store_queries(const train_args &a, const float v[2][2 * PART<D, N>][4], int64_t row0, int n,
               int head, int first, bool is_complete) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int x = 0; x < 2 * 2 * QUARTER<D> * 2; x++) {
-        const int m = x / (4 * QUARTER<D>), i = x / 2 % (2 * QUARTER<D>), half = x % 2;
+    for (int x = 0; x < 2 * 2 * PART<D, N> * 2; x++) {
+        const int m = x / (4 * PART<D, N>), i = x / 2 % (2 * PART<D, N>), half = x % 2;
         const int row = 16 * m + 8 * half + lane / 4, d = 16 * first + 8 * i + lane % 4 * 2;
         if (row >= n || (D % 64 != 0 && d >= D)) continue;
         const float2 pair = make_float2(v[m][i][2 * half], v[m][i][2 * half + 1]);
@@ -324,14 +332,14 @@ store_queries(const train_args &a, const float v[2][2 * QUARTER<D>][4], int64_t 
     }
 }
 
-template <int D>
+template <int D, int N>
 static __device__ __forceinline__ void load_queries(const train_args &a,
-                                                    float v[2][2 * QUARTER<D>][4], int64_t row0,
+                                                    float v[2][2 * PART<D, N>][4], int64_t row0,
                                                     int n, int head, int first) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int x = 0; x < 2 * 2 * QUARTER<D> * 2; x++) {
-        const int m = x / (4 * QUARTER<D>), i = x / 2 % (2 * QUARTER<D>), half = x % 2;
+    for (int x = 0; x < 2 * 2 * PART<D, N> * 2; x++) {
+        const int m = x / (4 * PART<D, N>), i = x / 2 % (2 * PART<D, N>), half = x % 2;
         const int row = 16 * m + 8 * half + lane / 4, d = 16 * first + 8 * i + lane % 4 * 2;
         if (row >= n || (D % 64 != 0 && d >= D)) continue;
         const float2 pair =
@@ -348,8 +356,8 @@ static __device__ __forceinline__ void count_tile(uint32_t *arrived) {
     atomicAdd(arrived, 1u);
 }
 
-template <int D>
-static __global__ void __launch_bounds__(BWD_THREADS, 1) backward_kernel(const train_args a) {
+template <int D, int N>
+static __global__ void __launch_bounds__(BWD_THREADS<N>, 1) backward_kernel(const train_args a) {
     extern __shared__ __align__(128) char memory[];
     __shared__ uint32_t ticket;
     pdl_trigger();
@@ -357,22 +365,22 @@ static __global__ void __launch_bounds__(BWD_THREADS, 1) backward_kernel(const t
     if (threadIdx.x == 0) ticket = atomicAdd(a.ticket, 1u);
     __syncthreads();
     const tile_of_seq tile =
-        find_tile(a.batch.row0, a.n_seqs, (int)(ticket / a.kv_heads), 1, INT_MAX, 1, BWD_KEYS);
+        find_tile(a.batch.row0, a.n_seqs, (int)(ticket / a.kv_heads), 1, INT_MAX, 1, N);
     if (tile.seq < 0) return;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int kv_head = (int)(ticket % a.kv_heads), group = a.heads / a.kv_heads;
     const int row0 = a.batch.row0[tile.seq], rows = tile.rows;
-    const int unit = (rows - 1) / BWD_KEYS - tile.first / BWD_KEYS, key0 = unit * BWD_KEYS;
+    const int unit = (rows - 1) / N - tile.first / N, key0 = unit * N;
 
-    char *weights = memory + (2 * BWD_KEYS + 4 * BWD_ROWS) * STEP<D>; /* P */
-    char *slopes = weights + BWD_ROWS * STEP<BWD_KEYS>;               /* dS */
-    const uint32_t keys = shared_address(memory), values = keys + BWD_KEYS * STEP<D>;
-    const uint32_t queries = values + BWD_KEYS * STEP<D>, dys = queries + 2 * BWD_ROWS * STEP<D>;
+    char *weights = memory + (2 * N + 2 * STAGES<N> * BWD_ROWS) * STEP<D>; /* P */
+    char *slopes = weights + BWD_ROWS * STEP<N>;                           /* dS */
+    const uint32_t keys = shared_address(memory), values = keys + N * STEP<D>;
+    const uint32_t queries = values + N * STEP<D>, dys = queries + STAGES<N> * BWD_ROWS * STEP<D>;
     const int64_t first_key = (int64_t)row0 + key0;
-    copy_rows<D, BWD_KEYS, BWD_THREADS>(keys, head_row<bf16>(a.k, first_key, kv_head), a.k.ld,
-                                        rows - key0);
-    copy_rows<D, BWD_KEYS, BWD_THREADS>(values, head_row<bf16>(a.v, first_key, kv_head), a.v.ld,
-                                        rows - key0);
+    copy_rows<D, N, BWD_THREADS<N>>(keys, head_row<bf16>(a.k, first_key, kv_head), a.k.ld,
+                                    rows - key0);
+    copy_rows<D, N, BWD_THREADS<N>>(values, head_row<bf16>(a.v, first_key, kv_head), a.v.ld,
+                                    rows - key0);
 
     /* Step i: one tile of queries, from the unit's own on, of one head. */
     const int n_tiles = (rows - key0 + BWD_ROWS - 1) / BWD_ROWS, n_steps = group * n_tiles;
@@ -383,23 +391,23 @@ static __global__ void __launch_bounds__(BWD_THREADS, 1) backward_kernel(const t
     };
     const auto copy_step = [=](int i) {
         const int64_t row = (int64_t)row0 + row_of(i);
-        const int to = i % 2 * BWD_ROWS * STEP<D>, n = rows - row_of(i);
-        copy_rows<D, BWD_ROWS, BWD_THREADS>(queries + to, head_row<bf16>(a.q, row, head_of(i)),
-                                            a.q.ld, n);
-        copy_rows<D, BWD_ROWS, BWD_THREADS>(dys + to, head_row<bf16>(a.dy, row, head_of(i)),
-                                            a.dy.ld, n);
+        const int to = i % STAGES<N> * BWD_ROWS * STEP<D>, n = rows - row_of(i);
+        copy_rows<D, BWD_ROWS, BWD_THREADS<N>>(queries + to, head_row<bf16>(a.q, row, head_of(i)),
+                                               a.q.ld, n);
+        copy_rows<D, BWD_ROWS, BWD_THREADS<N>>(dys + to, head_row<bf16>(a.dy, row, head_of(i)),
+                                               a.dy.ld, n);
     };
     copy_step(0);
 
     /* Of P and dS a warp computes 32 rows by 32 keys; of dK and dV 32 keys by half the columns; of
-     * dQ 32 rows by a quarter. */
-    const int warp_row = warp / 4 * 32, warp_key = warp % 4 * 32;
-    const int half = warp / 4 * HALF<D>, quarter = warp % 4 * QUARTER<D>;
+     * dQ 32 rows by its part of them. */
+    const int warp_row = warp / COLUMNS<N> * 32, warp_key = warp % COLUMNS<N> * 32;
+    const int half = warp / COLUMNS<N> * HALF<D>, part = warp % COLUMNS<N> * PART<D, N>;
     const float scale = a.scale * LOG2_E;
     float dk[2][2 * HALF<D>][4] = {}, dv[2][2 * HALF<D>][4] = {};
     for (int i = 0; i < n_steps; i++) {
         const int head = head_of(i), row = row_of(i); /* of the sequence */
-        const int now = i % 2 * BWD_ROWS * STEP<D>;
+        const int now = i % STAGES<N> * BWD_ROWS * STEP<D>;
         float2 stat[4];
 #pragma unroll
         for (int x = 0; x < 4; x++) {
@@ -407,10 +415,14 @@ static __global__ void __launch_bounds__(BWD_THREADS, 1) backward_kernel(const t
             stat[x] = mine < rows ? a.stats[head * (int64_t)a.rows + row0 + mine]
                                   : make_float2(0.0f, 0.0f);
         }
+        if (STAGES<N> == 1 && i > 0) {
+            __syncthreads(); /* nobody reads what the last step did */
+            copy_step(i);
+        }
         wait_for_all_copies();
         __syncthreads(); /* everybody's are there, and nobody reads what the last step did */
         if (i > 0 && unit > 0) count_tile(arrived_of(i - 1));
-        if (i + 1 < n_steps) copy_step(i + 1);
+        if (STAGES<N> == 2 && i + 1 < n_steps) copy_step(i + 1);
 
         /* Rows that are not there have zeros for q, dy and stats, so that they add nothing. */
         float weight[2][4][4] = {}, slope[2][4][4] = {};
@@ -434,55 +446,60 @@ static __global__ void __launch_bounds__(BWD_THREADS, 1) backward_kernel(const t
                 slope[m][n][j] = weight[m][n][j] * (slope[m][n][j] - stat[2 * m + j / 2].y);
             }
         }
-        store_patch(weights, weight, warp_row, warp_key);
-        store_patch(slopes, slope, warp_row, warp_key);
+        store_patch<N>(weights, weight, warp_row, warp_key);
+        store_patch<N>(slopes, slope, warp_row, warp_key);
 
         /* Those before this unit are the ones from the queries' own keys on. */
-        const int n_before = row / BWD_KEYS - unit, n_rows = rows - row - warp_row;
-        float dq[2][2 * QUARTER<D>][4] = {};
+        const int n_before = row / N - unit, n_rows = rows - row - warp_row;
+        float dq[2][2 * PART<D, N>][4] = {};
         if (n_before > 0) {
             while (load_acquire(arrived_of(i)) < (uint32_t)n_before) continue;
-            load_queries<D>(a, dq, (int64_t)row0 + row + warp_row, n_rows, head, quarter);
+            load_queries<D, N>(a, dq, (int64_t)row0 + row + warp_row, n_rows, head, part);
         }
         __syncthreads();
         if (key0 + warp_key < row + BWD_ROWS) {
-            multiply_by_key<D>(dv, shared_address(weights), warp_key, dys + now, half);
-            multiply_by_key<D>(dk, shared_address(slopes), warp_key, queries + now, half);
+            multiply_by_key<D, N>(dv, shared_address(weights), warp_key, dys + now, half);
+            multiply_by_key<D, N>(dk, shared_address(slopes), warp_key, queries + now, half);
         }
 #pragma unroll
-        for (int k = 0; k < BWD_KEYS / 16; k++) {
+        for (int k = 0; k < N / 16; k++) {
             if (key0 + 16 * k > row + warp_row + 31) break;
             uint32_t s[2][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
-                load_matrices(
-                    s[m], shared_address(slopes) +
-                              chunk_at<BWD_KEYS>(warp_row + 16 * m + lane % 16, 2 * k + lane / 16));
-            multiply<D, 2, QUARTER<D>>(dq, s, keys + 16 * k * STEP<D>, quarter);
+                load_matrices(s[m],
+                              shared_address(slopes) +
+                                  chunk_at<N>(warp_row + 16 * m + lane % 16, 2 * k + lane / 16));
+            multiply<D, 2, PART<D, N>>(dq, s, keys + 16 * k * STEP<D>, part);
         }
-        store_queries<D>(a, dq, (int64_t)row0 + row + warp_row, n_rows, head, quarter, unit == 0);
+        store_queries<D, N>(a, dq, (int64_t)row0 + row + warp_row, n_rows, head, part, unit == 0);
     }
     __syncthreads();
     if (unit > 0) count_tile(arrived_of(n_steps - 1));
-    char *dk_tile = memory, *dv_tile = memory + BWD_KEYS * STEP<D>;
+    char *dk_tile = memory, *dv_tile = memory + N * STEP<D>;
     store_sums<D>(head_row<bf16>(a.dk, first_key, kv_head), a.dk.ld, rows - key0, dk_tile, dk,
                   warp_key, half, a.scale);
     store_sums<D>(head_row<bf16>(a.dv, first_key, kv_head), a.dv.ld, rows - key0, dv_tile, dv,
                   warp_key, half, 1.0f);
 }
 
-template <int D> static gn_status launch_backward(gn_ctx *ctx, const train_args *args) {
+template <int D, int N> static gn_status launch_units(gn_ctx *ctx, const train_args *args) {
     const int64_t queries = (int64_t)args->rows * args->heads;
-    const int64_t units = max_tiles(args->rows, args->n_seqs, 1, BWD_KEYS) * args->kv_heads;
+    const int64_t units = max_tiles(args->rows, args->n_seqs, 1, N) * args->kv_heads;
     const int64_t blocks = (queries * STATS_LANES + STATS_THREADS - 1) / STATS_THREADS;
     if (units > INT_MAX || blocks > INT_MAX) return GN_EINVAL;
     gn_status status = gn_cuda_status(cudaFuncSetAttribute(
-        backward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BWD_SHARED<D>));
+        backward_kernel<D, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, BWD_SHARED<D, N>));
     if (!status)
         status = launch(ctx, stats_kernel, dim3((unsigned)blocks), dim3(STATS_THREADS), 0, *args);
     return status ? status
-                  : launch(ctx, backward_kernel<D>, dim3((unsigned)units), dim3(BWD_THREADS),
-                           BWD_SHARED<D>, *args);
+                  : launch(ctx, backward_kernel<D, N>, dim3((unsigned)units), dim3(BWD_THREADS<N>),
+                           BWD_SHARED<D, N>, *args);
+}
+
+template <int D> static gn_status launch_backward(gn_ctx *ctx, const train_args *args) {
+    const bool has_room = BWD_SHARED<D, MANY_KEYS> < ctx->cuda->shared_limit;
+    return has_room ? launch_units<D, MANY_KEYS>(ctx, args) : launch_units<D, FEW_KEYS>(ctx, args);
 }
 
 /* ---- which way ---- */
@@ -528,7 +545,7 @@ gn_status gn_cuda_attention_train(gn_ctx *ctx, const gn_attention_rows *rows) {
 
 /* Floats of `sums`; none where no sequence has a second unit. */
 static size_t sums_of(const gn_ctx *ctx, int64_t rows, int64_t heads, int64_t D, int64_t context) {
-    return is_fast_shape(ctx, D) && context > BWD_KEYS ? (size_t)(rows * heads * D) : 0;
+    return is_fast_shape(ctx, D) && context > FEW_KEYS ? (size_t)(rows * heads * D) : 0;
 }
 
 size_t gn_cuda_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,

@@ -41,8 +41,9 @@ typedef struct gn_cuda_batch {
 
 struct gn_cuda {
     int device, sms;
-    size_t shared_limit; /* bytes of shared memory a block may ask for */
-    bool overlaps;       /* kernels may start while the one before drains (Hopper on) */
+    size_t shared_limit;    /* bytes of shared memory a block may ask for */
+    size_t shared_reserved; /* that the system has of each block's, at its beginning */
+    bool overlaps;          /* kernels may start while the one before drains (Hopper on) */
     cudaStream_t stream;
     cudaStream_t transfers; /* transfer.cu's */
     cublasHandle_t blas;

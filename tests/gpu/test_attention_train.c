@@ -4,6 +4,8 @@
  * depend on nothing but itself. */
 #include "device.h"
 
+#include "kernels/cuda/cuda.h"
+
 typedef struct {
     int heads, kv_heads, D;
     float scale; /* of q: how sharp the softmax is */
@@ -383,10 +385,10 @@ static void check_problem(tally *t, problem *p) {
     free_results(&r);
 }
 
-static void check_all(gn_dtype compute, int brief_rows, const char *what) {
+/* Every step-th problem, in brief fewer and of no more rows than `brief_rows`. */
+static void check_all(sides s, int step, int brief_rows, const char *what) {
     tally t = {0};
-    sides s = open_sides(compute);
-    for (int i = 0; i < COUNT(shapes) * COUNT(batches); i++) {
+    for (int i = 0; i < COUNT(shapes) * COUNT(batches); i += step) {
         problem p = make_problem(&s, shapes[i % COUNT(shapes)], batches[i / COUNT(shapes)],
                                  (uint64_t)(1 + i));
         if (!is_brief() || (p.T <= brief_rows && i % 8 == 0)) check_problem(&t, &p);
@@ -397,11 +399,17 @@ static void check_all(gn_dtype compute, int brief_rows, const char *what) {
 }
 
 Test(gpu_attention_train, in_bfloat16) {
-    check_all(GN_BF16, 300, "attention for training, bfloat16");
+    check_all(open_sides(GN_BF16), 1, 300, "attention for training, bfloat16");
 }
 
 Test(gpu_attention_train, in_float32) {
-    check_all(GN_F32, 80, "attention for training, float32");
+    check_all(open_sides(GN_F32), 1, 80, "attention for training, float32");
+}
+
+Test(gpu_attention_train, with_little_shared_memory) {
+    sides s = open_sides(GN_BF16);
+    s.gpu->cuda->shared_limit = 99 << 10;
+    check_all(s, 3, 300, "attention for training, little shared memory");
 }
 
 /* To the bit: run again, and every sequence alone. */
