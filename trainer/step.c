@@ -360,13 +360,11 @@ static gn_status norm_bwd(const gn_train_step *s, gn_tensor dw, const gn_tensor 
     return gn_rmsnorm_bwd(s->model->ctx, &dx, &dw, &dy, &dx, x, norm, s->model->config.rms_eps);
 }
 
-/* First the gradients of the weights, which read h; then that of h, in its place. */
+/* The gradient of h takes its place. */
 static gn_status down_bwd(const gn_train_step *s, int i) {
     const gn_linear_args down = down_product(s, i);
     const gn_tensor dy = rows_of(s, &s->act.dstream);
-    const gn_linear_grads dh = {.dx = down.x, .part[0].dy = dy};
-    const gn_status status = product_bwd(s, &down, (gn_tensor){0}, &dy);
-    return status ? status : gn_linear_bwd(s->model->ctx, &down, &dh);
+    return product_bwd(s, &down, down.x, &dy);
 }
 
 static gn_status mlp_bwd(const gn_train_step *s, int i, gn_tensor m) {

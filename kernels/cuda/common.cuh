@@ -62,21 +62,6 @@ template <int THREADS> static __device__ __forceinline__ double block_sum_double
     return x;
 }
 
-/* Two of them. */
-template <int THREADS> static __device__ __forceinline__ double2 block_sum_double2(double2 x) {
-    __shared__ double2 sums[THREADS / WARP];
-#pragma unroll
-    for (int d = WARP / 2; d > 0; d /= 2) {
-        x.x += __shfl_xor_sync(0xffffffffu, x.x, d);
-        x.y += __shfl_xor_sync(0xffffffffu, x.y, d);
-    }
-    if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = {};
-    for (int i = 0; i < THREADS / WARP; i++) x.x += sums[i].x, x.y += sums[i].y;
-    return x;
-}
-
 /* Launches `kernel` on the context's stream, allowed to start before its predecessor ends: so it
  * must call pdl_wait before it touches what another kernel wrote or reads. */
 template <typename... P, typename... A>

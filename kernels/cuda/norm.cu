@@ -1,8 +1,9 @@
 /* norm.cu - RMSNorm by itself, and its gradients; most norms ride in products. Twin: cpu/norm.c.
  *
- * One block per row. Sums are taken in double, as on the CPU: a few operations a thread. Bound by
- * memory: the backward pass reads x, dy and skip and writes dx, where x and dy are read twice, the
- * second time from cache. */
+ * One block per row. Forward the sum of squares is taken in double, as on the CPU: a few operations
+ * a thread, so that it is the launch that costs. The backward pass, of many rows, is bound by
+ * memory, and sums float32: chips that are not made for computing centers are slow at double. It
+ * reads x, dy and skip and writes dx; x and dy are read twice, the second time from cache. */
 #include "rows.cuh"
 
 enum { THREADS = 256 };
@@ -43,7 +44,7 @@ struct norm_bwd {
 template <int N>
 static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struct norm_bwd o) {
     const int64_t row = blockIdx.x;
-    double squares = 0, dot = 0;
+    float squares = 0.0f, dot = 0.0f;
     pdl_trigger();
     pdl_wait();
     for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
@@ -52,21 +53,20 @@ static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struc
         load<N>(dy, o.dy, row, c);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            squares += (double)x[i] * x[i];
-            dot += (double)(o.w[c + i] * dy[i]) * x[i];
+            squares += x[i] * x[i];
+            dot += o.w[c + i] * dy[i] * x[i];
         }
     }
-    const double2 sums = block_sum_double2<THREADS>(make_double2(squares, dot));
-    const double r = 1.0 / sqrt(sums.x / (double)o.C + o.eps);
-    const float scale = (float)r, along = (float)(r * r * r * sums.y / (double)o.C);
-    if (o.rms && threadIdx.x == 0) o.rms[row] = scale;
+    const float r = 1.0f / sqrtf(block_sum(squares) / (float)o.C + o.eps);
+    const float along = r * r * r * (block_sum(dot) / (float)o.C);
+    if (o.rms && threadIdx.x == 0) o.rms[row] = r;
     for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
         float x[N], dy[N], dx[N] = {};
         load<N>(x, o.x, row, c);
         load<N>(dy, o.dy, row, c);
         if (o.skip.data) load<N>(dx, o.skip, row, c);
 #pragma unroll
-        for (int i = 0; i < N; i++) dx[i] += scale * o.w[c + i] * dy[i] - along * x[i];
+        for (int i = 0; i < N; i++) dx[i] += r * o.w[c + i] * dy[i] - along * x[i];
         store<N>(o.dx, row, c, dx);
     }
 }
@@ -76,23 +76,23 @@ enum { DW_COLUMNS = 32, DW_ROWS = THREADS / DW_COLUMNS };
 /* A block takes 32 columns, a warp every eighth row of them, in order. */
 static __global__ void __launch_bounds__(THREADS)
     rmsnorm_dw_kernel(float *dw, const struct norm_bwd o, int64_t T) {
-    __shared__ double sums[DW_ROWS][DW_COLUMNS];
+    __shared__ float sums[DW_ROWS][DW_COLUMNS];
     const int lane = threadIdx.x % DW_COLUMNS, warp = threadIdx.x / DW_COLUMNS;
     const int64_t c = (int64_t)blockIdx.x * DW_COLUMNS + lane;
-    double sum = 0;
+    float sum = 0.0f;
     pdl_trigger();
     pdl_wait();
     for (int64_t t = warp; t < T && c < o.C; t += DW_ROWS) {
         float x, dy;
         load<1>(&x, o.x, t, c);
         load<1>(&dy, o.dy, t, c);
-        sum += (double)(o.rms[t] * x) * dy;
+        sum += o.rms[t] * x * dy;
     }
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || c >= o.C) return;
     for (int i = 1; i < DW_ROWS; i++) sum += sums[i][lane];
-    dw[c] += (float)sum;
+    dw[c] += sum;
 }
 
 size_t gn_cuda_rmsnorm_bwd_bytes(int64_t rows) {

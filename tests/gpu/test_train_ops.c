@@ -128,8 +128,9 @@ static void norm_errors(op_case *c, bool has_skip) {
             const int at = t * C + i;
             const double size = (has_skip ? fabs((double)skip[at]) : 0) + r * fabs(w[i] * dy[at]) +
                                 r * r * r * along / C * fabs((double)x[at]);
-            dx->error[at] = (float)(8 * U32 * size);
-            dw->error[i] += (float)(4 * U32 * r * fabs((double)x[at] * dy[at]));
+            dx->error[at] = (float)((sqrt(C) + 8) * U32 * size);
+            dw->error[i] +=
+                (float)((sqrt(C) + sqrt(dx->rows) + 8) * U32 * r * fabs((double)x[at] * dy[at]));
         }
     }
 }
