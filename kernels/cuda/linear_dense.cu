@@ -196,7 +196,7 @@ static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const
     f.N = y->shape[1];
     f.epilogue = args->epilogue;
     const bool vectors = in_vectors(f.y, f.N) && in_vectors(f.sums, f.N);
-    const int64_t pieces = (f.N / (vectors ? (int)ROW_VECTOR : 1) + THREADS - 1) / THREADS;
+    const int64_t pieces = (f.N / (vectors ? ROW_VECTOR : 1) + THREADS - 1) / THREADS;
     if (pieces > 0xffff) return GN_EINVAL;
     const dim3 grid((unsigned)((f.T + FINISH_ROWS - 1) / FINISH_ROWS), (unsigned)pieces);
     return launch(ctx, vectors ? finish_kernel<ROW_VECTOR> : finish_kernel<1>, grid, dim3(THREADS),

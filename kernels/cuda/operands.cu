@@ -73,8 +73,8 @@ static struct operands operands_of(const gn_tensor *to, const gn_tensor *x,
 static gn_status run(gn_ctx *ctx, void (*in_vectors_kernel)(struct operands),
                      void (*plain_kernel)(struct operands), const struct operands &o, int64_t T) {
     const bool vectors = in_vectors(o.to, o.C) && in_vectors(o.x, o.C) && in_vectors(o.norm, o.C);
-    const int64_t items = o.C / (vectors ? (int)ROW_VECTOR : 1);
-    const int64_t threads = items < THREADS ? (items + WARP - 1) / WARP * WARP : THREADS;
+    const int64_t items = o.C / (vectors ? ROW_VECTOR : 1);
+    const int64_t threads = items < THREADS ? (items + WARP - 1) / WARP * WARP : (int64_t)THREADS;
     return launch(ctx, vectors ? in_vectors_kernel : plain_kernel, dim3((unsigned)T),
                   dim3((unsigned)threads), 0, o);
 }

@@ -103,6 +103,7 @@ GN_EMULATED_SHARED(uint8_t, shared);
 #define __ballot_sync     emulator::ballot
 #define __shfl_sync       emulator::shuffle
 #define __expf            expf
+#define __fdividef(x, y)  ((x) / (y))
 
 #define cudaLaunchKernelEx           emulator::launch
 #define cudaFuncSetAttribute(...)    cudaSuccess
