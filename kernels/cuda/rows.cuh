@@ -62,8 +62,7 @@ static __device__ __forceinline__ void store(const struct rows &r, int64_t row, 
         uint4 packed;
         bf162 *pairs = (bf162 *)&packed;
 #pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        for (int i = 0; i < N / 2; i++) pairs[i] = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
         *(uint4 *)((bf16 *)r.data + at) = packed;
     } else {
 #pragma unroll
