@@ -7,8 +7,7 @@
 enum { THREADS = 256 };
 
 struct operands {
-    struct rows to, x;
-    const float *norm;
+    struct rows to, x, norm; /* norm: one row */
     float eps;
     struct mask mask;
     int64_t C;
@@ -20,7 +19,7 @@ static __global__ void __launch_bounds__(THREADS) operands_kernel(const struct o
     float r = 1.0f;
     pdl_trigger();
     pdl_wait();
-    if (o.norm) {
+    if (o.norm.data) {
         float sum = 0.0f;
         for (int64_t c = threadIdx.x * N; c < o.C; c += blockDim.x * N) {
             float v[N];
@@ -31,11 +30,12 @@ static __global__ void __launch_bounds__(THREADS) operands_kernel(const struct o
         r = rsqrtf(block_sum(sum) / (float)o.C + o.eps);
     }
     for (int64_t c = threadIdx.x * N; c < o.C; c += blockDim.x * N) {
-        float v[N];
+        float v[N], w[N];
         load<N>(v, o.x, row, c);
+        if (o.norm.data) load<N>(w, o.norm, 0, c);
 #pragma unroll
         for (int i = 0; i < N; i++)
-            if (o.norm) v[i] = v[i] * r * o.norm[c + i];
+            if (o.norm.data) v[i] = v[i] * r * w[i];
         if (o.mask.dropout.p > 0) drop<N>(v, o.mask, row, c);
         store<N>(o.to, row, c, v);
     }
@@ -64,7 +64,7 @@ static struct operands operands_of(const gn_tensor *to, const gn_tensor *x,
     o.x = rows_of(x);
     o.C = x->shape[1];
     if (!args) return o;
-    o.norm = args->norm ? (const float *)args->norm->data : NULL;
+    if (args->norm) o.norm = {args->norm->data, 0, false};
     o.eps = args->eps;
     o.mask = {args->dropout, (uint32_t)args->module, (uint32_t)args->row0};
     return o;
@@ -72,11 +72,11 @@ static struct operands operands_of(const gn_tensor *to, const gn_tensor *x,
 
 static gn_status run(gn_ctx *ctx, void (*in_vectors_kernel)(struct operands),
                      void (*plain_kernel)(struct operands), const struct operands &o, int64_t T) {
-    const bool vectors = in_vectors(o.to, o.C) && in_vectors(o.x, o.C);
+    const bool vectors = in_vectors(o.to, o.C) && in_vectors(o.x, o.C) && in_vectors(o.norm, o.C);
     const int64_t items = o.C / (vectors ? ROW_VECTOR : 1);
-    const int64_t whole_warps = (items + WARP - 1) / WARP * WARP;
+    const int64_t threads = items < THREADS ? (items + WARP - 1) / WARP * WARP : (int64_t)THREADS;
     return launch(ctx, vectors ? in_vectors_kernel : plain_kernel, dim3((unsigned)T),
-                  dim3((unsigned)(whole_warps < THREADS ? whole_warps : (int64_t)THREADS)), 0, o);
+                  dim3((unsigned)threads), 0, o);
 }
 
 gn_status gn_cuda_operands(gn_ctx *ctx, const gn_tensor *to, const gn_tensor *x,

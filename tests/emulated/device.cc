@@ -9,6 +9,7 @@
 extern "C" { /* for tests in C */
 #include "kernels/cuda/linear.h"
 }
+#include "kernels/cuda/linear_ahead.h"
 
 /* What gn_cuda_batch points to. */
 struct staged {
@@ -109,6 +110,17 @@ gn_status gn_cuda_upload(gn_ctx *, void *dst, const void *src, size_t bytes) {
 static gn_status linear(gn_ctx *ctx, const gn_linear_args *args) {
     return ctx->compute == GN_F32 ? gn_cuda_linear_exact(ctx, args)
                                   : gn_cuda_linear_dense(ctx, args);
+}
+/* No weights are dequantized ahead. */
+gn_status gn_cuda_ahead_take(gn_ctx *, const gn_linear_args *, int64_t, const void **w) {
+    *w = NULL;
+    return GN_OK;
+}
+gn_status gn_cuda_ahead_begin(gn_ctx *, const gn_linear_args *, int64_t) {
+    return GN_OK;
+}
+int gn_cuda_ahead_sms_left(const gn_ctx *, int64_t) {
+    return 0;
 }
 extern "C" {
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *, int64_t, int64_t, int64_t, int64_t, int) {
