@@ -126,6 +126,17 @@ void gn_progress(const char *fmt, ...) {
     fflush(stderr);
 }
 
+double gn_resident_peak(int pid) {
+    char path[64], line[256];
+    double kib = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    FILE *status = fopen(path, "r");
+    while (status && fgets(line, sizeof line, status))
+        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
+    if (status) fclose(status);
+    return kib * 1024;
+}
+
 gn_status gn_read_text(const char *path, char **text, size_t *size, gn_error *err) {
     struct stat info;
     FILE *file = fopen(path, "rb");
