@@ -1,0 +1,158 @@
+/* model_writer.c - model.safetensors from an optimizer's masters, and what stands beside it. */
+#include "trainer/model_writer.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "engine/json_file.h"
+#include "engine/save_folder.h"
+#include "engine/tensor_file.h"
+
+static gn_status no_memory(const char *where, gn_error *err) {
+    return gn_fail(err, GN_ENOMEM, "%s: out of memory", where);
+}
+
+static char *join(const char *dir, const char *name) {
+    char *path;
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
+}
+
+/* ---- weights ---- */
+
+static gn_status write_tensor(gn_safetensors_writer *w, gn_optimizer *o, size_t i, gn_dtype dtype,
+                              gn_error *err) {
+    const gn_parameter *item = &gn_optimizer_parameters(o)->items[i];
+    const size_t bytes = (size_t)item->numel * gn_dtype_size(dtype);
+    float *values = malloc((size_t)item->numel * sizeof *values);
+    void *narrow = malloc(bytes);
+    gn_status status = values && narrow ? GN_OK : GN_ENOMEM;
+    if (!status) status = gn_optimizer_get(o, GN_STATE_MASTER, i, values);
+    if (status) {
+        gn_fail(err, status, "%s: %s", item->name, gn_status_text(status));
+    } else {
+        gn_narrow(narrow, dtype, values, item->numel);
+        status = gn_safetensors_write(w, narrow, bytes, err);
+    }
+    free(values);
+    free(narrow);
+    return status;
+}
+
+static gn_status write_tensors(const char *path, const gn_file_tensor *tensors, gn_optimizer *o,
+                               gn_error *err) {
+    static const char *const metadata[] = {"format", "pt", NULL};
+    const size_t n = gn_optimizer_parameters(o)->n;
+    gn_safetensors_writer *w;
+    gn_status status = gn_safetensors_create(&w, path, tensors, n, metadata, err);
+    if (status) return status;
+    for (size_t i = 0; i < n && !status; i++) status = write_tensor(w, o, i, tensors[i].dtype, err);
+    if (!status) return gn_safetensors_commit(w, err);
+    gn_safetensors_abort(w);
+    return status;
+}
+
+static gn_status write_weights(const char *dir, gn_dtype dtype, gn_optimizer *o, gn_error *err) {
+    const gn_parameters *p = gn_optimizer_parameters(o);
+    char *path = join(dir, "model.safetensors");
+    gn_file_tensor *tensors = calloc(p->n + 1, sizeof *tensors);
+    gn_status status = path && tensors ? GN_OK : no_memory(dir, err);
+    for (size_t i = 0; i < p->n && !status; i++) {
+        const gn_parameter *item = &p->items[i];
+        tensors[i] = (gn_file_tensor){.name = item->name, .dtype = dtype, .ndim = item->ndim};
+        tensors[i].bytes = (size_t)item->numel * gn_dtype_size(dtype);
+        memcpy(tensors[i].shape, item->shape, sizeof tensors[i].shape);
+    }
+    if (!status && (status = gn_pages_flush(gn_optimizer_pages(o))) != GN_OK)
+        gn_fail(err, status, "%s: %s", path, gn_status_text(status));
+    if (!status) status = write_tensors(path, tensors, o, err);
+    free(tensors);
+    free(path);
+    return status;
+}
+
+/* ---- the other files ---- */
+
+/* The base's, with what is stored said anew. */
+static gn_status write_config(const char *dir, const char *base, gn_dtype dtype, gn_error *err) {
+    char *from = join(base, "config.json"), *to = join(dir, "config.json"), *text = NULL;
+    cJSON *root = NULL;
+    gn_status status = from && to ? gn_json_read(&root, from, err) : no_memory(dir, err);
+    if (!status) {
+        cJSON_DeleteItemFromObjectCaseSensitive(root, "quantization_config");
+        cJSON_DeleteItemFromObjectCaseSensitive(root, "torch_dtype");
+        cJSON_DeleteItemFromObjectCaseSensitive(root, "dtype");
+        if (cJSON_AddStringToObject(root, "torch_dtype", dtype == GN_F32 ? "float32" : "bfloat16"))
+            text = cJSON_Print(root);
+        status = text ? gn_text_write(to, text, err) : no_memory(to, err);
+    }
+    cJSON_free(text);
+    cJSON_Delete(root);
+    free(from);
+    free(to);
+    return status;
+}
+
+static gn_status copy_open(FILE *in, FILE *out, const char *to, gn_error *err) {
+    char buffer[1 << 16];
+    bool ok = true;
+    for (size_t n; ok && (n = fread(buffer, 1, sizeof buffer, in)) > 0;)
+        ok = fwrite(buffer, 1, n, out) == n;
+    if (ok && !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0) return GN_OK;
+    return gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
+}
+
+/* If it is there. */
+static gn_status copy_file(const char *dir, const char *base, const char *name, gn_error *err) {
+    char *from = join(base, name), *to = join(dir, name);
+    FILE *in = from ? fopen(from, "rbe") : NULL, *out = in && to ? fopen(to, "wbe") : NULL;
+    gn_status status = GN_OK;
+    if (!from || !to)
+        status = no_memory(dir, err);
+    else if (in && !out)
+        status = gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
+    else if (in)
+        status = copy_open(in, out, to, err);
+    if (in) fclose(in);
+    if (out) fclose(out);
+    free(from);
+    free(to);
+    return status;
+}
+
+static gn_status fill(const char *dir, const char *base, gn_dtype dtype, gn_optimizer *o,
+                      gn_error *err) {
+    static const char *const names[] = {"tokenizer.model",         "tokenizer_config.json",
+                                        "special_tokens_map.json", "chat_template.json",
+                                        "generation_config.json",  "added_tokens.json",
+                                        "tokenizer.json"};
+    gn_status status = write_weights(dir, dtype, o, err);
+    if (!status) status = write_config(dir, base, dtype, err);
+    for (size_t i = 0; !status && i < sizeof names / sizeof *names; i++)
+        status = copy_file(dir, base, names[i], err);
+    return status;
+}
+
+/* ---- the folder ---- */
+
+static gn_status check_place(const char *dir, gn_error *err) {
+    char *config = join(dir, "config.json");
+    if (!config) return no_memory(dir, err);
+    const bool is_free = access(dir, F_OK) != 0 || rmdir(dir) == 0 || access(config, F_OK) == 0;
+    free(config);
+    return is_free ? GN_OK : gn_fail(err, GN_EEXIST, "%s exists already, and is no model", dir);
+}
+
+gn_status gn_model_save(const char *dir, const char *base, gn_dtype dtype, gn_optimizer *o,
+                        gn_error *err) {
+    gn_save_folder folder;
+    gn_status status = check_place(dir, err);
+    if (!status) status = gn_save_folder_open(&folder, dir, err);
+    if (status) return status;
+    status = fill(folder.temporary, base, dtype, o, err);
+    if (!status) return gn_save_folder_commit(&folder, err);
+    gn_save_folder_abort(&folder);
+    return status;
+}

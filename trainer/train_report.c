@@ -1,0 +1,85 @@
+/* train_report.c - lines of metrics.jsonl, and what a person sees. */
+#include <math.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kernels/measure.h"
+#include "trainer/train_run.h"
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (double)t.tv_sec + 1e-3 * (double)(t.tv_nsec / 1000000);
+}
+
+/* What a GPU holds; on a CPU, the most that this process has held. */
+static double used_bytes(const gn_train_run *run) {
+    gn_ctx *ctx = gn_trainable_model(run->trainable)->ctx;
+    return gn_ctx_is_host(ctx) ? gn_resident_peak(getpid()) : (double)gn_measure_used_bytes(ctx);
+}
+
+static void draw_progress(const gn_train_run *run, const gn_step_result *r) {
+    const gn_train_state *s = &run->state;
+    const int64_t total = s->schedule.total;
+    const double left =
+        run->seconds / (double)(s->step - run->begin) * (double)(total - s->step) + 0.5;
+    const long minutes = (long)(left / 60);
+    gn_progress("step %lld of %lld  loss %.4f  %.0f tok/s  %.2f GiB  %ld:%02ld:%02ld left",
+                (long long)s->step, (long long)total, r->loss,
+                (double)run->tokens_since / run->since_log, used_bytes(run) / 0x1p30, minutes / 60,
+                minutes % 60, (long)fmod(left, 60));
+}
+
+static gn_status write_step(const gn_train_run *run, const gn_step_result *r) {
+    cJSON *line = cJSON_CreateObject();
+    cJSON_AddNumberToObject(line, "step", (double)run->state.step);
+    cJSON_AddNumberToObject(line, "loss", r->loss);
+    cJSON_AddNumberToObject(line, "grad_norm", r->grad_norm);
+    cJSON_AddNumberToObject(line, "learning_rate", r->learning_rate);
+    cJSON_AddNumberToObject(line, "tok_s", (double)run->tokens_since / run->since_log);
+    cJSON_AddNumberToObject(line, "device_bytes", used_bytes(run));
+    cJSON_AddNumberToObject(line, "time", now());
+    return gn_metrics_write_take(run->metrics, line, run->o->json, run->err);
+}
+
+gn_status gn_train_report_step(gn_train_run *run, const gn_step_result *result, double seconds,
+                               int64_t tokens) {
+    const gn_train_state *s = &run->state;
+    run->seconds += seconds;
+    run->since_log += seconds;
+    run->tokens_since += tokens;
+    if (!run->metrics) return GN_OK;
+    draw_progress(run, result);
+    if (s->step % run->o->logging_steps != 0 && s->step != s->schedule.total) return GN_OK;
+    const gn_status status = write_step(run, result);
+    run->since_log = 0;
+    run->tokens_since = 0;
+    return status;
+}
+
+gn_status gn_train_report_evaluation(gn_train_run *run, double loss, int64_t tokens) {
+    if (!run->metrics) return GN_OK;
+    gn_progress("%s", "");
+    fprintf(stderr, "step %lld: held-out loss %.4f, perplexity %.4f (%lld tokens)\n",
+            (long long)run->state.step, loss, exp(loss), (long long)tokens);
+    cJSON *line = cJSON_CreateObject();
+    cJSON_AddNumberToObject(line, "step", (double)run->state.step);
+    cJSON_AddNumberToObject(line, "eval_loss", loss);
+    cJSON_AddNumberToObject(line, "eval_perplexity", exp(loss));
+    cJSON_AddNumberToObject(line, "time", now());
+    return gn_metrics_write_take(run->metrics, line, run->o->json, run->err);
+}
+
+void gn_train_report_start(const gn_train_run *run) {
+    const gn_model_info info = gn_model_describe(gn_trainable_model(run->trainable));
+    const gn_parameters *p = gn_trainable_parameters(run->trainable);
+    int64_t trained = 0;
+    if (!run->metrics) return;
+    for (size_t i = 0; i < p->n; i++) trained += p->items[i].numel;
+    fprintf(stderr, "%s on %s, weights %s, %lld of them trained", info.dir, info.device,
+            gn_qtype_name(info.quant), (long long)trained);
+    fprintf(stderr, "; %lld steps", (long long)run->state.schedule.total);
+    if (run->state.step > 0) fprintf(stderr, ", from step %lld", (long long)run->state.step);
+    fprintf(stderr, "\n");
+}
