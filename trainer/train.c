@@ -44,8 +44,8 @@ static gn_status open_trainable(gn_train_run *run) {
     if (o->mode == GN_TRAIN_QLORA && choice.quant == GN_Q_NONE && !config.bnb_4bit)
         choice.quant = GN_Q_NF4;
     const gn_lora_options lora = {.rank = o->rank,
-                                  .alpha = o->alpha,
-                                  .dropout = o->dropout,
+                                  .alpha = gn_train_decimal(o->alpha),
+                                  .dropout = gn_train_decimal(o->dropout),
                                   .rslora = o->rslora,
                                   .modules = o->modules,
                                   .init_adapter = o->init_adapter,
@@ -86,17 +86,13 @@ static gn_status open_optimizer(gn_train_run *run) {
                                     .weight_decay = o->weight_decay};
     gn_status status = gn_page_device_open(&run->device, ctx_of(run));
     if (status) return gn_fail(run->err, status, "optimizer: %s", gn_status_text(status));
+    if (!run->device && o->model.memory > 0)
+        return gn_fail(run->err, GN_EUNSUPPORTED,
+                       "--memory-budget: training on a CPU takes what it takes");
     status = page_budget(run, &options.budget);
     return status ? status
                   : gn_optimizer_open(&run->optimizer, gn_trainable_parameters(run->trainable),
                                       &options, run->device, run->err);
-}
-
-/* The shortest decimal that is this float: 2e-4 and not 0.000199999995. */
-static double decimal(float x) {
-    char text[32];
-    snprintf(text, sizeof text, "%.7g", (double)x);
-    return strtod(text, NULL);
 }
 
 static void set_schedule(gn_train_run *run) {
@@ -110,10 +106,10 @@ static void set_schedule(gn_train_run *run) {
         .seed = (uint64_t)o->seed,
         .best_loss = INFINITY,
         .schedule = {.kind = (gn_lr_kind)o->scheduler,
-                     .peak = decimal(o->learning_rate),
+                     .peak = gn_train_decimal(o->learning_rate),
                      .warmup = o->warmup_steps > 0
                                    ? o->warmup_steps
-                                   : gn_lr_warmup_steps(decimal(o->warmup_ratio), total),
+                                   : gn_lr_warmup_steps(gn_train_decimal(o->warmup_ratio), total),
                      .total = total}};
 }
 
@@ -213,7 +209,7 @@ static gn_status update(gn_train_run *run, double weight, gn_step_result *result
     status = check_finite(run, result->grad_norm, "gradient norm");
     if (!status) status = make_room(run);
     if (status) return status;
-    const double clip = gn_clip_scale(result->grad_norm, decimal(run->o->max_grad_norm));
+    const double clip = gn_clip_scale(result->grad_norm, gn_train_decimal(run->o->max_grad_norm));
     status = gn_optimizer_step(run->optimizer, result->learning_rate, (float)(clip / weight));
     if (!status) status = gn_trainable_refresh(run->trainable);
     if (!status)

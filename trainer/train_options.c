@@ -350,12 +350,35 @@ static gn_status resolve_resuming(parsed *p, gn_error *err) {
         p->resume_from);
 }
 
+/* A data set that qlora.py finds by a name. */
+static gn_status check_files(const gn_strings *files, gn_error *err) {
+    for (int i = 0; i < files->n; i++) {
+        for (int f = GN_FORMAT_AUTO + 1; f < GN_FORMAT_COUNT; f++) {
+            if (strcmp(files->items[i], gn_format_name((gn_format)f)) == 0)
+                return gn_fail(err, GN_EUNSUPPORTED,
+                               "--dataset %s: nothing is downloaded; give the data set's file, and "
+                               "--dataset-format %s",
+                               files->items[i], files->items[i]);
+        }
+    }
+    return GN_OK;
+}
+
+/* Options that qlora.py's own scripts set though nothing follows from them. */
+static void note_idle(const parsed *p) {
+    if (p->max_new_tokens)
+        fprintf(stderr, "--max_new_tokens bounds nothing: training generates nothing\n");
+    if (p->loader_workers)
+        fprintf(stderr, "--dataloader_num_workers: none are needed, all samples are in memory\n");
+}
+
 static gn_status resolve(parsed *p, gn_error *err) {
     gn_train_options *o = &p->o;
     gn_status status = check_fixed(p, err);
     if (!status) status = resolve_mode(p, err);
     if (!status) status = resolve_evaluation(p, err);
     if (!status) status = resolve_resuming(p, err);
+    if (!status) status = check_files(&o->data.files, err);
     if (status) return status;
     if (!o->model.dir) return gn_fail(err, GN_EINVAL, "--model DIR is missing");
     if (o->data.files.n == 0) return gn_fail(err, GN_EINVAL, "--dataset FILE is missing");
@@ -374,14 +397,25 @@ static gn_status resolve(parsed *p, gn_error *err) {
 
 /* ---- parsing ---- */
 
+static gn_status read_all(parsed *p, int n, char *const *args, bool *help, gn_error *err) {
+    *p = (parsed){0};
+    gn_status status = gn_options_parse(table, p, n, args, help, err);
+    if (!status && !*help && p->preset) status = parse_preset(p, n, args, err);
+    return status || *help ? status : resolve(p, err);
+}
+
 gn_status gn_train_options_read(gn_train_options *o, int n, char *const *args, bool *help,
                                 gn_error *err) {
-    parsed p = {0};
-    gn_status status = gn_options_parse(table, &p, n, args, help, err);
-    if (!status && !*help && p.preset) status = parse_preset(&p, n, args, err);
-    if (!status && !*help) status = resolve(&p, err);
+    parsed p;
+    const gn_status status = read_all(&p, n, args, help, err);
     *o = p.o;
     return status;
+}
+
+double gn_train_decimal(float x) {
+    char text[32];
+    snprintf(text, sizeof text, "%.7g", (double)x);
+    return strtod(text, NULL);
 }
 
 void gn_train_options_free(gn_train_options *o) {
@@ -391,14 +425,20 @@ void gn_train_options_free(gn_train_options *o) {
 }
 
 bool gn_train_options_parse(gn_train_options *o, int n, char *const *args, int *exit_status) {
+    parsed p;
     bool help;
     gn_error err = {0};
-    if (gn_train_options_read(o, n, args, &help, &err)) {
+    const gn_status status = read_all(&p, n, args, &help, &err);
+    *o = p.o;
+    if (status) {
         fprintf(stderr, "guanaco-trainer: %s\n", err.message);
         *exit_status = 2;
         return false;
     }
-    if (!help) return true;
+    if (!help) {
+        note_idle(&p);
+        return true;
+    }
     char *text = gn_options_help(table, usage);
     if (text) fputs(text, stdout);
     *exit_status = text ? 0 : 1;

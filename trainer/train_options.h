@@ -76,6 +76,9 @@ static inline bool gn_train_is_8bit(const gn_train_options *o) {
     return o->optim == GN_PAGED_ADAMW_8BIT || o->optim == GN_ADAMW_8BIT;
 }
 
+/* An option's number as it was written: 2e-4 and not 0.000199999995. */
+double gn_train_decimal(float x);
+
 /* For tests: the same without printing. *help: --help was asked for. */
 GN_CHECKED gn_status gn_train_options_read(gn_train_options *o, int n, char *const *args,
                                            bool *help, gn_error *err);

@@ -7,6 +7,8 @@
 #include "kernels/measure.h"
 #include "trainer/train_run.h"
 
+enum { SECONDS_BETWEEN_LINES = 30 };
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
@@ -19,16 +21,26 @@ static double used_bytes(const gn_train_run *run) {
     return gn_ctx_is_host(ctx) ? gn_resident_peak(getpid()) : (double)gn_measure_used_bytes(ctx);
 }
 
-static void draw_progress(const gn_train_run *run, const gn_step_result *r) {
+/* On a terminal after every step, else a line now and then. */
+static void show_progress(gn_train_run *run, const gn_step_result *r) {
     const gn_train_state *s = &run->state;
     const int64_t total = s->schedule.total;
     const double left =
         run->seconds / (double)(s->step - run->begin) * (double)(total - s->step) + 0.5;
     const long minutes = (long)(left / 60);
-    gn_progress("step %lld of %lld  loss %.4f  %.0f tok/s  %.2f GiB  %ld:%02ld:%02ld left",
-                (long long)s->step, (long long)total, r->loss,
-                (double)run->tokens_since / run->since_log, used_bytes(run) / 0x1p30, minutes / 60,
-                minutes % 60, (long)fmod(left, 60));
+    const bool is_terminal = isatty(STDERR_FILENO);
+    char text[160];
+    if (!is_terminal && run->seconds - run->shown_at < SECONDS_BETWEEN_LINES) return;
+    run->shown_at = run->seconds;
+    snprintf(text, sizeof text,
+             "step %lld of %lld  loss %.4f  %.0f tok/s  %.2f GiB  %ld:%02ld:%02ld left",
+             (long long)s->step, (long long)total, r->loss,
+             (double)run->tokens_since / run->since_log, used_bytes(run) / 0x1p30, minutes / 60,
+             minutes % 60, (long)fmod(left, 60));
+    if (is_terminal)
+        gn_progress("%s", text);
+    else
+        fprintf(stderr, "%s\n", text);
 }
 
 static gn_status write_step(const gn_train_run *run, const gn_step_result *r) {
@@ -50,7 +62,7 @@ gn_status gn_train_report_step(gn_train_run *run, const gn_step_result *result, 
     run->since_log += seconds;
     run->tokens_since += tokens;
     if (!run->metrics) return GN_OK;
-    draw_progress(run, result);
+    show_progress(run, result);
     if (s->step % run->o->logging_steps != 0 && s->step != s->schedule.total) return GN_OK;
     const gn_status status = write_step(run, result);
     run->since_log = 0;
@@ -82,4 +94,7 @@ void gn_train_report_start(const gn_train_run *run) {
     fprintf(stderr, "; %lld steps", (long long)run->state.schedule.total);
     if (run->state.step > 0) fprintf(stderr, ", from step %lld", (long long)run->state.step);
     fprintf(stderr, "\n");
+    if (run->data.limits.seq_rows > info.context)
+        fprintf(stderr, "samples of up to %d tokens: the model was made for %d\n",
+                run->data.limits.seq_rows, info.context);
 }

@@ -20,10 +20,10 @@ typedef struct gn_train_run {
     gn_optimizer *optimizer;
     gn_metrics *metrics; /* of the process that writes, as checkpoints are; NULL: another does */
     gn_train_state state;
-    int64_t last_saved;   /* step of a checkpoint of this session; -1: none */
     bool epoch_ended;     /* with the last step */
     int64_t begin;        /* the step that this session began after */
     double seconds;       /* of its steps */
+    double shown_at;      /* in these, when progress was last shown */
     double since_log;     /* seconds and tokens of the steps since the last line */
     int64_t tokens_since; /* was written */
 } gn_train_run;

@@ -47,11 +47,11 @@ static cJSON *describe(const gn_train_run *run) {
     cJSON_AddNumberToObject(options, "processes", run->c->size);
     add_text(options, "loss_average", o->average_micro_batches ? "micro-batch" : "token");
     add_text(options, "optim", gn_train_is_8bit(o) ? "adamw_8bit" : "adamw_32bit");
-    cJSON_AddNumberToObject(options, "adam_beta1", o->beta1);
-    cJSON_AddNumberToObject(options, "adam_beta2", o->beta2);
-    cJSON_AddNumberToObject(options, "adam_epsilon", o->epsilon);
-    cJSON_AddNumberToObject(options, "weight_decay", o->weight_decay);
-    cJSON_AddNumberToObject(options, "max_grad_norm", o->max_grad_norm);
+    cJSON_AddNumberToObject(options, "adam_beta1", gn_train_decimal(o->beta1));
+    cJSON_AddNumberToObject(options, "adam_beta2", gn_train_decimal(o->beta2));
+    cJSON_AddNumberToObject(options, "adam_epsilon", gn_train_decimal(o->epsilon));
+    cJSON_AddNumberToObject(options, "weight_decay", gn_train_decimal(o->weight_decay));
+    cJSON_AddNumberToObject(options, "max_grad_norm", gn_train_decimal(o->max_grad_norm));
     return options;
 }
 
@@ -134,7 +134,6 @@ static gn_status go_on(gn_train_run *run, bool *found) {
     }
     if (!status) status = gn_trainable_refresh(run->trainable);
     free(path);
-    run->last_saved = run->state.step;
     *found = true;
     return status;
 }
@@ -142,7 +141,6 @@ static gn_status go_on(gn_train_run *run, bool *found) {
 gn_status gn_train_begin(gn_train_run *run) {
     bool found = false;
     gn_status status = GN_OK;
-    run->last_saved = -1;
     run->state.options = describe(run);
     if (!run->state.options) return no_memory(run);
     if (run->o->resume) status = go_on(run, &found);
@@ -177,7 +175,6 @@ gn_status gn_train_save(gn_train_run *run) {
     gn_train_state *s = &run->state;
     s->epoch = position.epoch;
     s->position = position.row;
-    run->last_saved = s->step;
     if (!run->metrics) return GN_OK;
     if (!note_data(run)) return no_memory(run);
     const bool is_lora = gn_trainable_adapter(run->trainable) != NULL;

@@ -235,7 +235,7 @@ static gn_status open_lora(gn_trainable *t, const gn_model_choice *choice, const
     status = o->init_adapter ? adapt_as_init(t, o->init_adapter, err) : adapt_chosen(t, o, err);
     if (!status) status = open_parameters(t, err);
     if (!status) status = bind_pairs(t, err);
-    t->trained.dropout = o->dropout;
+    t->trained.dropout = (float)o->dropout;
     t->trained.seed = t->seed = o->seed;
     return status;
 }

@@ -15,7 +15,7 @@ typedef struct gn_trainable gn_trainable;
 
 typedef struct gn_lora_options {
     int rank;
-    float alpha, dropout;
+    double alpha, dropout;
     bool rslora;
     const char *modules;      /* "all", or module names with commas between */
     const char *init_adapter; /* folder or NULL; decides rank, scale and modules */
