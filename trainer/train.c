@@ -117,6 +117,7 @@ static gn_status open_run(gn_train_run *run) {
     gn_status status = gn_train_check_output(run);
     if (!status) status = gn_train_data_open(&run->data, run->o, run->c->size, run->err);
     if (!status) status = open_trainable(run);
+    if (!status) status = gn_trainable_allocate(run->trainable, run->err);
     if (!status) status = open_step(run);
     if (!status) status = open_optimizer(run);
     if (status) return status;

@@ -78,7 +78,7 @@ gn_status gn_train_report_evaluation(gn_train_run *run, double loss, int64_t tok
     cJSON *line = cJSON_CreateObject();
     cJSON_AddNumberToObject(line, "step", (double)run->state.step);
     cJSON_AddNumberToObject(line, "eval_loss", loss);
-    cJSON_AddNumberToObject(line, "eval_perplexity", exp(loss));
+    cJSON_AddNumberToObject(line, "eval_ppl", exp(loss));
     cJSON_AddNumberToObject(line, "time", now());
     return gn_metrics_write_take(run->metrics, line, run->o->json, run->err);
 }

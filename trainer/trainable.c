@@ -14,6 +14,11 @@ gn_model *gn_trainable_model(const gn_trainable *t) {
     return t->model;
 }
 
+const gn_parameter *gn_trainable_items(const gn_trainable *t, size_t *n) {
+    *n = t->n_items;
+    return t->items;
+}
+
 gn_parameters *gn_trainable_parameters(const gn_trainable *t) {
     return t->parameters;
 }
@@ -36,6 +41,8 @@ void gn_trainable_close(gn_trainable *t) {
     gn_adapter_close(t->init);
     gn_parameters_close(t->parameters);
     gn_model_close(t->model);
+    for (size_t i = 0; i < t->n_items; i++) free((char *)t->items[i].name);
+    free(t->items);
     free(t->pairs);
     free(t->grads);
     free(t->pair_of);
@@ -43,10 +50,6 @@ void gn_trainable_close(gn_trainable *t) {
     free(t->places);
     free(t->norm);
     free(t);
-}
-
-gn_dtype gn_trainable_dtype(const gn_model *model) {
-    return gn_ctx_activation(model->ctx);
 }
 
 gn_status gn_trainable_set(gn_optimizer *o, size_t parameter, const float *values, gn_error *err) {
@@ -165,10 +168,10 @@ static gn_status adapt_as_init(gn_trainable *t, const char *dir, gn_error *err) 
 
 /* ---- LoRA: parameters ---- */
 
-/* A and B of each adapted module, in order. Names are the caller's to free. */
-static gn_status list_parameters(const gn_trainable *t, gn_parameter *items, size_t *n,
-                                 gn_error *err) {
-    *n = 0;
+/* A and B of each adapted module, in order. */
+static gn_status list_items(gn_trainable *t, gn_error *err) {
+    t->items = calloc(2 * (size_t)count_pairs(t), sizeof *t->items);
+    if (!t->items) return gn_fail(err, GN_ENOMEM, "out of memory");
     for (int i = 0; i < count_pairs(t); i++) {
         char module[64];
         const gn_proj proj = (gn_proj)(i % GN_PROJ_COUNT);
@@ -178,26 +181,13 @@ static gn_status list_parameters(const gn_trainable *t, gn_parameter *items, siz
             char *name;
             if (asprintf(&name, "%s.lora_%c.weight", module, b ? 'B' : 'A') < 0)
                 return gn_fail(err, GN_ENOMEM, "out of memory");
-            gn_parameter *item = &items[(*n)++];
+            gn_parameter *item = &t->items[t->n_items++];
             *item = (gn_parameter){.name = name, .ndim = 2};
             item->shape[0] = b ? gn_proj_rows(&t->model->config, proj) : t->adapter.rank;
             item->shape[1] = b ? t->adapter.rank : gn_proj_cols(&t->model->config, proj);
         }
     }
     return GN_OK;
-}
-
-static gn_status open_parameters(gn_trainable *t, gn_error *err) {
-    size_t n = 0;
-    gn_parameter *items = calloc(2 * (size_t)count_pairs(t), sizeof *items);
-    gn_status status =
-        items ? list_parameters(t, items, &n, err) : gn_fail(err, GN_ENOMEM, "out of memory");
-    if (!status)
-        status = gn_parameters_open(&t->parameters, t->model->ctx, items, n,
-                                    gn_trainable_dtype(t->model), GN_F32, err);
-    for (size_t i = 0; i < n; i++) free((char *)items[i].name);
-    free(items);
-    return status;
 }
 
 /* Points the pairs into the parameters. */
@@ -233,8 +223,7 @@ static gn_status open_lora(gn_trainable *t, const gn_model_choice *choice, const
     if (!t->pairs || !t->grads || !t->pair_of) return gn_fail(err, GN_ENOMEM, "out of memory");
     t->adapter = (gn_adapter_config){.base = choice->dir, .dropout = o->dropout, .dtype = GN_F32};
     status = o->init_adapter ? adapt_as_init(t, o->init_adapter, err) : adapt_chosen(t, o, err);
-    if (!status) status = open_parameters(t, err);
-    if (!status) status = bind_pairs(t, err);
+    if (!status) status = list_items(t, err);
     t->trained.dropout = (float)o->dropout;
     t->trained.seed = t->seed = o->seed;
     return status;
@@ -251,6 +240,13 @@ gn_status gn_trainable_open_lora(gn_trainable **out, const gn_model_choice *choi
     else
         *out = t;
     return status;
+}
+
+gn_status gn_trainable_allocate(gn_trainable *t, gn_error *err) {
+    const gn_status status = gn_parameters_open(&t->parameters, t->model->ctx, t->items, t->n_items,
+                                                gn_ctx_activation(t->model->ctx), GN_F32, err);
+    if (status) return status;
+    return t->pairs ? bind_pairs(t, err) : gn_trainable_bind_full(t, err);
 }
 
 /* ---- what a run starts from ---- */

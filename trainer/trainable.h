@@ -2,8 +2,9 @@
  * weights.
  *
  * Either way the trained values stand in flat arrays (parameters.h), of which the model and the
- * training step get views. They start as zeros: gn_trainable_start gives them their values once
- * there is an optimizer, which holds their masters; a checkpoint does it in its place. */
+ * training step get views. gn_trainable_allocate makes them, as zeros; gn_trainable_start gives
+ * them their values once there is an optimizer, which holds their masters, unless a checkpoint
+ * does. */
 #ifndef GN_TRAINABLE_H
 #define GN_TRAINABLE_H
 
@@ -33,6 +34,11 @@ GN_CHECKED gn_status gn_trainable_open_full(gn_trainable **out, const gn_model_c
 void gn_trainable_close(gn_trainable *t);
 
 gn_model *gn_trainable_model(const gn_trainable *t);
+/* The parameters to be, layer by layer. */
+const gn_parameter *gn_trainable_items(const gn_trainable *t, size_t *n);
+GN_CHECKED gn_status gn_trainable_allocate(gn_trainable *t, gn_error *err);
+
+/* Once allocated. */
 gn_parameters *gn_trainable_parameters(const gn_trainable *t);
 const gn_trained *gn_trainable_views(const gn_trainable *t);
 /* What an adapter's config says; NULL when all weights are trained. */

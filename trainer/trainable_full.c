@@ -16,81 +16,66 @@ enum { MAX_NAME = 64 };
 
 /* ---- the weights of a model ---- */
 
-typedef struct list {
-    gn_trainable *t;
-    gn_parameter *items;
-    char (*names)[MAX_NAME];
-    size_t n;
-} list;
-
-static void add(list *l, const char *name, gn_weight_place place) {
-    gn_parameter *item = &l->items[l->n];
-    snprintf(l->names[l->n], MAX_NAME, "%s.weight", name);
-    *item = (gn_parameter){.name = l->names[l->n], .ndim = place.matrix ? 2 : 1};
+static void add(gn_trainable *t, const char *name, gn_weight_place place) {
+    gn_parameter *item = &t->items[t->n_items];
+    char *full;
+    if (asprintf(&full, "%s.weight", name) < 0) full = NULL;
+    *item = (gn_parameter){.name = full, .ndim = place.matrix ? 2 : 1};
     item->shape[0] = place.rows;
     item->shape[1] = place.cols;
-    l->t->places[l->n++] = place;
+    t->places[t->n_items++] = place;
 }
 
-static void add_matrix(list *l, const char *name, gn_matrix *matrix, gn_tensor *grad, int64_t rows,
-                       int64_t cols) {
-    add(l, name, (gn_weight_place){.matrix = matrix, .grad = grad, .rows = rows, .cols = cols});
+static void add_matrix(gn_trainable *t, const char *name, gn_matrix *matrix, gn_tensor *grad,
+                       int64_t rows, int64_t cols) {
+    add(t, name, (gn_weight_place){.matrix = matrix, .grad = grad, .rows = rows, .cols = cols});
 }
 
-static void add_vector(list *l, const char *name, gn_tensor *vector, gn_tensor *grad) {
-    const int64_t n = l->t->model->config.hidden;
-    add(l, name, (gn_weight_place){.vector = vector, .grad = grad, .rows = n});
+static void add_vector(gn_trainable *t, const char *name, gn_tensor *vector, gn_tensor *grad) {
+    const int64_t n = t->model->config.hidden;
+    add(t, name, (gn_weight_place){.vector = vector, .grad = grad, .rows = n});
 }
 
-static void add_layer(list *l, int i) {
-    const gn_config *c = &l->t->model->config;
-    gn_layer *layer = &l->t->model->layers[i];
-    gn_layer_grads *grads = &l->t->layers[i];
-    char name[MAX_NAME - 8];
+static void add_layer(gn_trainable *t, int i) {
+    const gn_config *c = &t->model->config;
+    gn_layer *layer = &t->model->layers[i];
+    gn_layer_grads *grads = &t->layers[i];
+    char name[MAX_NAME];
     snprintf(name, sizeof name, "model.layers.%d.input_layernorm", i);
-    add_vector(l, name, &layer->attn_norm, &grads->attn_norm);
+    add_vector(t, name, &layer->attn_norm, &grads->attn_norm);
     snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm", i);
-    add_vector(l, name, &layer->mlp_norm, &grads->mlp_norm);
+    add_vector(t, name, &layer->mlp_norm, &grads->mlp_norm);
     for (int p = 0; p < GN_PROJ_COUNT; p++) {
         snprintf(name, sizeof name, "model.layers.%d.%s", i, gn_proj_names[p]);
-        add_matrix(l, name, &layer->proj[p], &grads->proj[p], gn_proj_rows(c, (gn_proj)p),
+        add_matrix(t, name, &layer->proj[p], &grads->proj[p], gn_proj_rows(c, (gn_proj)p),
                    gn_proj_cols(c, (gn_proj)p));
     }
 }
 
-static void add_all(list *l) {
-    gn_trainable *t = l->t;
+static void add_all(gn_trainable *t) {
     gn_model *m = t->model;
     const gn_config *c = &m->config;
-    add_matrix(l, "model.embed_tokens", &m->embed, &t->trained.embed, c->vocab, c->hidden);
-    for (int i = 0; i < c->layers; i++) add_layer(l, i);
-    add_vector(l, "model.norm", &m->norm, &t->trained.norm);
+    add_matrix(t, "model.embed_tokens", &m->embed, &t->trained.embed, c->vocab, c->hidden);
+    for (int i = 0; i < c->layers; i++) add_layer(t, i);
+    add_vector(t, "model.norm", &m->norm, &t->trained.norm);
     if (!c->tied_embeddings)
-        add_matrix(l, "lm_head", &m->lm_head, &t->trained.lm_head, c->vocab, c->hidden);
+        add_matrix(t, "lm_head", &m->lm_head, &t->trained.lm_head, c->vocab, c->hidden);
 }
 
-static gn_status open_parameters(gn_trainable *t, gn_error *err) {
+static gn_status list_items(gn_trainable *t, gn_error *err) {
     const size_t layers = (size_t)t->model->config.layers, most = layers * (GN_PROJ_COUNT + 2) + 3;
-    list l = {
-        .t = t, .items = calloc(most, sizeof *l.items), .names = calloc(most, sizeof *l.names)};
     t->layers = calloc(layers, sizeof *t->layers);
+    t->items = calloc(most, sizeof *t->items);
     t->places = calloc(most, sizeof *t->places);
-    gn_status status = GN_ENOMEM;
-    if (!l.items || !l.names || !t->layers || !t->places) {
-        gn_fail(err, status, "out of memory");
-    } else {
-        add_all(&l);
-        status = gn_parameters_open(&t->parameters, t->model->ctx, l.items, l.n,
-                                    gn_trainable_dtype(t->model), GN_F32, err);
-    }
-    free(l.items);
-    free(l.names);
-    return status;
+    bool ok = t->layers && t->items && t->places;
+    if (ok) add_all(t);
+    for (size_t i = 0; i < t->n_items; i++) ok = ok && t->items[i].name;
+    return ok ? GN_OK : gn_fail(err, GN_ENOMEM, "out of memory");
 }
 
 /* ---- views ---- */
 
-static gn_status bind(gn_trainable *t, gn_error *err) {
+gn_status gn_trainable_bind_full(gn_trainable *t, gn_error *err) {
     gn_model *m = t->model;
     const int64_t hidden = m->config.hidden;
     const bool copies = t->parameters->weights.dtype != GN_F32;
@@ -142,14 +127,14 @@ gn_status gn_trainable_refresh(gn_trainable *t) {
 static gn_status refuse_others(const gn_trainable *t, gn_error *err) {
     const gn_model *m = t->model;
     size_t known = 0;
-    for (size_t i = 0; i < t->parameters->n; i++)
-        known += gn_tensor_file_find(m->file, t->parameters->items[i].name) != NULL;
+    for (size_t i = 0; i < t->n_items; i++)
+        known += gn_tensor_file_find(m->file, t->items[i].name) != NULL;
     for (size_t i = 0; known < gn_tensor_file_count(m->file) && i < gn_tensor_file_count(m->file);
          i++) {
         const gn_file_tensor *tensor = gn_tensor_file_at(m->file, i);
         bool found = gn_model_is_redundant(&m->config, tensor->name);
-        for (size_t k = 0; !found && k < t->parameters->n; k++)
-            found = strcmp(tensor->name, t->parameters->items[k].name) == 0;
+        for (size_t k = 0; !found && k < t->n_items; k++)
+            found = strcmp(tensor->name, t->items[k].name) == 0;
         if (!found)
             return gn_fail(err, GN_EFORMAT, "%s: tensor %s has no place in this model",
                            tensor->path, tensor->name);
@@ -171,9 +156,9 @@ static gn_status open_full(gn_trainable *t, const gn_model_choice *choice, gn_er
                        choice->dir);
     status = gn_model_new(&t->model, choice->dir, &config, &options, err);
     if (!status && !t->random) status = gn_safetensors_open_dir(&t->model->file, choice->dir, err);
-    if (!status) status = open_parameters(t, err);
+    if (!status) status = list_items(t, err);
     if (!status && !t->random) status = refuse_others(t, err);
-    return status ? status : bind(t, err);
+    return status;
 }
 
 gn_status gn_trainable_open_full(gn_trainable **out, const gn_model_choice *choice, bool random,

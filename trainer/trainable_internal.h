@@ -16,6 +16,8 @@ typedef struct gn_weight_place {
 
 struct gn_trainable {
     gn_model *model;
+    gn_parameter *items; /* of the parameters; names are owned */
+    size_t n_items;
     gn_parameters *parameters;
     gn_trained trained;
     uint64_t seed;
@@ -32,8 +34,6 @@ struct gn_trainable {
     float *norm; /* (2, hidden) on the host, where parameters are BF16: room for one norm */
 };
 
-/* Of the parameters: what the device's products multiply. */
-gn_dtype gn_trainable_dtype(const gn_model *model);
 /* Sets a parameter's master. */
 GN_CHECKED gn_status gn_trainable_set(gn_optimizer *o, size_t parameter, const float *values,
                                       gn_error *err);
@@ -41,7 +41,8 @@ GN_CHECKED gn_status gn_trainable_set(gn_optimizer *o, size_t parameter, const f
 GN_CHECKED gn_status gn_trainable_check_finite(const gn_file_tensor *tensor, gn_error *err);
 /* Uniform in [0, 1). */
 double gn_trainable_uniform(gn_random *random);
-/* Full training: what parameter i starts from. */
+/* Full training: points the model into the parameters; what parameter i starts from. */
+GN_CHECKED gn_status gn_trainable_bind_full(gn_trainable *t, gn_error *err);
 GN_CHECKED gn_status gn_trainable_fill_place(const gn_trainable *t, size_t i, float *values,
                                              gn_error *err);
 

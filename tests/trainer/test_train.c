@@ -415,7 +415,7 @@ Test(train, evaluates_and_keeps_the_best) {
     for (int i = 0; i < n; i++) {
         if (!has(i, "eval_loss")) continue;
         cr_assert_eq(value(i, "step"), 2 * evaluations++);
-        cr_assert(fabs(value(i, "eval_perplexity") - exp(value(i, "eval_loss"))) < 1e-9);
+        cr_assert(fabs(value(i, "eval_ppl") - exp(value(i, "eval_loss"))) < 1e-9);
         best = fmin(best, value(i, "eval_loss"));
     }
     cr_assert(evaluations == 4 && n == 4 + 2);
