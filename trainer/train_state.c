@@ -74,6 +74,32 @@ gn_status gn_train_check_output(const gn_train_run *run) {
     return status;
 }
 
+/* OUTPUT/train_config.json, for people and reports: what state.json holds of them, and more. */
+static gn_status write_settings(const gn_train_run *run) {
+    const gn_train_options *o = run->o;
+    const gn_lr_schedule *schedule = &run->state.schedule;
+    char *path;
+    cJSON *settings = describe(run);
+    cJSON_AddItemToObject(settings, "dataset",
+                          cJSON_CreateStringArray(o->data.files.items, o->data.files.n));
+    cJSON_AddNumberToObject(settings, "source_max_len", o->data.source_max_len);
+    cJSON_AddNumberToObject(settings, "target_max_len", o->data.target_max_len);
+    cJSON_AddNumberToObject(settings, "per_device_train_batch_size", o->batch_size);
+    cJSON_AddNumberToObject(settings, "steps", (double)schedule->total);
+    cJSON_AddNumberToObject(settings, "learning_rate", schedule->peak);
+    add_text(settings, "lr_scheduler_type", gn_lr_name(schedule->kind));
+    cJSON_AddNumberToObject(settings, "warmup_steps", (double)schedule->warmup);
+    cJSON_AddNumberToObject(settings, "seed", (double)o->seed);
+    add_text(settings, "device", gn_model_describe(gn_trainable_model(run->trainable)).device);
+    char *text = settings ? cJSON_Print(settings) : NULL;
+    if (asprintf(&path, "%s/train_config.json", o->output) < 0) path = NULL;
+    const gn_status status = text && path ? gn_text_write(path, text, run->err) : no_memory(run);
+    free(path);
+    cJSON_free(text);
+    cJSON_Delete(settings);
+    return status;
+}
+
 /* ---- going on ---- */
 
 static void warn_broken(void *user, const char *message) {
@@ -149,9 +175,9 @@ gn_status gn_train_begin(gn_train_run *run) {
     run->begin = run->state.step;
     if (run->c->rank != 0) return GN_OK;
     status = gn_folder_make(run->o->output, run->err);
-    return status
-               ? status
-               : gn_metrics_open(&run->metrics, run->o->output, run->state.metrics_bytes, run->err);
+    if (!status)
+        status = gn_metrics_open(&run->metrics, run->o->output, run->state.metrics_bytes, run->err);
+    return status ? status : write_settings(run);
 }
 
 /* ---- saving ---- */
