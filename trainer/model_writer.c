@@ -111,6 +111,8 @@ static gn_status copy_file(const char *dir, const char *base, const char *name, 
     gn_status status = GN_OK;
     if (!from || !to)
         status = no_memory(dir, err);
+    else if (!in && errno != ENOENT)
+        status = gn_fail(err, GN_EIO, "%s: %s", from, strerror(errno));
     else if (in && !out)
         status = gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
     else if (in)

@@ -313,7 +313,7 @@ static gn_status run_all(gn_train_run *run) {
     if (!status && !run->o->keep_best) status = gn_train_save_result(run);
     if (!status && run->metrics) {
         gn_progress("%s", "");
-        fprintf(stderr, "%s after %lld steps: %s\n", is_last(run) ? "done" : "stopped early",
+        fprintf(stderr, "%s after step %lld: %s\n", is_last(run) ? "done" : "stopped early",
                 (long long)run->state.step, run->o->output);
     }
     return status;

@@ -91,7 +91,8 @@ void gn_train_report_start(const gn_train_run *run) {
     for (size_t i = 0; i < p->n; i++) trained += p->items[i].numel;
     fprintf(stderr, "%s on %s, weights %s, %lld of them trained", info.dir, info.device,
             gn_qtype_name(info.quant), (long long)trained);
-    fprintf(stderr, "; %lld steps", (long long)run->state.schedule.total);
+    fprintf(stderr, "; %lld step%s", (long long)run->state.schedule.total,
+            run->state.schedule.total == 1 ? "" : "s");
     if (run->state.step > 0) fprintf(stderr, ", from step %lld", (long long)run->state.step);
     fprintf(stderr, "\n");
     if (run->data.limits.seq_rows > info.context)

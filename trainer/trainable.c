@@ -70,9 +70,9 @@ gn_status gn_trainable_check_finite(const gn_file_tensor *tensor, gn_error *err)
 
 /* ---- LoRA: the base ---- */
 
-/* Projections that were quantized while loading were looked at then. */
+/* Projections that were quantized while loading were looked at then; random weights are finite. */
 static gn_status check_base(const gn_model *m, bool quantized, gn_error *err) {
-    for (size_t i = 0; i < gn_tensor_file_count(m->file); i++) {
+    for (size_t i = 0; m->file && i < gn_tensor_file_count(m->file); i++) {
         const gn_file_tensor *tensor = gn_tensor_file_at(m->file, i);
         if (!gn_dtype_is_float(tensor->dtype) ||
             (quantized && strstr(tensor->name, "_proj.weight")))

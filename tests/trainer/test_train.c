@@ -65,7 +65,8 @@ static void refused(const char *line, gn_status status, const char *why) {
 /* Of training an adapter for 6 steps of 4 small samples on the CPU; the rest is added. */
 #define SMALL                                                                                      \
     "--device cpu --compute-dtype float32 --cache-dir none --model " DATA "tiny-bnb-nf4 "          \
-    "--dataset @data.jsonl --dataset-format tokenized --lora-r 4 --learning-rate 0.01 --per-device-train-batch-size 2 "       \
+    "--dataset @data.jsonl --dataset-format tokenized --lora-r 4 --learning-rate 0.01 "            \
+    "--per-device-train-batch-size 2 "                                                             \
     "--gradient-accumulation-steps 2 --max-steps 6 --save-dtype float32 "
 
 /* n samples of 8 to 15 tokens that are easily learned: each goes up by one. */
@@ -291,6 +292,38 @@ Test(train, a_trained_model_can_be_trained_on) {
     cr_assert(same_files("a/model/model.safetensors", "b/model/model.safetensors"));
 }
 
+/* From a folder without weights, whose embeddings are the output's, too. */
+Test(train, a_new_model_with_tied_embeddings) {
+    write_data("data.jsonl", 16);
+    mkdir(test_path("shape"), 0777);
+    test_copy(DATA "tiny-bf16/tokenizer.model", "shape/tokenizer.model");
+    test_write_text("shape/config.json",
+                    "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\","
+                    "\"hidden_size\":64,\"intermediate_size\":96,\"num_hidden_layers\":2,"
+                    "\"num_attention_heads\":4,\"num_key_value_heads\":2,\"vocab_size\":512,"
+                    "\"hidden_act\":\"silu\",\"rms_norm_eps\":1e-06,\"bos_token_id\":1,"
+                    "\"eos_token_id\":2,\"tie_word_embeddings\":true}");
+    char line[1024];
+    snprintf(line, sizeof line,
+             SMALL "--mode full --random-init --max-steps 20 --model %s --output-dir @out",
+             test_path("shape"));
+    run(line);
+    read_metrics("out");
+    cr_assert(fabs(value(0, "loss") - log(512)) < 0.5); /* it knows nothing */
+    cr_assert(value(19, "loss") < value(0, "loss") - 0.5);
+    gn_tensor_file *file;
+    gn_error err = {0};
+    cr_assert_eq(gn_safetensors_open(&file, test_path("out/model/model.safetensors"), &err), GN_OK);
+    cr_assert_eq(gn_tensor_file_count(file), 2 + 2 * 9);
+    cr_assert_null(gn_tensor_file_find(file, "lm_head.weight"));
+    gn_tensor_file_close(file);
+    snprintf(line, sizeof line, SMALL "--mode qlora --max-steps 1 --model %s --output-dir @over",
+             test_path("out/model"));
+    run(line);
+    read_metrics("over");
+    cr_assert(value(0, "loss") < log(512) - 0.3);
+}
+
 Test(train, seeds_repeat_to_the_bit) {
     write_data("data.jsonl", 24);
     run(SMALL "--lora-dropout 0.2 --output-dir @a");
@@ -306,7 +339,8 @@ Test(train, seeds_repeat_to_the_bit) {
 
 #define ORDERED                                                                                    \
     "--device cpu --compute-dtype float32 --cache-dir none --model " DATA "tiny-bnb-nf4 "          \
-    "--dataset @data.jsonl --dataset-format tokenized --lora-r 4 --learning-rate 0.001 --max-steps 3 --shuffle false "        \
+    "--dataset @data.jsonl --dataset-format tokenized --lora-r 4 --learning-rate 0.001 "           \
+    "--max-steps 3 --shuffle false "                                                               \
     "--save-dtype float32 "
 
 Test(train, accumulated_micro_batches_are_one_batch) {
