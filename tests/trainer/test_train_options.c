@@ -8,11 +8,13 @@
 
 enum { MAX_ARGUMENTS = 128 };
 
-/* Splits at spaces; the words live as long as the process. */
+/* Splits at spaces; the words live until the next call. */
 static int split(const char *line, char **args) {
-    char *rest = NULL, *words = strdup(line);
+    static char words[4096];
+    char *rest = NULL;
     int n = 0;
-    cr_assert(words);
+    cr_assert(strlen(line) < sizeof words);
+    strcpy(words, line);
     for (char *word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
         cr_assert(n < MAX_ARGUMENTS);
         args[n++] = word;
@@ -95,6 +97,7 @@ Test(train_options, presets) {
 
 /* scripts/finetune_guanaco_7b.sh of the original, but for its data set and MMLU. */
 Test(train_options, the_originals_command_line) {
+    const gn_train_options preset = options_of("--preset guanaco-7b");
     gn_train_options o;
     gn_error err;
     cr_assert_eq(
@@ -113,7 +116,6 @@ Test(train_options, the_originals_command_line) {
                   "--max_grad_norm 0.3 --lora_dropout 0.1 --weight_decay 0.0 --seed 0",
                   &err),
         GN_OK, "%s", err.message);
-    const gn_train_options preset = options_of("--preset guanaco-7b");
     cr_assert_str_eq(o.model.dir, "llama");
     cr_assert_str_eq(o.output, "./output/guanaco-7b");
     cr_assert(o.mode == GN_TRAIN_QLORA && o.model.quant == GN_Q_NF4 && o.model.double_quant);
