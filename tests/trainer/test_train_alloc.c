@@ -14,7 +14,7 @@
 
 #define DATA GN_SOURCE_DIR "/tests/golden/data/"
 
-TestSuite(train_memory, .init = test_folder_make, .fini = test_folder_remove);
+TestSuite(train_alloc, .init = test_folder_make, .fini = test_folder_remove);
 
 /* ---- steps ---- */
 
@@ -69,13 +69,13 @@ static void expect_no_more(const char *mode) {
     cr_assert_eq(few, many, "%s: %ld allocations, %ld", mode, few, many);
 }
 
-Test(train_memory, lora_steps_allocate_nothing) {
+Test(train_alloc, lora_steps_allocate_nothing) {
     test_write_text("data.jsonl", "{\"input_ids\":[1,5,6,7,8,9]}\n{\"input_ids\":[1,15,16,17]}\n");
     count_calls("1", "lora"); /* what is allocated once a process */
     expect_no_more("lora");
 }
 
-Test(train_memory, full_steps_allocate_nothing) {
+Test(train_alloc, full_steps_allocate_nothing) {
     test_write_text("data.jsonl", "{\"input_ids\":[1,5,6,7,8,9]}\n{\"input_ids\":[1,15,16,17]}\n");
     count_calls("1", "full");
     expect_no_more("full");
@@ -102,7 +102,7 @@ static gn_status open_and_save(const char *model) {
     return status;
 }
 
-Test(train_memory, every_allocation_may_fail, .timeout = 300) {
+Test(train_alloc, every_allocation_may_fail, .timeout = 300) {
     const char *model = test_path("model");
     gn_status status = open_and_save(model);
     cr_assert_eq(status, GN_OK);
