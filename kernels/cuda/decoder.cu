@@ -4,14 +4,16 @@
  * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
  * five launches, each would begin and end with some microseconds in which no weights come. Here
  * one block an SM stays for all of them and meets the others at a barrier in global memory, while
- * the first weights of what comes next are on their way into shared memory already.
+ * the first weights of what comes next are on their way already.
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
  *     part of x in registers, as the mma's B operand: rows of x are the mma's columns, of which
  *     there are 8 or 16; unused ones are zero and cost nothing.
- *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way (by
- *     cp.async), also across barriers.
+ *   - A step is a group by up to 256 columns, 2 KiB. A warp loads the next one's blocks into the
+ *     registers of those that it has multiplied, also across barriers, and has those after it
+ *     fetched into L2. (Through shared memory, cp.async would cost as much of its bandwidth as
+ *     all lookups; that bandwidth bounds this kernel.)
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
  *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
  *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
@@ -84,13 +86,14 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     pdl_trigger();
     const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
     const bool helps = LORA && warp >= WARPS;
+    struct step step = {};
     struct cursor cur = {};
     cur.at = -1;
     for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
         store_phase(i, load_phase(p, i, lane), lane);
     __syncthreads();
     if (!helps) {
-        ask<DQ>(&cur, p, 0, warp, lane);
+        load_step<DQ>(&step, &cur, p, 0, warp, lane);
         fill_tables(p);
     }
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
@@ -105,13 +108,13 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
         const int coming = i + PHASES - 1;
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
-        if (!helps) ask<DQ>(&cur, p, i, warp, lane);
+        if (!helps) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == PREPARE)
             prepare<MOST, LORA>(p, *phase_at(i), helps);
         else if (kind != ATTEND && helps)
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         else if (kind != ATTEND)
-            multiply<MOST, DQ, LORA>(p, i, &cur, warp, lane);
+            multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
         else if (p.D <= 64)
             attend<64>(p, *phase_at(i), warp, lane);
         else
@@ -264,6 +267,13 @@ static decoder_fn *kernel_for(int T, bool double_quant, bool lora) {
     return double_quant ? kernel_of<true, false>(T) : kernel_of<false, false>(T);
 }
 
+/* How many groups leave their sums at once. */
+static int batch_groups(int T, bool lora) {
+    const int floats = T <= 1 ? SUM_FLOATS<1> : T <= 8 ? SUM_FLOATS<8> : SUM_FLOATS<16>;
+    const int most = SUMS_FLOATS / (floats * (lora ? SLOTS<true> : SLOTS<false>));
+    return most < MAX_SQUARES / T ? most : MAX_SQUARES / T;
+}
+
 /* x / d for x d < 2^32. */
 static struct divisor divide_by(int d) {
     return {d, (uint32_t)((0x100000000u + (uint64_t)d - 1) / (uint64_t)d)};
@@ -388,7 +398,7 @@ gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
     p.batch = d->ctx->cuda->batch;
     p.n_terms = n_terms;
     p.u = (float *)d->ctx->workspace;
-    p.batch_groups = TABLE_BYTES / ((lora ? SLOTS<true> : SLOTS<false>)*sums_bytes(p.T));
+    p.batch_groups = batch_groups(p.T, lora);
     p.by_T = divide_by(p.T);
     const gn_decoder_options shape = {NULL, 0, p.heads, p.kv_heads, p.D, p.eps};
     p.splits = max_splits(d->ctx, &shape, p.T);

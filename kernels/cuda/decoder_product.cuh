@@ -98,28 +98,21 @@ static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint
 
 /* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c.
  */
-template <bool DQ>
-static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, int lane) {
-    const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
-    const float *floats = (const float *)(stage + STAGE_ABSMAX);
-    if (!DQ) return floats[at];
-    const float *nested = (const float *)(shared + NESTED_AT);
-    return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]),
-                     ((const float *)(stage + STAGE_OFFSETS))[h]);
+template <bool DQ> static __device__ __forceinline__ float scale_of(const struct step &s, int h) {
+    if (!DQ) return __uint_as_float(s.scales[h]);
+    const float nested = ((const float *)(shared + NESTED_AT))[s.scales[h]];
+    return __fadd_rn(__fmul_rn(nested, s.absmax[h]), s.offset[h]);
 }
 
-/* sum += block j of a step, without its scales. */
+/* sum += a block's codes times x. */
 template <int MOST>
 static __device__ __forceinline__ void multiply_unit(float sum[TILES<MOST>][4],
-                                                     const uint32_t x[TILES<MOST>][UNITS][8],
-                                                     const uint8_t *stage, int j, int lane) {
-    const uint8_t *at = stage + j * GN_CUDA_TILE_BYTES + lane * 8;
-    const uint2 top = *(const uint2 *)at,
-                bottom = *(const uint2 *)(at + UNITS * GN_CUDA_TILE_BYTES);
+                                                     const uint32_t x[TILES<MOST>][UNITS][8], int j,
+                                                     const uint2 codes[2], int lane) {
     const uint32_t lane4 = lane * 4;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const uint32_t up = k < 2 ? top.x : top.y, down = k < 2 ? bottom.x : bottom.y;
+        const uint32_t up = k < 2 ? codes[0].x : codes[0].y, down = k < 2 ? codes[1].x : codes[1].y;
         const int byte = k % 2 * 2;
         const uint32_t a[4] = {look_up(up, byte, lane4), look_up(down, byte, lane4),
                                look_up(up, byte + 1, lane4), look_up(down, byte + 1, lane4)};
@@ -128,35 +121,37 @@ static __device__ __forceinline__ void multiply_unit(float sum[TILES<MOST>][4],
     }
 }
 
-/* acc = the first n blocks of a step; n is N or, where N < UNITS, less. */
-template <int MOST, int N>
+/* acc = the n blocks that registers hold; each makes room for one of the m blocks that the cursor
+ * is at. */
+template <int MOST>
 static __device__ __forceinline__ void
-multiply_rows(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-              const uint8_t *stage, int n, const float scale[2], int lane) {
+multiply_rows(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8], struct step *s,
+              int n, const float scale[2], struct halves next, int m, int lane) {
 #pragma unroll
-    for (int j = 0; j < N; j++) {
-        if (N < UNITS && j >= n) break;
-        float sum[TILES<MOST>][4] = {};
-        multiply_unit<MOST>(sum, x, stage, j, lane);
-        const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
-                    s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
+    for (int j = 0; j < UNITS; j++) {
+        if (j < n) {
+            float sum[TILES<MOST>][4] = {};
+            multiply_unit<MOST>(sum, x, j, s->codes[j], lane);
+            const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
+                        s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
 #pragma unroll
-        for (int t = 0; t < TILES<MOST>; t++)
+            for (int t = 0; t < TILES<MOST>; t++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) acc[t][i] += (i < 2 ? s0 : s1) * sum[t][i];
+                for (int i = 0; i < 4; i++) acc[t][i] += (i < 2 ? s0 : s1) * sum[t][i];
+        }
+        if (j < m) load_unit(s, next, j);
     }
 }
 
 /* The same for a single row, whose block j is in the sums of lane 4g + j alone. */
-template <int N>
 static __device__ __forceinline__ void multiply_row(float acc[1][4], const uint32_t x[1][UNITS][8],
-                                                    const uint8_t *stage, int n,
-                                                    const float scale[2], int lane) {
+                                                    struct step *s, int n, const float scale[2],
+                                                    struct halves next, int m, int lane) {
     float sum[2][1][4] = {};
 #pragma unroll
-    for (int j = 0; j < N; j++) {
-        if (N < UNITS && j >= n) break;
-        multiply_unit<1>(sum[j % 2], x, stage, j, lane);
+    for (int j = 0; j < UNITS; j++) {
+        if (j < n) multiply_unit<1>(sum[j % 2], x, j, s->codes[j], lane);
+        if (j < m) load_unit(s, next, j);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -166,25 +161,19 @@ static __device__ __forceinline__ void multiply_row(float acc[1][4], const uint3
     }
 }
 
-template <int MOST, int N>
-static __device__ __forceinline__ void
-multiply_units(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-               const uint8_t *stage, int n, const float scale[2], int lane) {
-    if constexpr (MOST == 1)
-        multiply_row<N>(acc, x, stage, n, scale, lane);
-    else
-        multiply_rows<MOST, N>(acc, x, stage, n, scale, lane);
-}
-
 /* Who leaves sums of a group: the warps that multiply and, as one, those for LoRA. */
 template <bool LORA> static constexpr int SLOTS = WARPS + LORA;
 
+/* A warp's sums of a group: (tiles of x, GROUP_ROWS, 8 rows of x and one float between); of a
+ * single row (GROUP_ROWS). */
+template <int MOST> static constexpr int ROW_FLOATS = MOST == 1 ? 1 : 9;
+template <int MOST> static constexpr int SUM_FLOATS = TILES<MOST> *GROUP_ROWS *ROW_FLOATS<MOST>;
+
 /* Where a warp's sum of (t, row) is, in a batch's group. */
 template <int MOST, bool LORA>
-static __device__ __forceinline__ uint8_t *sum_at(const struct program &p, int group, int warp,
-                                                  int t, int row) {
-    return shared + (group * SLOTS<LORA> + warp) * sums_bytes(rows_of<MOST>(p)) +
-           t / 2 * ENTRY_BYTES + ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
+static __device__ __forceinline__ float *sum_at(int group, int warp, int t, int row) {
+    return sums() + (group * SLOTS<LORA> + warp) * SUM_FLOATS<MOST> +
+           (t / 8 * GROUP_ROWS + row) * ROW_FLOATS<MOST> + t % 8;
 }
 
 template <int MOST, bool LORA>
@@ -192,26 +181,24 @@ static __device__ __forceinline__ void leave_sums(const struct program &p,
                                                   const float acc[TILES<MOST>][4], int group,
                                                   bool add, int warp, int lane) {
     const int g = lane / 4, c = lane % 4;
-    uint8_t *sums = sum_at<MOST, LORA>(p, group, warp, 2 * c, g);
 #pragma unroll
     for (int n = 0; n < TILES<MOST>; n++) {
         if (8 * n + 2 * c >= rows_of<MOST>(p)) continue;
 #pragma unroll
         for (int i = 0; i < 4; i += MOST == 1 ? 2 : 1) {
-            float *to = (float *)(sums + n * 4 * ENTRY_BYTES) + i % 2 * GROUP_ROWS +
-                        i / 2 * GN_CUDA_TILE_ROWS;
+            float *to = sum_at<MOST, LORA>(group, warp, 8 * n + 2 * c + i % 2,
+                                           g + i / 2 * GN_CUDA_TILE_ROWS);
             *to = add ? *to + acc[n][i] : acc[n][i];
         }
     }
 }
 
 template <int MOST, bool LORA>
-static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
-    const uint8_t *sums = sum_at<MOST, LORA>(p, group, 0, t, row);
-    const int step = sums_bytes(rows_of<MOST>(p));
+static __device__ __forceinline__ float total(int group, int row, int t) {
+    const float *from = sum_at<MOST, LORA>(group, 0, t, row);
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < SLOTS<LORA>; w++) sum += *(const float *)(sums + w * step);
+    for (int w = 0; w < SLOTS<LORA>; w++) sum += from[w * SUM_FLOATS<MOST>];
     return sum;
 }
 
@@ -281,7 +268,7 @@ static __device__ __forceinline__ void finish_stream(const struct program &p,
         const struct before before = i < THREADS ? early : before_of(p, ph, o);
         float x = before.x;
         if (ph.kind == ADD) {
-            x += total<MOST, LORA>(p, o.group, o.row, o.t);
+            x += total<MOST, LORA>(o.group, o.row, o.t);
             p.x[o.t * p.x_ld + o.n] = x;
         }
         p.normed[(int64_t)o.t * p.hidden + o.n] = __float2bfloat16(x * before.norm);
@@ -316,8 +303,8 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
         const float factor = ((const float *)(shared + FACTORS_AT))[t];
-        const float v = total<MOST, LORA>(p, group, row, t) * factor;
-        const float other = total<MOST, LORA>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
+        const float v = total<MOST, LORA>(group, row, t) * factor;
+        const float other = total<MOST, LORA>(group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
             p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
                 __float2bfloat16(v / (1.0f + __expf(-v)) * other);
@@ -326,30 +313,30 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
     }
 }
 
-/* The oldest step: multiplies it, and asks for another in its place. */
+/* Multiplies the step that registers hold, and asks for another in its place. */
 template <int MOST, bool DQ>
 static __device__ __forceinline__ void
 take_step(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-          const struct program &p, int current, int n, struct cursor *cur, int warp, int lane) {
-    await(cur);
-    const uint8_t *stage = stage_at(cur->taken, warp);
-    const float scale[2] = {scale_of<DQ>(stage, 0, lane), scale_of<DQ>(stage, 1, lane)};
-    if (n == UNITS)
-        multiply_units<MOST, UNITS>(acc, x, stage, n, scale, lane);
+          const struct program &p, int current, int n, struct step *s, struct cursor *cur, int warp,
+          int lane) {
+    const int m = next_units(cur, p, current, warp, lane);
+    const float scale[2] = {scale_of<DQ>(*s, 0), scale_of<DQ>(*s, 1)};
+    load_scales<DQ>(s, cur, m, lane);
+    const struct halves next = codes_of(cur, lane);
+    if constexpr (MOST == 1)
+        multiply_row(acc, x, s, n, scale, next, m, lane);
     else
-        multiply_units<MOST, UNITS - 1>(acc, x, stage, n, scale, lane);
-    __syncwarp();
-    cur->taken++;
-    ask<DQ>(cur, p, current, warp, lane);
+        multiply_rows<MOST>(acc, x, s, n, scale, next, m, lane);
+    cur->holds = m > 0;
+    if (m > 0) advance(cur, lane);
 }
 
-/* The sums of groups [begin, end) of the phase, into the gaps. has_x: x holds the columns already.
- */
+/* The sums of groups [begin, end) of the phase. has_x: x holds the columns already. */
 template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void
 multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
                const struct program &p, int current, struct range blocks, int begin, int end,
-               bool has_x, struct cursor *cur, int warp, int lane) {
+               bool has_x, struct step *s, struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
     for (int block = blocks.begin; block < blocks.end; block += UNITS) {
         const int n = min(UNITS, blocks.end - block);
@@ -361,7 +348,7 @@ multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
 #pragma unroll 1
         for (int group = begin; group < end; group++) {
             float acc[TILES<MOST>][4] = {};
-            take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
+            take_step<MOST, DQ>(acc, x, p, current, n, s, cur, warp, lane);
             leave_sums<MOST, LORA>(p, acc, group - begin, block > blocks.begin, warp, lane);
         }
     }
@@ -375,7 +362,8 @@ multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
  * barriers. */
 template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void multiply(const struct program &p, int current,
-                                                struct cursor *cur, int warp, int lane) {
+                                                struct step *s, struct cursor *cur, int warp,
+                                                int lane) {
     const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
     const bool once = blocks.end - blocks.begin <= UNITS;
@@ -390,7 +378,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
         if (ph.kind == ADD && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
             early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
         multiply_batch<MOST, DQ, LORA>(x, ahead, p, current, blocks, begin, end,
-                                       once && begin > groups.begin, cur, warp, lane);
+                                       once && begin > groups.begin, s, cur, warp, lane);
         __syncthreads();
         if (ph.kind == ADD)
             finish_stream<MOST, LORA>(p, ph, begin, n, early);
@@ -412,9 +400,8 @@ static __device__ __forceinline__ void help(const struct program &p, int current
     meet_helpers(p, times, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int n = min(p.batch_groups, groups.end - begin);
-        expand(p, ph, begin, n, helper, lane, [&](int group, int t, int row) {
-            return (float *)sum_at<MOST, true>(p, group, WARPS, t, row);
-        });
+        expand(p, ph, begin, n, helper, lane,
+               [&](int group, int t, int row) { return sum_at<MOST, true>(group, WARPS, t, row); });
         __syncthreads();
         __syncthreads();
     }

@@ -79,6 +79,20 @@ static __device__ __forceinline__ void load_once(uint4 &v, const void *at, int n
                  : "l"(at), "r"(n));
 }
 
+/* The same, always. */
+static __device__ __forceinline__ void load_once(uint2 &v, const void *at) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(at));
+}
+
+/* 16-byte aligned, a multiple of 16 bytes. Before Hopper it is left to the loads. */
+static __device__ __forceinline__ void prefetch_bulk(const void *at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
+#endif
+}
+
 static __device__ __forceinline__ void prefetch_line(const void *at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }

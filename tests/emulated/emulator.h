@@ -144,6 +144,11 @@ static inline float __fmul_rn(float a, float b) {
 static inline float __fadd_rn(float a, float b) {
     return a + b;
 }
+static inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 static inline int __ffs(uint32_t x) {
     return __builtin_ffs((int)x);
 }

@@ -35,6 +35,10 @@ static inline uint32_t load_acquire(const uint32_t *at) {
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
     if (n > 0) v = *(const T *)at;
 }
+template <typename T> static inline void load_once(T &v, const void *at) {
+    v = *(const T *)at;
+}
+static inline void prefetch_bulk(const void *, int) {}
 static inline void prefetch_line(const void *) {}
 
 /* From the beginning of dynamic shared memory. */
