@@ -27,6 +27,7 @@ extern "C" {
     X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))       \
     X(adamw, (gn_ctx *, const gn_adamw_args *))                                                    \
     X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))                                     \
+    X(convert, (gn_ctx *, gn_tensor *, const gn_tensor *))                                         \
     X(embed_bwd, (gn_ctx *, gn_tensor *, const gn_tensor *, const int32_t *ids))                   \
     X(rmsnorm_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,      \
                     const gn_tensor *, const gn_tensor *, float))                                  \

@@ -290,6 +290,15 @@ static bool same_shape(const gn_tensor *a, const gn_tensor *b) {
     return true;
 }
 
+static bool is_f32_or_bf16(const gn_tensor *t) {
+    return is_tensor(t, 2) && t->dtype != GN_F16 && is_aligned(t->data, gn_dtype_size(t->dtype));
+}
+
+gn_status gn_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x) {
+    if (!ctx || !is_f32_or_bf16(x) || !is_f32_or_bf16(y) || !same_shape(x, y)) return GN_EINVAL;
+    return x->shape[0] == 0 ? GN_OK : ctx->backend->convert(ctx, y, x);
+}
+
 gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy, const int32_t *ids) {
     if (!ctx || !is_f32(dtable, 2) || !is_f32(dy, 2) || dy->shape[1] != dtable->shape[1])
         return GN_EINVAL;
