@@ -24,11 +24,7 @@ static inline gn_communicator gn_communicator_alone(void) {
 }
 
 /* Adds up a step's gradients, and n numbers. */
-static inline GN_CHECKED gn_status gn_exchange_gradients(gn_communicator *c, gn_parameters *p,
-                                                         double *numbers, int n) {
-    if (c->size == 1) return GN_OK;
-    const gn_status status = c->sum(c, p->ctx, &p->grads);
-    return status ? status : c->sum_numbers(c, numbers, n);
-}
+GN_CHECKED gn_status gn_exchange_gradients(gn_communicator *c, gn_parameters *p, double *numbers,
+                                           int n);
 
 #endif

@@ -1,13 +1,12 @@
 /* model_writer.c - model.safetensors from an optimizer's masters, and what stands beside it. */
 #include "trainer/model_writer.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "engine/json_file.h"
+#include "engine/model_files.h"
 #include "engine/save_folder.h"
 #include "engine/tensor_file.h"
 
@@ -73,68 +72,11 @@ static gn_status write_weights(const char *dir, gn_dtype dtype, gn_optimizer *o,
     return status;
 }
 
-/* ---- the other files ---- */
-
-/* The base's, with what is stored said anew. */
-static gn_status write_config(const char *dir, const char *base, gn_dtype dtype, gn_error *err) {
-    char *from = join(base, "config.json"), *to = join(dir, "config.json"), *text = NULL;
-    cJSON *root = NULL;
-    gn_status status = from && to ? gn_json_read(&root, from, err) : no_memory(dir, err);
-    if (!status) {
-        cJSON_DeleteItemFromObjectCaseSensitive(root, "quantization_config");
-        cJSON_DeleteItemFromObjectCaseSensitive(root, "torch_dtype");
-        cJSON_DeleteItemFromObjectCaseSensitive(root, "dtype");
-        if (cJSON_AddStringToObject(root, "torch_dtype", dtype == GN_F32 ? "float32" : "bfloat16"))
-            text = cJSON_Print(root);
-        status = text ? gn_text_write(to, text, err) : no_memory(to, err);
-    }
-    cJSON_free(text);
-    cJSON_Delete(root);
-    free(from);
-    free(to);
-    return status;
-}
-
-static gn_status copy_open(FILE *in, FILE *out, const char *to, gn_error *err) {
-    char buffer[1 << 16];
-    bool ok = true;
-    for (size_t n; ok && (n = fread(buffer, 1, sizeof buffer, in)) > 0;)
-        ok = fwrite(buffer, 1, n, out) == n;
-    if (ok && !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0) return GN_OK;
-    return gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
-}
-
-/* If it is there. */
-static gn_status copy_file(const char *dir, const char *base, const char *name, gn_error *err) {
-    char *from = join(base, name), *to = join(dir, name);
-    FILE *in = from ? fopen(from, "rbe") : NULL, *out = in && to ? fopen(to, "wbe") : NULL;
-    gn_status status = GN_OK;
-    if (!from || !to)
-        status = no_memory(dir, err);
-    else if (!in && errno != ENOENT)
-        status = gn_fail(err, GN_EIO, "%s: %s", from, strerror(errno));
-    else if (in && !out)
-        status = gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
-    else if (in)
-        status = copy_open(in, out, to, err);
-    if (in) fclose(in);
-    if (out) fclose(out);
-    free(from);
-    free(to);
-    return status;
-}
-
 static gn_status fill(const char *dir, const char *base, gn_dtype dtype, gn_optimizer *o,
                       gn_error *err) {
-    static const char *const names[] = {"tokenizer.model",         "tokenizer_config.json",
-                                        "special_tokens_map.json", "chat_template.json",
-                                        "generation_config.json",  "added_tokens.json",
-                                        "tokenizer.json"};
     gn_status status = write_weights(dir, dtype, o, err);
-    if (!status) status = write_config(dir, base, dtype, err);
-    for (size_t i = 0; !status && i < sizeof names / sizeof *names; i++)
-        status = copy_file(dir, base, names[i], err);
-    return status;
+    if (!status) status = gn_model_config_write(base, dir, dtype, err);
+    return status ? status : gn_model_files_copy(base, dir, err);
 }
 
 /* ---- the folder ---- */

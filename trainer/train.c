@@ -8,7 +8,9 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
+#include "trainer/gradients.h"
 #include "trainer/train_run.h"
 
 /* Memory of a GPU that is left alone: for what the driver and libraries take as they go. */
@@ -53,46 +55,51 @@ static gn_status open_trainable(gn_train_run *run) {
     return gn_trainable_open_lora(&run->trainable, &choice, &lora, run->err);
 }
 
-static gn_status open_step(gn_train_run *run) {
+static gn_train_limits step_limits(const gn_train_run *run) {
     const gn_batch_limits *limits = &run->data.limits;
-    const gn_train_limits step = {.max_rows = limits->rows,
-                                  .max_seqs = limits->seqs,
-                                  .context = limits->seq_rows,
-                                  .max_rank = gn_trainable_max_rank(run->trainable)};
-    return gn_train_step_open(&run->step, gn_trainable_model(run->trainable), &step, run->err);
+    return (gn_train_limits){.max_rows = limits->rows,
+                             .max_seqs = limits->seqs,
+                             .context = limits->seq_rows,
+                             .max_rank = gn_trainable_max_rank(run->trainable)};
 }
 
-/* What optimizer state may take of a GPU: what is left of the budget. */
-static gn_status page_budget(const gn_train_run *run, size_t *budget) {
-    gn_ctx_memory memory;
-    *budget = SIZE_MAX;
-    if (!run->device || !gn_train_is_paged(run->o)) return GN_OK;
-    const gn_status status = gn_ctx_read_memory(ctx_of(run), &memory);
-    if (status) return gn_fail(run->err, status, "how much memory is free cannot be known");
-    int64_t left = memory.free;
-    if (run->o->model.memory > 0 && run->o->model.memory < memory.total)
-        left -= memory.total - run->o->model.memory;
-    left -= SPARE_BYTES;
-    *budget = (size_t)(left > LEAST_PAGE_BYTES ? left : LEAST_PAGE_BYTES);
-    return GN_OK;
+static gn_optimizer_options optimizer_options(const gn_train_run *run) {
+    const gn_train_options *o = run->o;
+    return (gn_optimizer_options){.eight_bit = gn_train_is_8bit(o),
+                                  .beta1 = o->beta1,
+                                  .beta2 = o->beta2,
+                                  .eps = o->epsilon,
+                                  .weight_decay = o->weight_decay};
+}
+
+static gn_status plan_memory(gn_train_run *run) {
+    gn_model *model = gn_trainable_model(run->trainable);
+    gn_train_wanted wanted = {.limits = step_limits(run),
+                              .weights = gn_ctx_activation(model->ctx),
+                              .grads = GN_F32,
+                              .optimizer = optimizer_options(run),
+                              .paged = gn_train_is_paged(run->o),
+                              .accumulation = run->o->accumulation};
+    wanted.items = gn_trainable_items(run->trainable, &wanted.n_items);
+    wanted.groups = gn_trainable_groups(run->trainable, &wanted.n_groups);
+    return gn_train_memory_plan(&run->memory, model, &wanted, run->o->model.memory, run->err);
 }
 
 static gn_status open_optimizer(gn_train_run *run) {
-    const gn_train_options *o = run->o;
-    gn_optimizer_options options = {.eight_bit = gn_train_is_8bit(o),
-                                    .beta1 = o->beta1,
-                                    .beta2 = o->beta2,
-                                    .eps = o->epsilon,
-                                    .weight_decay = o->weight_decay};
+    gn_optimizer_options options = optimizer_options(run);
+    options.budget = run->memory.optimizer_budget;
     gn_status status = gn_page_device_open(&run->device, ctx_of(run));
-    if (status) return gn_fail(run->err, status, "optimizer: %s", gn_status_text(status));
-    if (!run->device && o->model.memory > 0)
-        return gn_fail(run->err, GN_EUNSUPPORTED,
-                       "--memory-budget: training on a CPU takes what it takes");
-    status = page_budget(run, &options.budget);
-    return status ? status
-                  : gn_optimizer_open(&run->optimizer, gn_trainable_parameters(run->trainable),
-                                      &options, run->device, run->err);
+    if (status) return gn_fail(run->err, status, "pages: %s", gn_status_text(status));
+    status = gn_optimizer_open(&run->optimizer, gn_trainable_parameters(run->trainable), &options,
+                               run->device, run->err);
+    if (!status) gn_trainable_lodge(run->trainable, gn_optimizer_pages(run->optimizer));
+    return status;
+}
+
+static gn_status open_step(gn_train_run *run) {
+    gn_train_limits limits = step_limits(run);
+    memcpy(limits.keep, run->memory.keep, sizeof limits.keep);
+    return gn_train_step_open(&run->step, gn_trainable_model(run->trainable), &limits, run->err);
 }
 
 static void set_schedule(gn_train_run *run) {
@@ -117,9 +124,10 @@ static gn_status open_run(gn_train_run *run) {
     gn_status status = gn_train_check_output(run);
     if (!status) status = gn_train_data_open(&run->data, run->o, run->c->size, run->err);
     if (!status) status = open_trainable(run);
-    if (!status) status = gn_trainable_allocate(run->trainable, run->err);
-    if (!status) status = open_step(run);
+    if (!status) status = plan_memory(run);
+    if (!status) status = gn_trainable_allocate(run->trainable, &run->memory, run->err);
     if (!status) status = open_optimizer(run);
+    if (!status) status = open_step(run);
     if (status) return status;
     set_schedule(run);
     return gn_train_begin(run);
@@ -128,9 +136,9 @@ static gn_status open_run(gn_train_run *run) {
 static void close_run(gn_train_run *run) {
     gn_metrics_close(run->metrics);
     gn_train_state_close(&run->state);
+    gn_train_step_close(run->step);
     gn_optimizer_close(run->optimizer);
     gn_page_device_close(run->device);
-    gn_train_step_close(run->step);
     gn_trainable_close(run->trainable);
     gn_train_data_close(&run->data);
 }
@@ -148,12 +156,14 @@ static gn_train_batch batch_of(const gn_micro_batch *micro) {
 }
 
 /* Adds a micro-batch's loss and gradients: a sum over tokens of weight 1, or a mean of weight 1. */
-static gn_status run_micro_batch(gn_train_run *run, const gn_micro_batch *micro, double *sums) {
+static gn_status run_micro_batch(gn_train_run *run, const gn_micro_batch *micro, bool is_last,
+                                 double *sums) {
     gn_train_batch batch = batch_of(micro);
     const bool is_mean = run->o->average_micro_batches && micro->n_learned > 0;
     double loss;
     batch.scale = is_mean ? 1 / (float)micro->n_learned : 1;
     batch.number = (uint32_t)run->state.micro_batches;
+    batch.is_last = is_last;
     const gn_status status =
         gn_train_step_run(run->step, &batch, gn_trainable_views(run->trainable), &loss);
     if (status) return step_failed(run, status, "forward and backward");
@@ -172,7 +182,8 @@ static gn_status accumulate(gn_train_run *run, double *sums) {
     for (int64_t i = 0; i < n && !run->epoch_ended && !status; i++, run->state.micro_batches++) {
         const gn_micro_batch micro = gn_batcher_next(run->data.train);
         run->epoch_ended = micro.ends_epoch;
-        if (i % run->c->size == run->c->rank) status = run_micro_batch(run, &micro, sums);
+        const bool is_last = i + run->c->size >= n || micro.ends_epoch;
+        if (i % run->c->size == run->c->rank) status = run_micro_batch(run, &micro, is_last, sums);
     }
     return status;
 }
@@ -202,7 +213,6 @@ static gn_status check_finite(const gn_train_run *run, double x, const char *wha
 }
 
 static gn_status update(gn_train_run *run, double weight, gn_step_result *result) {
-    gn_parameters *p = gn_trainable_parameters(run->trainable);
     double norm;
     gn_status status = gn_optimizer_grad_norm(run->optimizer, &norm);
     if (status) return step_failed(run, status, "gradients");
@@ -213,9 +223,7 @@ static gn_status update(gn_train_run *run, double weight, gn_step_result *result
     const double clip = gn_clip_scale(result->grad_norm, gn_train_decimal(run->o->max_grad_norm));
     status = gn_optimizer_step(run->optimizer, result->learning_rate, (float)(clip / weight));
     if (!status) status = gn_trainable_refresh(run->trainable);
-    if (!status)
-        status = gn_ctx_zero(p->ctx, p->grads.data,
-                             (size_t)gn_tensor_numel(&p->grads) * gn_dtype_size(p->grads.dtype));
+    if (!status) status = gn_grads_clear(gn_trainable_parameters(run->trainable));
     return status ? step_failed(run, status, "update") : GN_OK;
 }
 
@@ -308,10 +316,12 @@ static gn_status run_steps(gn_train_run *run) {
 
 static gn_status run_all(gn_train_run *run) {
     gn_train_report_start(run);
+    gn_train_report_memory(run);
     gn_status status = run->o->evaluates && run->state.step == 0 ? evaluate(run) : GN_OK;
     if (!status) status = run_steps(run);
     if (!status && !run->o->keep_best) status = gn_train_save_result(run);
     if (!status && run->metrics) {
+        gn_train_report_memory(run);
         gn_progress("%s", "");
         fprintf(stderr, "%s after step %lld: %s\n", is_last(run) ? "done" : "stopped early",
                 (long long)run->state.step, run->o->output);

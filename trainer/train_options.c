@@ -23,7 +23,8 @@
     X(STRING, mmlu_source_max_len, "2048", "MMLU is not part of training")                         \
     X(BOOL, fp16, "false", "float16 is not computed in; bfloat16 is (--bf16)")                     \
     X(BOOL, tf32, "false", "TF32 is not computed in; bfloat16 is (--bf16)")                        \
-    X(BOOL, gradient_checkpointing, "true", "what a backward pass reads is always computed again") \
+    X(BOOL, gradient_checkpointing, "true",                                                        \
+      "what memory has no room for is computed again; what fits is kept")                          \
     X(BOOL, trust_remote_code, "false", "nothing in a model folder is ever run")                   \
     X(BOOL, use_auth, "false", "nothing is downloaded")                                            \
     X(BOOL, push_to_hub, "false", "nothing is uploaded")                                           \
@@ -103,7 +104,10 @@ static const gn_option table[] = {
      .help = "full: start from random weights in the shape of the folder's config.json"},
     GN_COMPUTE_OPTIONS(gn_train_options, "auto"),
     {GN_OPT_SIZE, "memory-budget", AT(o.model.memory), .value = "SIZE",
-     .help = "of the GPU's memory, for everything together (default: what is free)"},
+     .help =
+         "for everything together; decides what is kept and what is computed again, and what of "
+         "gradients and optimizer state travels (default: a GPU's free memory; on a CPU three "
+         "quarters of it)"},
 
     GN_OPTION_GROUP("LoRA"),
     {GN_OPT_INT, "lora-r", AT(o.rank), .initial = "64", .min = 1, .max = 65536, .help = "rank"},

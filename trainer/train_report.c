@@ -1,10 +1,12 @@
 /* train_report.c - lines of metrics.jsonl, and what a person sees. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "kernels/measure.h"
+#include "trainer/report.h"
 #include "trainer/train_run.h"
 
 enum { SECONDS_BETWEEN_LINES = 30 };
@@ -98,4 +100,27 @@ void gn_train_report_start(const gn_train_run *run) {
     if (run->data.limits.seq_rows > info.context)
         fprintf(stderr, "samples of up to %d tokens: the model was made for %d\n",
                 run->data.limits.seq_rows, info.context);
+}
+
+void gn_train_report_memory(const gn_train_run *run) {
+    gn_model *model = gn_trainable_model(run->trainable);
+    gn_train_measured measured;
+    const bool has_run = run->seconds > 0;
+    if (!run->metrics || (gn_ctx_is_host(model->ctx) && run->o->model.memory == 0)) return;
+    if (has_run &&
+        gn_train_memory_measure(&measured, &run->memory, model,
+                                gn_trainable_parameters(run->trainable), run->optimizer) != GN_OK)
+        return;
+    char *text = gn_train_memory_text(&run->memory, has_run ? &measured : NULL);
+    gn_progress("%s", "");
+    if (text) fputs(text, stderr);
+    free(text);
+}
+
+void gn_train_report_page(const gn_train_run *run) {
+    gn_error err = {0};
+    if (gn_report_write(run->o->output, &err)) {
+        gn_progress("%s", "");
+        fprintf(stderr, "guanaco-trainer: report.html: %s\n", err.message);
+    }
 }

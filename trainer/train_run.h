@@ -6,6 +6,7 @@
 #include "trainer/checkpoint.h"
 #include "trainer/train.h"
 #include "trainer/train_data.h"
+#include "trainer/train_memory.h"
 #include "trainer/train_metrics.h"
 #include "trainer/trainable.h"
 
@@ -16,7 +17,8 @@ typedef struct gn_train_run {
     gn_train_data data;
     gn_trainable *trainable;
     gn_train_step *step;
-    gn_page_device *device; /* NULL: optimizer state is used where it is */
+    gn_train_memory memory; /* as planned */
+    gn_page_device *device; /* of the optimizer's pages; NULL: they are used where they are */
     gn_optimizer *optimizer;
     gn_metrics *metrics; /* of the process that writes, as checkpoints are; NULL: another does */
     gn_train_state state;
@@ -51,5 +53,9 @@ GN_CHECKED gn_status gn_train_report_step(gn_train_run *run, const gn_step_resul
 GN_CHECKED gn_status gn_train_report_evaluation(gn_train_run *run, double loss, int64_t tokens);
 /* What is about to be trained, on what. */
 void gn_train_report_start(const gn_train_run *run);
+/* How memory is divided; once there were steps, beside what was found to be used. */
+void gn_train_report_memory(const gn_train_run *run);
+/* Makes report.html anew. It is made of what is saved already: a failure ends nothing. */
+void gn_train_report_page(const gn_train_run *run);
 
 #endif

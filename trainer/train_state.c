@@ -93,7 +93,7 @@ static gn_status write_settings(const gn_train_run *run) {
     add_text(settings, "device", gn_model_describe(gn_trainable_model(run->trainable)).device);
     char *text = settings ? cJSON_Print(settings) : NULL;
     if (asprintf(&path, "%s/train_config.json", o->output) < 0) path = NULL;
-    const gn_status status = text && path ? gn_text_write(path, text, run->err) : no_memory(run);
+    const gn_status status = text && path ? gn_text_replace(path, text, run->err) : no_memory(run);
     free(path);
     cJSON_free(text);
     cJSON_Delete(settings);
@@ -207,8 +207,10 @@ gn_status gn_train_save(gn_train_run *run) {
     const gn_adapter_config config = is_lora ? adapter_config(run) : (gn_adapter_config){0};
     const gn_checkpoint_options options = {
         .output = run->o->output, .adapter = is_lora ? &config : NULL, .limit = run->o->save_limit};
-    const gn_status status = gn_metrics_sync(run->metrics, &s->metrics_bytes, run->err);
-    return status ? status : gn_checkpoint_save(&options, s, run->optimizer, run->err);
+    gn_status status = gn_metrics_sync(run->metrics, &s->metrics_bytes, run->err);
+    if (!status) status = gn_checkpoint_save(&options, s, run->optimizer, run->err);
+    if (!status) gn_train_report_page(run);
+    return status;
 }
 
 gn_status gn_train_save_result(gn_train_run *run) {

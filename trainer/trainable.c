@@ -7,6 +7,7 @@
 
 #include "engine/adapter.h"
 #include "engine/peft.h"
+#include "trainer/gradients.h"
 #include "trainer/shuffle.h"
 #include "trainer/trainable_internal.h"
 
@@ -17,6 +18,15 @@ gn_model *gn_trainable_model(const gn_trainable *t) {
 const gn_parameter *gn_trainable_items(const gn_trainable *t, size_t *n) {
     *n = t->n_items;
     return t->items;
+}
+
+const size_t *gn_trainable_groups(const gn_trainable *t, size_t *n) {
+    *n = t->has_groups ? (size_t)t->model->config.layers : 0;
+    return t->groups;
+}
+
+void gn_trainable_lodge(gn_trainable *t, gn_pages *pages) {
+    t->trained.lodger = pages;
 }
 
 gn_parameters *gn_trainable_parameters(const gn_trainable *t) {
@@ -40,12 +50,14 @@ void gn_trainable_close(gn_trainable *t) {
     if (t->model) gn_ctx_free(t->model->ctx, t->placed);
     gn_adapter_close(t->init);
     gn_parameters_close(t->parameters);
+    gn_page_device_close(t->grad_device);
     gn_model_close(t->model);
     for (size_t i = 0; i < t->n_items; i++) free((char *)t->items[i].name);
     free(t->items);
     free(t->pairs);
     free(t->grads);
     free(t->pair_of);
+    free(t->groups);
     free(t->layers);
     free(t->places);
     free(t->norm);
@@ -175,6 +187,7 @@ static gn_status list_items(gn_trainable *t, gn_error *err) {
     for (int i = 0; i < count_pairs(t); i++) {
         char module[64];
         const gn_proj proj = (gn_proj)(i % GN_PROJ_COUNT);
+        if (proj == 0) t->groups[i / GN_PROJ_COUNT] = t->n_items;
         if (t->pairs[i].rank == 0) continue;
         module_name(module, sizeof module, i);
         for (int b = 0; b < 2; b++) {
@@ -187,7 +200,35 @@ static gn_status list_items(gn_trainable *t, gn_error *err) {
             item->shape[1] = b ? t->adapter.rank : gn_proj_cols(&t->model->config, proj);
         }
     }
+    t->has_groups = true;
+    for (int i = 0; i < t->model->config.layers; i++) {
+        const bool is_last = i + 1 == t->model->config.layers;
+        if (t->groups[i] == (is_last ? t->n_items : t->groups[i + 1])) t->has_groups = false;
+    }
     return GN_OK;
+}
+
+/* Finds the gradients of a layer, or of all. */
+static void find_grads(gn_trainable *t, size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i += 2) {
+        gn_lora_pair *grad = &t->grads[t->pair_of[i / 2]];
+        grad->a = gn_parameter_grad(t->parameters, i);
+        grad->b = gn_parameter_grad(t->parameters, i + 1);
+    }
+}
+
+static gn_status begin_layer(void *user, int layer) {
+    gn_trainable *t = user;
+    gn_status status = gn_grads_acquire(t->parameters, (size_t)layer);
+    if (!status && layer > 0) status = gn_grads_prefetch(t->parameters, (size_t)layer - 1);
+    if (status) return status;
+    const bool is_last = layer + 1 == t->model->config.layers;
+    find_grads(t, t->groups[layer], is_last ? t->n_items : t->groups[layer + 1]);
+    return GN_OK;
+}
+
+static gn_status end_layer(void *user, int layer) {
+    return gn_grads_release(((gn_trainable *)user)->parameters, (size_t)layer, true);
 }
 
 /* Points the pairs into the parameters. */
@@ -195,14 +236,19 @@ static gn_status bind_pairs(gn_trainable *t, gn_error *err) {
     gn_ctx *ctx = t->model->ctx;
     size_t next = 0;
     for (int i = 0; i < count_pairs(t); i++) {
-        gn_lora_pair *pair = &t->pairs[i], *grad = &t->grads[i];
+        gn_lora_pair *pair = &t->pairs[i];
         if (pair->rank == 0) continue;
         t->pair_of[next / 2] = i;
-        *grad = *pair;
-        pair->a = gn_parameter_weight(t->parameters, next);
-        grad->a = gn_parameter_grad(t->parameters, next++);
-        pair->b = gn_parameter_weight(t->parameters, next);
-        grad->b = gn_parameter_grad(t->parameters, next++);
+        t->grads[i] = *pair;
+        pair->a = gn_parameter_weight(t->parameters, next++);
+        pair->b = gn_parameter_weight(t->parameters, next++);
+    }
+    if (gn_grads_pages(t->parameters)) {
+        t->trained.begin_layer = begin_layer;
+        t->trained.end_layer = end_layer;
+        t->trained.user = t;
+    } else {
+        find_grads(t, 0, t->n_items);
     }
     t->trained.pairs = t->trained.placed = t->pairs;
     t->trained.grads = t->grads;
@@ -220,7 +266,9 @@ static gn_status open_lora(gn_trainable *t, const gn_model_choice *choice, const
     t->pairs = calloc((size_t)count_pairs(t), sizeof *t->pairs);
     t->grads = calloc((size_t)count_pairs(t), sizeof *t->grads);
     t->pair_of = calloc((size_t)count_pairs(t), sizeof *t->pair_of);
-    if (!t->pairs || !t->grads || !t->pair_of) return gn_fail(err, GN_ENOMEM, "out of memory");
+    t->groups = calloc((size_t)t->model->config.layers, sizeof *t->groups);
+    if (!t->pairs || !t->grads || !t->pair_of || !t->groups)
+        return gn_fail(err, GN_ENOMEM, "out of memory");
     t->adapter = (gn_adapter_config){.base = choice->dir, .dropout = o->dropout, .dtype = GN_F32};
     status = o->init_adapter ? adapt_as_init(t, o->init_adapter, err) : adapt_chosen(t, o, err);
     if (!status) status = list_items(t, err);
@@ -242,9 +290,17 @@ gn_status gn_trainable_open_lora(gn_trainable **out, const gn_model_choice *choi
     return status;
 }
 
-gn_status gn_trainable_allocate(gn_trainable *t, gn_error *err) {
-    const gn_status status = gn_parameters_open(&t->parameters, t->model->ctx, t->items, t->n_items,
-                                                gn_ctx_activation(t->model->ctx), GN_F32, err);
+gn_status gn_trainable_allocate(gn_trainable *t, const gn_train_memory *plan, gn_error *err) {
+    gn_ctx *ctx = t->model->ctx;
+    gn_grad_options pages = {.groups = t->groups,
+                             .n_groups = (size_t)t->model->config.layers,
+                             .budget = plan->grad_budget};
+    gn_status status = gn_page_device_open(&t->grad_device, ctx);
+    if (status) return gn_fail(err, status, "pages: %s", gn_status_text(status));
+    pages.device = t->grad_device;
+    status =
+        gn_parameters_open_paged(&t->parameters, ctx, t->items, t->n_items, gn_ctx_activation(ctx),
+                                 GN_F32, plan->grads_travel ? &pages : NULL, err);
     if (status) return status;
     return t->pairs ? bind_pairs(t, err) : gn_trainable_bind_full(t, err);
 }

@@ -10,6 +10,7 @@
 
 #include "trainer/adapter_writer.h"
 #include "trainer/step.h"
+#include "trainer/train_memory.h"
 #include "trainer/trainer.h"
 
 typedef struct gn_trainable gn_trainable;
@@ -36,7 +37,14 @@ void gn_trainable_close(gn_trainable *t);
 gn_model *gn_trainable_model(const gn_trainable *t);
 /* The parameters to be, layer by layer. */
 const gn_parameter *gn_trainable_items(const gn_trainable *t, size_t *n);
-GN_CHECKED gn_status gn_trainable_allocate(gn_trainable *t, gn_error *err);
+/* The first of each layer; n is 0 where gradients cannot be in pages: all weights are trained, or
+ * a layer has nothing. */
+const size_t *gn_trainable_groups(const gn_trainable *t, size_t *n);
+/* As the plan says: gradients in one array, or in pages by the groups above. */
+GN_CHECKED gn_status gn_trainable_allocate(gn_trainable *t, const gn_train_memory *plan,
+                                           gn_error *err);
+/* The optimizer's pages may use the step's memory while it does not (step.h). */
+void gn_trainable_lodge(gn_trainable *t, gn_pages *pages);
 
 /* Once allocated. */
 gn_parameters *gn_trainable_parameters(const gn_trainable *t);

@@ -19,12 +19,15 @@ struct gn_trainable {
     gn_parameter *items; /* of the parameters; names are owned */
     size_t n_items;
     gn_parameters *parameters;
+    gn_page_device *grad_device; /* of gradients in pages */
     gn_trained trained;
     uint64_t seed;
     /* LoRA */
     gn_adapter_config adapter;
     gn_lora_pair *pairs, *grads; /* NULL: all weights are trained */
     int *pair_of;                /* whose A and B parameters 2i and 2i + 1 are */
+    size_t *groups;              /* (layers) the first item of each */
+    bool has_groups;             /* each layer has some */
     gn_lora_pair *placed;        /* on a device with memory of its own */
     gn_adapter *init;            /* what to start from; NULL: random */
     /* All weights */

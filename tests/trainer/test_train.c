@@ -283,6 +283,7 @@ Test(train, a_trained_model_can_be_trained_on) {
     write_data("data.jsonl", 16);
     run(SMALL "--mode full --random-init --model " DATA "tiny-bf16 --output-dir @a");
     cr_assert(test_exists("a/model/config.json") && test_exists("a/model/tokenizer.model"));
+    cr_assert(test_exists("a/report.html") && test_exists("a/train_config.json"));
     cr_assert_not(test_exists("a/checkpoint-6/adapter_config.json"));
     char line[1024];
     snprintf(line, sizeof line,
@@ -333,6 +334,15 @@ Test(train, seeds_repeat_to_the_bit) {
         same_files("a/adapter/adapter_model.safetensors", "b/adapter/adapter_model.safetensors"));
     cr_assert_not(
         same_files("a/adapter/adapter_model.safetensors", "c/adapter/adapter_model.safetensors"));
+}
+
+/* What is kept, and what is computed again, changes no bit. */
+Test(train, budgets_do_not_change_results) {
+    write_data("data.jsonl", 24);
+    run(SMALL "--lora-dropout 0.2 --output-dir @free");
+    run(SMALL "--lora-dropout 0.2 --output-dir @tight --memory-budget 6MiB");
+    cr_assert(same_files("free/adapter/adapter_model.safetensors",
+                         "tight/adapter/adapter_model.safetensors"));
 }
 
 /* ---- batches ---- */
@@ -651,7 +661,7 @@ Test(train, what_cannot_be_trained) {
     refused(SMALL "--output-dir @out --quant-type fp4", GN_EINVAL, "nf4");
     refused(SMALL "--output-dir @out --lora-modules q_proj,x_proj", GN_EINVAL, "x_proj");
     refused(SMALL "--output-dir @out --init-adapter @none", GN_ENOENT, "none");
-    refused(SMALL "--output-dir @out --memory-budget 1GiB", GN_EUNSUPPORTED, "--memory-budget");
+    refused(SMALL "--output-dir @out --memory-budget 1MiB", GN_ENOMEM, "too few");
     refused(SMALL "--output-dir @out --eval-dataset-size 8", GN_EINVAL, "held out");
     refused(SMALL "--output-dir @data.jsonl", GN_EIO, "data.jsonl");
     refused("--cache-dir none --model " DATA "tiny-bnb-nf4 --output-dir @out --device cpu "

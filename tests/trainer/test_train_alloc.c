@@ -91,7 +91,7 @@ static gn_status open_and_save(const char *model) {
     gn_optimizer *o = NULL;
     gn_error err = {0};
     gn_status status = gn_trainable_open_full(&t, &choice, false, 0, &err);
-    if (!status) status = gn_trainable_allocate(t, &err);
+    if (!status) status = gn_trainable_allocate(t, &(gn_train_memory){0}, &err);
     if (!status) status = gn_optimizer_open(&o, gn_trainable_parameters(t), &adamw, NULL, &err);
     if (!status) status = gn_trainable_start(t, o, &err);
     if (!status) status = gn_model_save(model, choice.dir, GN_BF16, o, &err);
