@@ -506,12 +506,15 @@ static void expect_same_metrics(const char *a, const char *b) {
                          names[k]);
 }
 
-/* Runs in a child that is ended, as if killed, when the step's checkpoint is there. */
+/* Runs in a child that is ended, as if killed, when the step's checkpoint is there. After a fork
+ * OpenMP's threads are gone. */
 static void run_until(const char *line, const char *checkpoint) {
     const pid_t child = fork();
     if (child == 0) {
         gn_error err;
-        _exit(try_run(line, &err) == GN_OK ? 0 : 1);
+        char *alone;
+        if (asprintf(&alone, "%s --threads 1", line) < 0) _exit(1);
+        _exit(try_run(alone, &err) == GN_OK ? 0 : 1);
     }
     while (!test_exists(checkpoint)) {
         cr_assert_eq(waitpid(child, NULL, WNOHANG), 0, "ended without %s", checkpoint);
@@ -684,7 +687,8 @@ Test(train, a_full_disk_ends_the_run_and_harms_nothing) {
         gn_error err;
         signal(SIGXFSZ, SIG_IGN);
         setrlimit(RLIMIT_FSIZE, &(struct rlimit){20000, 20000});
-        const gn_status status = try_run(SMALL "--max-steps 4 --output-dir @out --resume", &err);
+        const gn_status status =
+            try_run(SMALL "--max-steps 4 --output-dir @out --resume --threads 1", &err);
         _exit(status == GN_EIO && strstr(err.message, "checkpoint-4.partial") ? 0 : 1);
     }
     int how;
