@@ -45,34 +45,25 @@ static gn_status open_parts(gn_train_step *s) {
 
 /* ---- memory that is lent ---- */
 
-/* All layers' inputs from i on, in one piece. */
-static size_t inputs_from(const gn_train_step *s, int i, void **memory) {
-    const gn_tensor first = gn_activations_at(&s->act, i, GN_ACT_X);
-    *memory = first.data;
-    return (size_t)(s->model->config.layers - i) * gn_activations_stride(&s->act, GN_ACT_X);
-}
-
-/* Lends the input of a layer whose backward pass is over: as soon as it holds a page, with those of
- * later layers that did not. */
+/* Lends the input of a layer whose backward pass is over: as soon as it makes a page, with those of
+ * later layers, behind it, that did not. */
 static gn_status lend_input(gn_train_step *s, int i) {
     gn_pages *pages = s->trained->lodger;
-    void *memory, *lent;
     if (!pages || !s->batch->is_last) return GN_OK;
     if (!s->lodger) s->lent_from = s->model->config.layers;
     s->lodger = pages;
-    const size_t lent_bytes =
-        s->lent_from < s->model->config.layers ? inputs_from(s, s->lent_from, &lent) : 0;
-    const size_t bytes = inputs_from(s, i, &memory) - lent_bytes;
+    const gn_tensor x = gn_activations_at(&s->act, i, GN_ACT_X);
+    const size_t bytes = (size_t)(s->lent_from - i) * gn_activations_stride(&s->act, GN_ACT_X);
     if (bytes < gn_pages_page_bytes(pages)) return GN_OK;
     s->lent_from = i;
-    return gn_pages_lend(pages, memory, bytes);
+    return gn_pages_lend(pages, x.data, bytes);
 }
 
 /* Before anything is written to the input of layer i. */
 static gn_status take_back(const gn_train_step *s, int i) {
+    if (!s->lodger) return GN_OK;
     const gn_tensor x = gn_activations_at(&s->act, i, GN_ACT_X);
-    return s->lodger ? gn_pages_return(s->lodger, x.data, gn_activations_stride(&s->act, GN_ACT_X))
-                     : GN_OK;
+    return gn_pages_return(s->lodger, x.data, gn_activations_stride(&s->act, GN_ACT_X));
 }
 
 static gn_status take_back_all(gn_train_step *s) {

@@ -26,8 +26,9 @@ enum {
     ADVICE = 320
 };
 
-/* A use's kinds: gn_keep, then these. */
-enum { GRADIENTS = GN_KEEP_COUNT, OPTIMIZER, KINDS };
+/* A use's kinds: gn_keep, then these. LODGERS: pages of the optimizer that need no room, as they
+ * may lodge in layers' inputs, but save their trips when there is some. */
+enum { GRADIENTS = GN_KEEP_COUNT, OPTIMIZER, LODGERS, KINDS };
 
 typedef struct use {
     int64_t unit;       /* bytes of one */
@@ -104,16 +105,26 @@ static use pages_of(int64_t unit, int64_t count, int64_t whole, bool travel, dou
                  .saves = trips * PER_BUS_BYTE};
 }
 
+static void find_optimizer(needs *n, int64_t total) {
+    const gn_train_wanted *w = n->wanted;
+    const gn_optimizer_size size = gn_optimizer_measure(&w->optimizer, total, w->weights);
+    const int64_t unit = (int64_t)size.page_bytes;
+    use *pages = &n->uses[OPTIMIZER], *lodgers = &n->uses[LODGERS];
+    *pages = pages_of(unit, size.pages, size.pages * unit, w->paged && !n->is_host, 1);
+    *lodgers =
+        (use){.unit = unit, .all = min_of(pages->all - pages->least, n->fixed.inputs / unit)};
+    lodgers->whole = lodgers->all * unit;
+    pages->all -= lodgers->all;
+    pages->whole -= lodgers->whole;
+}
+
 static gn_status find_trained(needs *n, gn_error *err) {
     const gn_train_wanted *w = n->wanted;
     const int64_t total = gn_parameters_total(w->items, w->n_items);
     if (total < 1) return gn_fail(err, GN_EINVAL, "nothing to train");
     n->fixed.adapters = total * (int64_t)gn_dtype_size(w->weights);
     const int64_t grads = total * (int64_t)gn_dtype_size(w->grads);
-    const gn_optimizer_size size = gn_optimizer_measure(&w->optimizer, total, w->weights);
-    n->uses[OPTIMIZER] =
-        pages_of((int64_t)size.page_bytes, size.pages, size.pages * (int64_t)size.page_bytes,
-                 w->paged && !n->is_host, 1);
+    find_optimizer(n, total);
     if (w->n_groups > 0 && !n->is_host) {
         const int64_t page =
             (int64_t)gn_grad_page_bytes(w->items, w->n_items, w->grads, w->groups, w->n_groups);
@@ -229,18 +240,19 @@ static double recomputed_share(const needs *n) {
 
 static gn_train_memory result_of(const needs *n) {
     const use *grads = &n->uses[GRADIENTS], *optimizer = &n->uses[OPTIMIZER];
+    const use *lodgers = &n->uses[LODGERS];
     gn_train_memory m = n->fixed;
     m.budget = n->budget;
     m.available = n->available;
     m.gradients = taken_bytes(grads);
-    m.optimizer = taken_bytes(optimizer);
+    m.optimizer = taken_bytes(optimizer) + taken_bytes(lodgers);
     for (int i = 0; i < GN_KEEP_COUNT; i++) {
         m.keep[i] = (int32_t)n->uses[i].taken;
         m.kept += taken_bytes(&n->uses[i]);
     }
     m.grads_travel = grads->taken < grads->all;
     m.grad_budget = (size_t)(grads->taken * grads->unit);
-    m.optimizer_budget = (size_t)(optimizer->taken * optimizer->unit);
+    m.optimizer_budget = (size_t)m.optimizer;
     m.recomputed = recomputed_share(n);
     return m;
 }

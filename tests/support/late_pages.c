@@ -20,6 +20,7 @@ typedef struct late {
 
 /* Runs the first n copies. */
 static void run(late *l, int n) {
+    if (n == 0) return;
     for (int i = 0; i < n; i++) memcpy(l->queue[i].to, l->queue[i].from, l->queue[i].bytes);
     l->n -= n;
     memmove(l->queue, l->queue + n, (size_t)l->n * sizeof *l->queue);
