@@ -59,7 +59,8 @@ static int64_t workspace_bytes(const gn_model *model, const gn_train_limits *lim
                                    {dim, c->hidden},
                                    {c->hidden, 2 * (int64_t)c->intermediate},
                                    {c->intermediate, c->hidden}};
-    int64_t most = max_of((int64_t)gn_attention_train_workspace(ctx, limits->context),
+    int64_t most = max_of((int64_t)gn_attention_train_workspace(ctx, limits->max_rows, c->heads,
+                                                                c->head_dim, limits->context),
                           (int64_t)gn_cross_entropy_workspace(ctx, c->hidden, c->vocab));
     for (size_t i = 0; i < sizeof products / sizeof *products; i++)
         most = max_of(most, (int64_t)gn_linear_bwd_workspace(ctx, limits->max_rows, products[i][0],

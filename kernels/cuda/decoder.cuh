@@ -20,7 +20,7 @@ enum {
 /* ---- the program ---- */
 
 /* A weight in tiles. */
-struct weight {
+struct alignas(16) weight {
     const uint8_t *tiles;
     const uint8_t *scales; /* or floats, without double quantization */
     const float *nested_absmax;
@@ -55,10 +55,10 @@ struct program {
     float *x;
     int64_t x_ld, cos_ld, sin_ld, k_ld, v_ld; /* of a row; of a cache block */
     const float *cosines, *sines;
-    /* RMSNorm's input times its weights, and the squares of that input, summed by each block of the
-     * grid; its factor, one number a row, is applied to the product's sums. */
+    /* RMSNorm's input times its weights, and the squares of that input, summed by groups; its
+     * factor, one number a row, is applied to the product's sums. */
     bf16 *normed;           /* (T, hidden) */
-    float *squares;         /* (MAX_T, blocks of the grid) */
+    float *squares;         /* (MAX_T, hidden / GROUP_ROWS) */
     bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
     float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
     uint32_t *splits_done;  /* (T, kv heads, tiles) */
@@ -84,25 +84,26 @@ struct slot {
     int block, token;
 };
 
+/* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
-    ENTRY_BYTES = 256, /* of the table of decoded bytes, which fills half of each */
-    TABLE_BYTES = 256 * ENTRY_BYTES,
-    SUMS_AT = TABLE_BYTES, /* of a batch's groups; attention's records */
-    SUMS_FLOATS = 30 * 1024,
-    NESTED_AT = SUMS_AT + SUMS_FLOATS * (int)sizeof(float),
-    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),    /* (MAX_T) RMSNorm's */
-    SQUARES_AT = FACTORS_AT + MAX_T * (int)sizeof(float), /* (groups of a batch, T) */
-    MAX_SQUARES = 256,
-    SLOTS_AT = SQUARES_AT + MAX_SQUARES * (int)sizeof(float), /* (MAX_T) */
-    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot),  /* (MAX_T, MAX_D / 2) */
-    SCRATCH_BYTES = UNITS * GN_BLOCK * 2,
-    SCRATCH_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
-    PHASES_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
-    PHASES = 4, /* at hand: the current one, two more, and one that is on its way */
+    NESTED_AT = 0,
+    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
+    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
+    PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
+    PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
     LAST_AT = ITEM_AT + 32,                                   /* likewise */
-    SHARED_BYTES = ITEM_AT + 64,
+    LOW_BYTES = LAST_AT + 32,
+    TABLE = 1 << 16,   /* its address */
+    ENTRY_BYTES = 256, /* of which it fills half */
+    TABLE_BYTES = 256 * ENTRY_BYTES,
+    SUMS_AT = TABLE + TABLE_BYTES, /* of a batch's groups; attention's records */
+    SUMS_FLOATS = 24 * 1024,
+    SHARED_BYTES = SUMS_AT + SUMS_FLOATS * (int)sizeof(float),
+    RESERVED_BYTES = 1024, /* by the system, before all others */
 };
+static_assert(RESERVED_BYTES + LOW_BYTES <= TABLE, "the table begins after them");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
@@ -155,8 +156,8 @@ static __device__ __forceinline__ int quotient(int x, struct divisor by) {
 /* What a lane has of a step, or of what is here of it. */
 struct step {
     uint2 codes[UNITS][2]; /* of the mma's rows lane / 4 and, in the second half, those + 8 */
-    uint32_t scales[2];    /* of block lane % 4 of these rows: a byte, or a float without DQ */
-    float absmax[2], offset[2];
+    uint32_t scales[2];    /* of block lane % 4 of these rows; without double quantization (DQ) */
+    float absmax[2], offset[2]; /* absmax is the scale */
 };
 
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
@@ -166,11 +167,11 @@ struct cursor {
     int at; /* phase */
     int batch_begin, batch_end, group, block, units;
     bool holds; /* registers hold a step */
-    /* Its first tile's blocks begin with tile_block of weight w, the other's `apart` further or, 0,
-     * with the same of the next weight. In the file's order the lane's scale is the 8 tile_block +
-     * in_file-th. The next group's blocks are `stride` further, for `run` groups with this one; 0:
-     * to be found out. */
-    int w, tile_block, apart, in_file, stride, run;
+    /* Offsets, in shared memory, of its halves' weights. The first half's blocks begin with
+     * tile_block, the second's `apart` further; the lane's scales are, in the file's order, 8 times
+     * that plus in_file. The next group's blocks are `stride` further, for `run` groups with this
+     * one; 0: to be found out. */
+    int weight, other, tile_block, apart, in_file, stride, run;
 };
 
 static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
@@ -182,8 +183,8 @@ static __device__ __forceinline__ void begin_batch(struct cursor *cur, const str
     cur->units = min(UNITS, blocks.end - blocks.begin);
 }
 
-/* From the end of a batch's groups to its next blocks, the next batch, or the next phase that has
- * something for this warp; false: there is none yet. Phases up to current + 2 are at hand. */
+/* From the end of a batch's groups to its next blocks, the next batch, or the next phase; false:
+ * nothing for this warp. It does not look beyond attention, which needs the registers. */
 static __device__ __forceinline__ bool find_step(struct cursor *cur, const struct program &p,
                                                  int current, int warp) {
     if (cur->batch_begin < cur->batch_end) {
@@ -195,7 +196,8 @@ static __device__ __forceinline__ bool find_step(struct cursor *cur, const struc
         if (cur->units > 0) return true;
         begin_batch(cur, p, groups, blocks, cur->batch_end);
     }
-    while (cur->group == cur->batch_end && cur->at < p.n_phases - 1 && cur->at < current + 2) {
+    const int last = phase_at(current)->kind == QKV ? current : min(current + 1, p.n_phases - 1);
+    while (cur->group == cur->batch_end && cur->at < last) {
         const struct phase &ph = *phase_at(++cur->at);
         const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
         begin_batch(cur, p, groups, blocks, blocks.begin < blocks.end ? groups.begin : groups.end);
@@ -210,52 +212,58 @@ static __device__ __forceinline__ int head_weight(const struct program &p, int g
     return group < k ? 0 : group < v ? 1 : 2;
 }
 
+/* Of half h of the cursor's step. */
 static __device__ __forceinline__ const struct weight &weight_of(const struct cursor *cur, int h) {
-    return phase_at(cur->at)->w[cur->w + (h == 1 && cur->apart == 0)];
+    return *(const struct weight *)(shared + (h ? cur->other : cur->weight));
 }
 static __device__ __forceinline__ int block_of(const struct cursor *cur, int h) {
     return cur->tile_block + h * cur->apart;
 }
 
-/* Half h of the step that is `later` groups after the cursor's, on its way into L2. */
-static __device__ __forceinline__ void prefetch_half(const struct cursor *cur, int later, int h) {
-    prefetch_bulk(weight_of(cur, h).tiles +
-                      (int64_t)(block_of(cur, h) + later * cur->stride) * GN_CUDA_TILE_BYTES,
-                  cur->units * GN_CUDA_TILE_BYTES);
+/* The step that is `later` groups after the cursor's, on its way into L2: 8 lanes for each half. */
+static __device__ __forceinline__ void prefetch_step(const struct cursor *cur, int later,
+                                                     int lane) {
+    const int h = lane / 8 % 2, line = lane % 8 * 128;
+    const int block = block_of(cur, h) + later * cur->stride;
+    if (line < cur->units * GN_CUDA_TILE_BYTES)
+        prefetch_line(weight_of(cur, h).tiles + (int64_t)block * GN_CUDA_TILE_BYTES + line);
 }
 
 static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p,
                                              int lane) {
     const struct phase &ph = *phase_at(cur->at);
-    int tile = 2 * cur->group;
-    cur->w = 0;
+    int tile = 2 * cur->group, w = 0, other = 0;
     cur->apart = ph.blocks;
     cur->run = cur->batch_end - cur->group;
     cur->stride = 2 * ph.blocks;
     if (ph.kind == SWIGLU) {
         tile = cur->group;
+        other = 1;
         cur->apart = 0;
         cur->stride = ph.blocks;
     } else if (ph.kind == QKV) {
         const int half = p.by_half.d;
         int first;
-        cur->w = head_weight(p, cur->group, &first);
+        w = other = head_weight(p, cur->group, &first);
         const int i = cur->group - first, in_head = i - quotient(i, p.by_half) * half;
         tile = 2 * i - in_head;
         cur->apart = half * ph.blocks;
         cur->run = min(cur->run, half - in_head);
         cur->stride = ph.blocks;
     }
+    cur->weight = (int)((const uint8_t *)&ph.w[w] - shared);
+    cur->other = (int)((const uint8_t *)&ph.w[other] - shared);
     cur->tile_block = tile * ph.blocks + cur->block;
     cur->in_file = lane / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
-    if (lane / 2 < min(AHEAD, cur->run - 1)) prefetch_half(cur, 1 + lane / 2, lane % 2);
+    const int later = 1 + lane / 16;
+    if (later <= AHEAD && later < cur->run) prefetch_step(cur, later, lane);
 }
 
 static __device__ __forceinline__ void advance(struct cursor *cur, int lane) {
     cur->group++;
     cur->tile_block += cur->stride;
     cur->run--;
-    if (lane < 2 && cur->run > AHEAD) prefetch_half(cur, AHEAD, lane);
+    if (lane < 16 && cur->run > AHEAD) prefetch_step(cur, AHEAD, lane);
 }
 
 /* Blocks of the cursor's step; 0: there is none yet. */
@@ -273,38 +281,37 @@ struct halves {
     const uint8_t *at[2];
 };
 
-static __device__ __forceinline__ struct halves codes_of(const struct cursor *cur, int lane) {
+/* Asks for the scales of the n blocks of the cursor's step; where its codes are. */
+template <bool DQ>
+static __device__ __forceinline__ struct halves
+load_scales(struct step *s, const struct cursor *cur, int n, int lane) {
     struct halves codes;
+    const int missing = n - lane % 4;
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-        codes.at[h] =
-            weight_of(cur, h).tiles + (int64_t)block_of(cur, h) * GN_CUDA_TILE_BYTES + lane * 8;
+    for (int h = 0; h < 2; h++) {
+        const struct weight w = weight_of(cur, h);
+        const uint32_t first = (uint32_t)(block_of(cur, h) * GN_CUDA_TILE_ROWS);
+        const uint32_t in_tiles = first + (uint32_t)(lane % 4 * GN_CUDA_TILE_ROWS + lane / 4);
+        codes.at[h] = w.tiles + (int64_t)block_of(cur, h) * GN_CUDA_TILE_BYTES + lane * 8;
+        if (DQ) {
+            load_once(s->scales[h], w.scales + in_tiles, missing);
+            load_once(s->absmax[h],
+                      w.nested_absmax + (first + (uint32_t)cur->in_file) / GN_NESTED_BLOCK,
+                      missing);
+            s->offset[h] = w.offset;
+        } else {
+            load_once(s->absmax[h], (const float *)w.scales + in_tiles, missing);
+        }
+    }
     return codes;
 }
 
-static __device__ __forceinline__ void load_unit(struct step *s, struct halves codes, int j) {
+/* Block j, if the step has n > j. */
+static __device__ __forceinline__ void load_unit(struct step *s, struct halves codes, int j,
+                                                 int n) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) load_once(s->codes[j][h], codes.at[h] + j * GN_CUDA_TILE_BYTES);
-}
-
-/* Those of the n blocks of the cursor's step. */
-template <bool DQ>
-static __device__ __forceinline__ void load_scales(struct step *s, const struct cursor *cur, int n,
-                                                   int lane) {
-    if (lane % 4 >= n) return;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const struct weight &w = weight_of(cur, h);
-        const int first = block_of(cur, h) * GN_CUDA_TILE_ROWS;
-        const int64_t in_tiles = first + lane % 4 * GN_CUDA_TILE_ROWS + lane / 4;
-        if (DQ) {
-            s->scales[h] = __ldg(w.scales + in_tiles);
-            s->absmax[h] = __ldg(w.nested_absmax + (first + cur->in_file) / GN_NESTED_BLOCK);
-            s->offset[h] = w.offset;
-        } else {
-            s->scales[h] = __ldg((const uint32_t *)w.scales + in_tiles);
-        }
-    }
+    for (int h = 0; h < 2; h++)
+        load_once(s->codes[j][h], codes.at[h] + j * GN_CUDA_TILE_BYTES, n - j);
 }
 
 /* A step into registers that hold none. */
@@ -315,11 +322,9 @@ static __device__ __forceinline__ void load_step(struct step *s, struct cursor *
     if (cur->holds) return;
     const int n = next_units(cur, p, current, warp, lane);
     if (n == 0) return;
-    load_scales<DQ>(s, cur, n, lane);
-    const struct halves codes = codes_of(cur, lane);
+    const struct halves codes = load_scales<DQ>(s, cur, n, lane);
 #pragma unroll
-    for (int j = 0; j < UNITS; j++)
-        if (j < n) load_unit(s, codes, j);
+    for (int j = 0; j < UNITS; j++) load_unit(s, codes, j, n);
     cur->holds = true;
     advance(cur, lane);
 }

@@ -83,7 +83,7 @@ static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const 
     }
     const int32_t *table = p.batch.blocks + (int64_t)p.batch.row_seq[item.t] * p.max_blocks;
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
-    const float scale = rsqrtf((float)p.D) * 1.44269504f; /* exponentials are powers of two */
+    const float scale = rsqrtf((float)p.D) * LOG2_E;
 #pragma unroll 1
     for (int b = first; b * TOKENS < length; b += step) {
         const int64_t block = table[b];
@@ -218,8 +218,8 @@ static __device__ __forceinline__ void combine_splits(const struct program &p, s
 }
 
 template <int P>
-static __device__ __forceinline__ void attend(const struct program &p, const struct phase &ph,
-                                              int warp, int lane) {
+static __device__ __forceinline__ void attend_to(const struct program &p, const struct phase &ph,
+                                                 int warp, int lane) {
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
         const struct item item = i == (int)blockIdx.x ? *first_item() : item_of(p, i);
@@ -239,6 +239,14 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
         if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, splits);
         __syncthreads();
     }
+}
+
+static __device__ __forceinline__ void attend(const struct program &p, const struct phase &ph,
+                                              int warp, int lane) {
+    if (p.D <= 64)
+        attend_to<64>(p, ph, warp, lane);
+    else
+        attend_to<128>(p, ph, warp, lane);
 }
 
 #endif

@@ -131,6 +131,9 @@ template <typename T> static inline T __ldg(const T *at) {
 template <typename T> static inline T __ldcg(const T *at) {
     return *at;
 }
+template <typename T> static inline void __stcg(T *at, T v) {
+    *at = v;
+}
 template <typename T> static inline T __ldcs(const T *at) {
     return *at;
 }
@@ -143,11 +146,6 @@ static inline float __fmul_rn(float a, float b) {
 }
 static inline float __fadd_rn(float a, float b) {
     return a + b;
-}
-static inline float __uint_as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
 }
 static inline int __ffs(uint32_t x) {
     return __builtin_ffs((int)x);
