@@ -276,9 +276,12 @@ gn_status gn_pages_lend(gn_pages *p, void *memory, size_t bytes) {
         if (status) return status;
         p->slots[i] = (slot){.memory = (char *)memory + at, .lent = true};
     }
-    gn_status status = GN_OK;
-    for (int i = 1; i <= p->n && !status; i++) status = gn_pages_prefetch(p, (p->last + i) % p->n);
-    return status;
+    for (int i = 1; i <= p->n; i++) {
+        const int next = (p->last + i) % p->n;
+        const gn_status status = gn_pages_prefetch(p, next);
+        if (status || p->pages[next].slot < 0) return status; /* it is full */
+    }
+    return GN_OK;
 }
 
 /* The page in a place; -1: none. */

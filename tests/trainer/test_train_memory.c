@@ -384,16 +384,17 @@ Test(train_memory, a_refusal_says_what_would_fit) {
 
 /* ---- large models, whose weights nobody loads ---- */
 
-/* Working memory as the CUDA backend asks for it, roughly: the operands of one product, and a piece
- * of a weight. */
+/* Working memory as the CUDA backend asks for it, roughly: the operands of one product and a piece
+ * of a weight; float32 sums of attention's gradients; logits of some rows. */
 static size_t large_linear(const gn_ctx *ctx, int64_t rows, int64_t k, int64_t n, int64_t rank) {
     (void)ctx;
     return (size_t)(rows * (k + (k < n ? k : n)) + (48 << 20) + (k + n + 2 * rows) * rank) * 2;
 }
 
-static size_t large_attention(const gn_ctx *ctx, int64_t context) {
+static size_t large_attention(const gn_ctx *ctx, int64_t rows, int64_t heads, int64_t head_dim,
+                              int64_t context) {
     (void)ctx, (void)context;
-    return 0;
+    return (size_t)(rows * heads * (head_dim + 3)) * sizeof(float);
 }
 
 static size_t large_loss(const gn_ctx *ctx, int64_t c, int64_t vocab) {
