@@ -164,8 +164,9 @@ static gn_status run_micro_batch(gn_train_run *run, const gn_micro_batch *micro,
     batch.scale = is_mean ? 1 / (float)micro->n_learned : 1;
     batch.number = (uint32_t)run->state.micro_batches;
     batch.is_last = is_last;
-    const gn_status status =
-        gn_train_step_run(run->step, &batch, gn_trainable_views(run->trainable), &loss);
+    gn_status status = is_last ? gn_optimizer_prefetch(run->optimizer) : GN_OK;
+    if (!status)
+        status = gn_train_step_run(run->step, &batch, gn_trainable_views(run->trainable), &loss);
     if (status) return step_failed(run, status, "forward and backward");
     sums[LOSS] += is_mean ? loss / micro->n_learned : loss;
     sums[WEIGHT] += is_mean ? 1 : micro->n_learned;
@@ -231,9 +232,7 @@ static gn_status run_step(gn_train_run *run) {
     const double begin = gn_seconds();
     double sums[SUMS] = {0};
     gn_step_result result = {.learning_rate = gn_lr_at(&run->state.schedule, run->state.step)};
-    gn_status status = gn_optimizer_prefetch(run->optimizer);
-    if (status) return step_failed(run, status, "fetching optimizer state");
-    status = accumulate(run, sums);
+    gn_status status = accumulate(run, sums);
     if (status) return status;
     status = gn_exchange_gradients(run->c, gn_trainable_parameters(run->trainable), sums, SUMS);
     if (status) return step_failed(run, status, "exchanging gradients");
