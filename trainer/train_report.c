@@ -106,7 +106,9 @@ void gn_train_report_memory(const gn_train_run *run) {
     gn_model *model = gn_trainable_model(run->trainable);
     gn_train_measured measured;
     const bool has_run = run->seconds > 0;
-    if (!run->metrics || (gn_ctx_is_host(model->ctx) && run->o->model.memory == 0)) return;
+    /* On a CPU nothing is measured, and who set no budget need not hear of one. */
+    const bool is_host = gn_ctx_is_host(model->ctx);
+    if (!run->metrics || (is_host && (has_run || run->o->model.memory == 0))) return;
     if (has_run &&
         gn_train_memory_measure(&measured, &run->memory, model,
                                 gn_trainable_parameters(run->trainable), run->optimizer) != GN_OK)
