@@ -195,16 +195,6 @@ static gn_status allocate(loader *l) {
     return GN_OK;
 }
 
-static bool all_finite(const gn_tensor *t) {
-    const int64_t n = gn_tensor_numel(t);
-    const uint16_t *half = t->data;
-    const float *single = t->data;
-    bool finite = true;
-    for (int64_t i = 0; i < n; i++)
-        finite &= t->dtype == GN_BF16 ? (half[i] & 0x7f80) != 0x7f80 : isfinite(single[i]);
-    return finite;
-}
-
 static gn_status convert(gn_tensor *out, const gn_file_tensor *t) {
     const int64_t n = gn_tensor_numel(out);
     if (out->dtype == t->dtype) {
@@ -227,7 +217,7 @@ static gn_status copy(const loader *l, gn_tensor *out, const gn_file_tensor *t, 
     *free_memory += aligned_bytes(t, dtype);
     const gn_status status = convert(out, t);
     if (status) return gn_fail(l->err, status, "%s: out of memory for %s", t->path, t->name);
-    if (!all_finite(out))
+    if (gn_find_not_finite(out->data, out->dtype, gn_tensor_numel(out)) >= 0)
         return gn_fail(l->err, GN_EFORMAT, "%s: %s holds values that are not finite", t->path,
                        t->name);
     return GN_OK;

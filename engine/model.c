@@ -163,6 +163,16 @@ gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_tensor_file 
                    t->path, name, found, wanted);
 }
 
+static bool ends_with(const char *s, const char *end) {
+    const size_t n = strlen(s), k = strlen(end);
+    return n >= k && !strcmp(s + n - k, end);
+}
+
+bool gn_model_is_redundant(const gn_config *config, const char *name) {
+    return ends_with(name, ".rotary_emb.inv_freq") ||
+           (config->tied_embeddings && !strcmp(name, "lm_head.weight"));
+}
+
 static void advance(loader *l, const gn_file_tensor *t) {
     l->used[t - gn_tensor_file_at(l->m->file, 0)] = true;
     l->done += (int64_t)t->bytes;
@@ -279,21 +289,10 @@ static gn_status load_layer(loader *l, int i) {
     return status;
 }
 
-static bool ends_with(const char *s, const char *end) {
-    const size_t n = strlen(s), k = strlen(end);
-    return n >= k && !strcmp(s + n - k, end);
-}
-
-/* A tensor that the model computes or copies itself. */
-static bool is_redundant(const gn_model *m, const char *name) {
-    return ends_with(name, ".rotary_emb.inv_freq") ||
-           (m->config.tied_embeddings && !strcmp(name, "lm_head.weight"));
-}
-
 static gn_status refuse_unused(loader *l) {
     for (size_t i = 0; i < gn_tensor_file_count(l->m->file); i++) {
         const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
-        if (!l->used[i] && !is_redundant(l->m, t->name))
+        if (!l->used[i] && !gn_model_is_redundant(&l->m->config, t->name))
             return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s has no place in this model", t->path,
                            t->name);
     }
@@ -319,7 +318,7 @@ static gn_status load_weights(loader *l) {
     const size_t n = gn_tensor_file_count(l->m->file);
     for (size_t i = 0; i < n; i++) {
         const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
-        if (!is_redundant(l->m, t->name)) l->total += (int64_t)t->bytes;
+        if (!gn_model_is_redundant(&l->m->config, t->name)) l->total += (int64_t)t->bytes;
     }
     l->used = calloc(n + 1, sizeof *l->used);
     status = l->used ? fill_places(l) : gn_fail(l->err, GN_ENOMEM, "out of memory");

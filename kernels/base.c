@@ -1,6 +1,7 @@
 /* base.c - statuses, errors, dtypes and 16-bit floats. */
 #include "base.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -115,4 +116,19 @@ void gn_narrow(void *dst, gn_dtype dtype, const float *src, int64_t n) {
         const uint16_t h = dtype == GN_BF16 ? gn_f32_to_bf16(src[i]) : gn_f32_to_f16(src[i]);
         memcpy(bytes + 2 * i, &h, sizeof h);
     }
+}
+
+int64_t gn_find_not_finite(const void *src, gn_dtype dtype, int64_t n) {
+    enum { PIECE = 1024 };
+    float values[PIECE];
+    const char *bytes = src;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        const int64_t some = n - at < PIECE ? n - at : PIECE;
+        bool finite = true;
+        gn_widen(values, bytes + (size_t)at * gn_dtype_size(dtype), dtype, some);
+        for (int64_t i = 0; i < some; i++) finite &= isfinite(values[i]) != 0;
+        for (int64_t i = 0; !finite && i < some; i++)
+            if (!isfinite(values[i])) return at + i;
+    }
+    return -1;
 }

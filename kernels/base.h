@@ -135,6 +135,8 @@ uint16_t gn_f32_to_f16(float f);
  * dtype is one of F32, F16, BF16. */
 void gn_widen(float *dst, const void *src, gn_dtype dtype, int64_t n);
 void gn_narrow(void *dst, gn_dtype dtype, const float *src, int64_t n);
+/* The first of n values that is not finite, or -1. */
+int64_t gn_find_not_finite(const void *src, gn_dtype dtype, int64_t n);
 
 #ifdef __cplusplus
 }

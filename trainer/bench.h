@@ -41,8 +41,6 @@ void gn_bench_heading(const gn_bench *b);
 /* A report line with what all have in common; the caller adds its own and prints it. */
 cJSON *gn_bench_line(const gn_bench *b);
 
-/* The most memory that a process has held; 0 where that is not known. */
-double gn_resident_peak(int pid);
 /* Around a round: measures b->rates, then forgets the memory that took; and afterwards raises
  * b->peak_bytes to the most memory that the round held. */
 GN_CHECKED gn_status gn_round_begin(gn_bench *b);

@@ -126,6 +126,17 @@ void gn_progress(const char *fmt, ...) {
     fflush(stderr);
 }
 
+double gn_resident_peak(int pid) {
+    char path[64], line[256];
+    double kib = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    FILE *status = fopen(path, "r");
+    while (status && fgets(line, sizeof line, status))
+        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
+    if (status) fclose(status);
+    return kib * 1024;
+}
+
 /* Drawn at most ten times a second. */
 void gn_draw_bytes(void *user, int64_t done, int64_t total) {
     enum { WIDTH = 30 };
