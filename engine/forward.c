@@ -131,12 +131,15 @@ static gn_status reserve(gn_forward *f, int rank) {
     return status;
 }
 
-gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n, gn_error *err) {
     for (int32_t i = 0; i < n; i++) {
-        const gn_status status = reserve(f, uses[i].adapter->max_rank);
-        if (status) return status;
+        const int rank = uses[i].adapter->max_rank;
+        const gn_status status = reserve(f, rank);
+        if (status)
+            return gn_fail(err, status, "no working memory for an adapter of rank %d: %s", rank,
+                           gn_status_text(status));
     }
-    return gn_adapter_memory_acquire(f->adapters, uses, n);
+    return gn_adapter_memory_acquire(f->adapters, uses, n, err);
 }
 
 void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
@@ -147,8 +150,9 @@ bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n
     return gn_adapter_memory_holds(f->adapters, uses, n);
 }
 
-gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready) {
-    return gn_adapter_memory_poll(f->adapters, uses, n, ready);
+gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready,
+                          gn_error *err) {
+    return gn_adapter_memory_poll(f->adapters, uses, n, ready, err);
 }
 
 /* All layers at once, where the device can. */

@@ -37,11 +37,12 @@ size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options 
 
 /* Adapters for batches: acquired, all n or none, and used when they are ready, until released. See
  * adapter_memory.h. */
-GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n);
+GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n,
+                                        gn_error *err);
 void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n);
 bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n);
 GN_CHECKED gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n,
-                                     bool *ready);
+                                     bool *ready, gn_error *err);
 
 typedef struct gn_batch {
     int32_t rows;

@@ -142,6 +142,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
     };
     for (int32_t i = 0; i < options->n_adapters; i++)
         n.present += gn_adapter_memory_bytes(options->adapters[i]);
+    if (is_host) n.present = min_of(n.present, gn_adapter_host_budget(model->adapters));
     return gn_memory_plan_make(plan, &n, err);
 }
 

@@ -101,10 +101,10 @@ gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_ad
     if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= s->model->config.vocab) return GN_EINVAL;
-    gn_status status = gn_forward_acquire(s->forward, uses, n_uses);
+    gn_status status = gn_forward_acquire(s->forward, uses, n_uses, NULL);
     if (status) return status;
     for (bool ready = false; !status && !ready;)
-        status = gn_forward_poll(s->forward, uses, n_uses, &ready);
+        status = gn_forward_poll(s->forward, uses, n_uses, &ready, NULL);
     if (!status) status = run_chunks(s, ids, n, uses, n_uses, on_row, user);
     gn_forward_release(s->forward, uses, n_uses);
     return status;

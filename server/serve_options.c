@@ -70,6 +70,9 @@ const gn_option gn_serve_option_table[] = {
      .help = "of it, for the adapters in use on a GPU; others wait in the host's memory (default: "
              "an eighth, or what those of --adapter take, up to half); on a CPU there is no such "
              "limit"},
+    {GN_OPT_SIZE, "adapter-host-memory", FIELD(adapter_host_memory), .value = "SIZE",
+     .help = "of the host's memory, for adapters; others are read from their folders when they are "
+             "needed (default: half of what is free)"},
     {GN_OPT_FLAG, "no-prefix-cache", FIELD(no_prefix_cache),
      .help = "compute every prompt from its beginning"},
     GN_OPTION_GROUP("Output"),
@@ -86,6 +89,7 @@ gn_model_options gn_serve_model_options(const gn_serve_options *o) {
                               .quant = quant,
                               .no_double_quant = !o->double_quant,
                               .threads = o->threads,
+                              .adapter_host_bytes = o->adapter_host_memory,
                               .chat_template = o->chat_template};
 }
 
