@@ -96,7 +96,8 @@ static gn_status plan_memory(gn_engine *e, gn_error *err) {
     const gn_forward_options limits = {.max_rows = e->options.max_batch_tokens,
                                        .max_seqs = e->options.max_seqs,
                                        .max_logits = e->options.max_seqs,
-                                       .context = e->options.context};
+                                       .context = e->options.context,
+                                       .kv_dtype = e->options.kv_dtype};
     gn_status status = gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
     for (int32_t i = 0; i < e->options.n_adapters && !status; i++)
         status = gn_engine_check_adapter(e, e->options.adapters[i], err);
@@ -121,6 +122,7 @@ static gn_status open_parts(gn_engine *e, gn_error *err) {
         .max_rows = e->options.max_batch_tokens,
         .kv_blocks = (int32_t)(e->memory.kv_tokens / GN_KV_BLOCK_TOKENS),
         .context = e->options.context,
+        .kv_dtype = e->options.kv_dtype,
         .adapter_bytes = adapter_bytes(e),
         .prefix_cache = !e->options.no_prefix_cache,
         /* On the host nothing would run meanwhile, and rows too many cost time. */

@@ -177,6 +177,14 @@ typedef struct gn_request {
 
 typedef struct gn_engine gn_engine;
 
+/* How keys and values are kept. FP8 (e4m3, a scale a token and head) takes half of BF16's memory;
+ * docs/performance.md says what it costs. */
+typedef enum gn_kv_dtype {
+    GN_KV_AUTO, /* as products are computed: float32 or bf16 */
+    GN_KV_BF16,
+    GN_KV_FP8
+} gn_kv_dtype;
+
 typedef struct gn_engine_options {
     int32_t max_seqs;         /* sequences in one batch; 0: 64 */
     int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 on a CPU,
@@ -188,6 +196,7 @@ typedef struct gn_engine_options {
     /* Of it the KV cache; 0: what remains, or 1 GiB where nothing bounds it. No more than max_seqs
      * contexts need. */
     int64_t kv_bytes;
+    gn_kv_dtype kv_dtype;
     /* Of it a GPU's adapters; 0: what those of `adapters` need, or an eighth if that is more; less:
      * none, and no request has any. A CPU uses adapters where they are. */
     int64_t adapter_bytes;

@@ -348,6 +348,7 @@ static gn_status open_parts(gn_stepper *e, gn_error *err) {
                                        .max_logits = o->max_seqs,
                                        .kv_blocks = o->kv_blocks,
                                        .context = o->context,
+                                       .kv_dtype = o->kv_dtype,
                                        .adapter_bytes = o->adapter_bytes};
     gn_status status = gn_forward_open(&e->forward, e->model, &limits, err);
     if (status) return status;

@@ -66,6 +66,8 @@ const gn_option gn_serve_option_table[] = {
     {GN_OPT_SIZE, "kv-memory", FIELD(kv_memory), .value = "SIZE",
      .help = "of it, for keys and values (default: what remains, at most what --max-seqs contexts "
              "need; on a CPU without --memory-budget 1GiB)"},
+    {GN_OPT_CHOICE, "kv-dtype", FIELD(kv_dtype), .initial = "auto", .choices = GN_KV_CHOICES,
+     .help = GN_KV_HELP},
     {GN_OPT_SIZE, "adapter-memory", FIELD(adapter_memory), .value = "SIZE",
      .help = "of it, for the adapters in use on a GPU; others wait in the host's memory (default: "
              "an eighth, or what those of --adapter take, up to half); on a CPU there is no such "
@@ -100,6 +102,7 @@ gn_engine_options gn_serve_engine_options(const gn_serve_options *o) {
                                .max_queue = o->max_queue,
                                .memory_bytes = o->memory_budget,
                                .kv_bytes = o->kv_memory,
+                               .kv_dtype = (gn_kv_dtype)o->kv_dtype,
                                .adapter_bytes = has_adapters ? o->adapter_memory : -1,
                                .context = o->context,
                                .no_prefix_cache = o->no_prefix_cache};

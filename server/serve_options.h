@@ -17,7 +17,7 @@ typedef struct gn_serve_options {
     int max_connections;
 
     const char *device, *chat_template;
-    int compute, quant; /* indices into the choices */
+    int compute, quant, kv_dtype; /* indices into the choices */
     bool double_quant;
     int threads;
 

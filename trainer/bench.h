@@ -16,6 +16,7 @@ typedef struct gn_bench {
     int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
     int max_batch_tokens;        /* 0: the engine's default */
     int64_t memory;              /* a budget; 0: the engine's default */
+    gn_kv_dtype kv_dtype;
     bool json;
     gn_error *err;
 } gn_bench;

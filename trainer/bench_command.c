@@ -29,6 +29,7 @@ typedef struct bench_options {
     }
 #define ENGINE_OPTIONS                                                                             \
     GN_ADAPTER_OPTION(bench_options), GN_MEMORY_OPTION(bench_options),                             \
+        GN_KV_OPTION(bench_options),                                                               \
         {GN_OPT_INT,                                                                               \
          "streams",                                                                                \
          FIELD(streams),                                                                           \
@@ -58,6 +59,7 @@ static int run(const gn_option *table, const char *usage, const char *kind,
                   .streams = o.streams,
                   .max_batch_tokens = o.max_batch_tokens,
                   .memory = o.model.memory,
+                  .kv_dtype = (gn_kv_dtype)o.model.kv_dtype,
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);

@@ -1,4 +1,5 @@
-/* attention_prefill.cu - causal attention of long chunks over the paged cache, in bfloat16.
+/* attention_prefill.cu - causal attention of long chunks over the paged cache, in bfloat16. An F8
+ * cache is widened on its way into shared memory.
  *
  * Flash attention: a block takes 64 or 128 rows of one sequence and head, and passes over the keys
  * and values 64 positions at a time with a running maximum and sum. It is bound by matrix
@@ -20,8 +21,11 @@ template <int D> constexpr int STEP = (D % 64 == 0 ? CHUNKS<D> : CHUNKS<D> | 1) 
 
 /* M: pieces of 16 rows a warp. */
 template <int M> constexpr int ROWS = M * 16 * WARPS;
-/* Rows of the queries' tile, then two tiles each of keys and of values. */
-template <int D, int M> constexpr int SHARED = (ROWS<M> + 4 * KEYS) * STEP<D>;
+/* Rows of the queries' tile, then two tiles each of keys and of values; then their scales, twice
+ * those of the keys and of the values. */
+template <int D, int M> constexpr int TILES = (ROWS<M> + 4 * KEYS) * STEP<D>;
+template <int D, int M, typename C>
+constexpr int SHARED = TILES<D, M> + (is_f8<C> ? 4 * KEYS * (int)sizeof(float) : 0);
 
 /* Byte of a chunk in a tile. */
 template <int D> static __device__ __forceinline__ int chunk_at(int row, int chunk) {
@@ -40,6 +44,56 @@ static __device__ __forceinline__ void copy_tile(uint32_t to, const bf16 *cache,
         const int64_t block = __shfl_sync(0xffffffffu, entries, entry + row / TOKENS);
         copy_async_or_zeros(to + chunk_at<D>(row, chunk),
                             cache + block * ld + row % TOKENS * D + chunk * 8, p0 + row < end);
+    }
+}
+
+template <int D>
+static __device__ __forceinline__ void copy_tile(uint32_t to, const f8 *cache, int64_t ld,
+                                                 int entries, int entry, int p0, int end) {
+    constexpr int SHARE = KEYS * CHUNKS<D> / THREADS;
+    uint2 codes[SHARE];
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int at = threadIdx.x + i * THREADS, row = at / CHUNKS<D>, chunk = at % CHUNKS<D>;
+        const int64_t block = __shfl_sync(0xffffffffu, entries, entry + row / TOKENS);
+        const f8 *from = cache + block * ld + row % TOKENS * D + chunk * 8;
+        codes[i] = p0 + row < end ? __ldcg((const uint2 *)from) : make_uint2(0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int at = threadIdx.x + i * THREADS, row = at / CHUNKS<D>, chunk = at % CHUNKS<D>;
+        store_shared(to + chunk_at<D>(row, chunk), widen_eight(codes[i]));
+    }
+}
+
+/* The tile's scales: KEYS of the keys, then of the values. A thread takes one. */
+template <typename C>
+static __device__ __forceinline__ void copy_scales(float *to, const gn_cuda_attention_args &a,
+                                                   int kv_head, int entries, int entry, int p0,
+                                                   int end) {
+    static_assert(THREADS == 2 * KEYS, "a scale a thread");
+    if constexpr (is_f8<C>) {
+        const int position = threadIdx.x % KEYS;
+        const int64_t block = __shfl_sync(0xffffffffu, entries, entry + position / TOKENS);
+        const float *scales = threadIdx.x < KEYS ? a.k_scales : a.v_scales;
+        to[threadIdx.x] =
+            p0 + position < end ? scale_of<C>(a, scales, block, kv_head, position % TOKENS) : 0.0f;
+    }
+}
+
+/* Of positions 8n + 2c (and + 1), for score[m][n]. */
+template <int M, typename C>
+static __device__ __forceinline__ void apply_scales(float score[M][KEYS / 8][4],
+                                                    const float *scales) {
+    if constexpr (is_f8<C>) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+            const float2 scale = *(const float2 *)(scales + 8 * n + threadIdx.x % 4 * 2);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) score[m][n][i] *= i % 2 ? scale.y : scale.x;
+        }
     }
 }
 
@@ -127,8 +181,8 @@ static __device__ __forceinline__ void soften(float score[KEYS / 8][4], float ou
     *top = new_top;
 }
 
-/* grid: heads, tiles. */
-template <int D, int M>
+/* grid: heads, tiles. C: what the cache holds. */
+template <int D, int M, typename C>
 static __global__ void __launch_bounds__(THREADS, 2)
     prefill_kernel(const gn_cuda_attention_args a) {
     extern __shared__ __align__(128) char memory[];
@@ -152,8 +206,9 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
     const uint32_t queries = shared_address(memory);
     const uint32_t keys = queries + ROWS<M> * STEP<D>, values = keys + 2 * KEYS * STEP<D>;
-    const bf16 *k = (const bf16 *)a.k + (int64_t)kv_head * TOKENS * D;
-    const bf16 *v = (const bf16 *)a.v + (int64_t)kv_head * TOKENS * D;
+    float *scales = (float *)(memory + TILES<D, M>);
+    const C *k = (const C *)a.k + (int64_t)kv_head * TOKENS * D;
+    const C *v = (const C *)a.v + (int64_t)kv_head * TOKENS * D;
     const bf16 *q = (const bf16 *)a.q + row0 * a.q_ld + (int64_t)head * D;
     for (int at = threadIdx.x; at < ROWS<M> * CHUNKS<D>; at += THREADS) {
         const int row = at / CHUNKS<D>, chunk = at % CHUNKS<D>;
@@ -163,6 +218,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
     }
     copy_tile<D>(keys, k, a.k_ld, entries, 0, 0, end);
     copy_tile<D>(values, v, a.v_ld, entries, 0, 0, end);
+    copy_scales<C>(scales, a, kv_head, entries, 0, 0, end);
 
     const float scale = a.scale * 1.44269504f;
     const int warp_row = 16 * M * warp;
@@ -174,6 +230,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 
     for (int j = 0; j < n_tiles; j++) {
         const int now = j % 2 * KEYS * STEP<D>, then = KEYS * STEP<D> - now;
+        const float *key_scales = scales + j % 2 * 2 * KEYS;
         wait_for_all_copies();
         __syncthreads(); /* everybody's are there, and nobody reads the other pair of tiles */
         if (j + 1 < n_tiles) {
@@ -181,10 +238,13 @@ static __global__ void __launch_bounds__(THREADS, 2)
             if (block % WARP == 0) entries = block + lane < n_blocks ? table[block + lane] : 0;
             copy_tile<D>(keys + then, k, a.k_ld, entries, block % WARP, p0, end);
             copy_tile<D>(values + then, v, a.v_ld, entries, block % WARP, p0, end);
+            copy_scales<C>(scales + (j + 1) % 2 * 2 * KEYS, a, kv_head, entries, block % WARP, p0,
+                           end);
         }
         if (j * KEYS > position0 + warp_row + 16 * M - 1) continue; /* all after the warp's rows */
         float score[M][KEYS / 8][4] = {};
         multiply_keys<D, M>(score, my_queries, keys + now);
+        apply_scales<M, C>(score, key_scales);
         if ((j + 1) * KEYS - 1 > position0 + warp_row) {
 #pragma unroll
             for (int x = 0; x < M * KEYS / 8 * 4; x++) {
@@ -199,6 +259,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 soften<D>(score[m], out[m], half, &top[m][half], &sum[m][half], scale);
+        apply_scales<M, C>(score, key_scales + KEYS);
         multiply_values<D, M>(out, score, values + now);
     }
 
@@ -235,24 +296,32 @@ static int64_t tiles_of(const gn_cuda_attention_args *args, int64_t size) {
     return (T + (size - 1) * seqs) / size;
 }
 
-template <int D, int M>
+template <int D, int M, typename C>
 static gn_status launch_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args) {
     const int64_t tiles = tiles_of(args, ROWS<M>);
     if (tiles > 0xffff) return GN_EINVAL;
     const gn_status status = gn_cuda_status(cudaFuncSetAttribute(
-        prefill_kernel<D, M>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED<D, M>));
-    return status ? status
-                  : launch(ctx, prefill_kernel<D, M>, dim3((unsigned)args->heads, (unsigned)tiles),
-                           dim3(THREADS), SHARED<D, M>, *args);
+        prefill_kernel<D, M, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED<D, M, C>));
+    return status
+               ? status
+               : launch(ctx, prefill_kernel<D, M, C>, dim3((unsigned)args->heads, (unsigned)tiles),
+                        dim3(THREADS), SHARED<D, M, C>, *args);
 }
 
-gn_status gn_cuda_attention_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args) {
+template <int D>
+static gn_status prefill(gn_ctx *ctx, const gn_cuda_attention_args *args, bool has_codes) {
+    if (has_codes) return launch_prefill<D, 1, f8>(ctx, args);
     /* Tall tiles where they still make three blocks for every two SMs. */
     const bool tall = 2 * tiles_of(args, ROWS<2>) * args->heads >= 3 * (int64_t)ctx->cuda->sms;
+    return tall ? launch_prefill<D, 2, bf16>(ctx, args) : launch_prefill<D, 1, bf16>(ctx, args);
+}
+
+gn_status gn_cuda_attention_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args,
+                                    bool has_codes) {
     switch (args->D) {
-    case 64: return tall ? launch_prefill<64, 2>(ctx, args) : launch_prefill<64, 1>(ctx, args);
-    case 80: return tall ? launch_prefill<80, 2>(ctx, args) : launch_prefill<80, 1>(ctx, args);
-    case 96: return tall ? launch_prefill<96, 2>(ctx, args) : launch_prefill<96, 1>(ctx, args);
-    default: return tall ? launch_prefill<128, 2>(ctx, args) : launch_prefill<128, 1>(ctx, args);
+    case 64: return prefill<64>(ctx, args, has_codes);
+    case 80: return prefill<80>(ctx, args, has_codes);
+    case 96: return prefill<96>(ctx, args, has_codes);
+    default: return prefill<128>(ctx, args, has_codes);
     }
 }
