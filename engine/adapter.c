@@ -47,7 +47,7 @@ static gn_status open_weights(loader *l) {
             return gn_fail(l->err, GN_ENOMEM, "%s: out of memory", l->dir);
         if (access(path, F_OK) == 0)
             status = legacy ? gn_torch_open(&l->file, path, l->err)
-                            : gn_safetensors_open(&l->file, path, l->err);
+                            : gn_safetensors_read(&l->file, path, l->err);
         free(path);
     }
     if (status == GN_ENOENT)
