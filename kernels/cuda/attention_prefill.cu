@@ -310,7 +310,7 @@ static gn_status launch_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args)
 
 template <int D>
 static gn_status prefill(gn_ctx *ctx, const gn_cuda_attention_args *args, bool has_codes) {
-    if (has_codes) return launch_prefill<D, 1, f8>(ctx, args);
+    if (has_codes) return launch_prefill<D, 1, f8>(ctx, args); /* one kernel less to compile */
     /* Tall tiles where they still make three blocks for every two SMs. */
     const bool tall = 2 * tiles_of(args, ROWS<2>) * args->heads >= 3 * (int64_t)ctx->cuda->sms;
     return tall ? launch_prefill<D, 2, bf16>(ctx, args) : launch_prefill<D, 1, bf16>(ctx, args);
