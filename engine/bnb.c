@@ -138,16 +138,19 @@ gn_status gn_bnb_find(gn_bnb_weight *w, const gn_tensor_file *file, const char *
     return status;
 }
 
+const char *gn_torch_dtype_name(gn_dtype dtype) {
+    size_t i = 0;
+    while (torch_dtypes[i].dtype != dtype) i++;
+    return torch_dtypes[i].name;
+}
+
 int gn_bnb_write_state(char *json, size_t size, gn_qtype qtype, gn_dtype dtype, int64_t rows,
                        int64_t cols, bool nested, float offset) {
-    const char *name = torch_dtypes[0].name;
-    for (size_t i = 0; i < sizeof torch_dtypes / sizeof *torch_dtypes; i++) {
-        if (torch_dtypes[i].dtype == dtype) name = torch_dtypes[i].name;
-    }
     int n = snprintf(json, size,
                      "{\"quant_type\": \"%s\", \"blocksize\": %d, \"dtype\": \"%s\", "
                      "\"shape\": [%lld, %lld]",
-                     gn_qtype_name(qtype), GN_BLOCK, name, (long long)rows, (long long)cols);
+                     gn_qtype_name(qtype), GN_BLOCK, gn_torch_dtype_name(dtype), (long long)rows,
+                     (long long)cols);
     if (nested)
         n += snprintf(json + n, size - (size_t)n,
                       ", \"nested_blocksize\": %d, \"nested_dtype\": \"float32\", "

@@ -19,6 +19,9 @@ typedef struct gn_bnb_weight {
 GN_CHECKED gn_status gn_bnb_find(gn_bnb_weight *out, const gn_tensor_file *file, const char *where,
                                  const char *name, int64_t rows, int64_t cols, gn_error *err);
 
+/* "float32", "float16" or "bfloat16", as torch and config.json write it. */
+const char *gn_torch_dtype_name(gn_dtype dtype);
+
 /* What stands behind X in the names of the tensors; the state's is followed by the type's name. */
 #define GN_BNB_QUANT_MAP        ".quant_map"
 #define GN_BNB_ABSMAX           ".absmax"

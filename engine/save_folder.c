@@ -20,6 +20,18 @@ gn_status gn_text_write(const char *path, const char *text, gn_error *err) {
     return status;
 }
 
+gn_status gn_text_replace(const char *path, const char *text, gn_error *err) {
+    char *temporary;
+    if (asprintf(&temporary, "%s.partial", path) < 0)
+        return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
+    gn_status status = gn_text_write(temporary, text, err);
+    if (!status && rename(temporary, path) != 0)
+        status = gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
+    if (status) unlink(temporary);
+    free(temporary);
+    return status ? status : gn_sync_parent(path, err);
+}
+
 void gn_folder_remove(const char *path) {
     DIR *d = opendir(path);
     for (struct dirent *entry; d && (entry = readdir(d));) {

@@ -50,7 +50,8 @@ typedef struct gn_backend {
     size_t (*attention_workspace)(const gn_ctx *, int64_t context);
     size_t (*linear_bwd_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                    int64_t max_rank);
-    size_t (*attention_train_workspace)(const gn_ctx *, int64_t context);
+    size_t (*attention_train_workspace)(const gn_ctx *, int64_t rows, int64_t heads,
+                                        int64_t head_dim, int64_t context);
     size_t (*cross_entropy_workspace)(const gn_ctx *, int64_t max_c, int64_t vocab);
     void *(*alloc)(gn_ctx *, size_t bytes); /* 64-byte aligned */
     void (*free)(gn_ctx *, void *memory);

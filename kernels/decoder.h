@@ -13,7 +13,7 @@ extern "C" {
 
 typedef struct gn_decoder gn_decoder;
 
-enum { GN_DECODER_MAX_ROWS = 16 };
+enum { GN_DECODER_MAX_ROWS = 8 };
 
 /* One layer, on the device: the arguments of its ops. */
 typedef struct gn_decoder_layer {

@@ -416,8 +416,9 @@ gn_status gn_attention_bwd(gn_ctx *ctx, gn_tensor *dq, gn_tensor *dk, gn_tensor 
     return dy->shape[0] == 0 ? GN_OK : ctx->backend->attention_bwd(ctx, dq, dk, dv, dy, rows);
 }
 
-size_t gn_attention_train_workspace(const gn_ctx *ctx, int64_t context) {
-    return ctx->backend->attention_train_workspace(ctx, context);
+size_t gn_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
+                                    int64_t head_dim, int64_t context) {
+    return ctx->backend->attention_train_workspace(ctx, rows, heads, head_dim, context);
 }
 
 gn_status gn_cross_entropy(gn_ctx *ctx, const gn_cross_entropy_args *args) {

@@ -70,8 +70,9 @@ GN_CHECKED gn_status gn_attention_train(gn_ctx *ctx, const gn_attention_rows *ro
 /* dq, dk, dv from dy and all that gn_attention_train had and gave. */
 GN_CHECKED gn_status gn_attention_bwd(gn_ctx *ctx, gn_tensor *dq, gn_tensor *dk, gn_tensor *dv,
                                       const gn_tensor *dy, const gn_attention_rows *rows);
-/* Working memory for sequences of up to `context` tokens. */
-size_t gn_attention_train_workspace(const gn_ctx *ctx, int64_t context);
+/* Working memory for `rows` rows of sequences of up to `context` tokens. */
+size_t gn_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
+                                    int64_t head_dim, int64_t context);
 
 enum { GN_IGNORED_LABEL = -100 };
 

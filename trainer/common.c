@@ -127,6 +127,21 @@ void gn_progress(const char *fmt, ...) {
     fflush(stderr);
 }
 
+/* Drawn at most ten times a second. */
+void gn_draw_bytes(void *user, int64_t done, int64_t total) {
+    enum { WIDTH = 30 };
+    static const char full[] = "##############################";
+    gn_bytes_bar *bar = user;
+    const double now = gn_seconds();
+    if (done < total && now - bar->drawn < 0.1) return;
+    bar->drawn = now;
+    const double share = total > 0 ? (double)done / (double)total : 1;
+    const double rate = (double)done / (now - bar->begin + 1e-9);
+    const int left = rate > 0 ? (int)((double)(total - done) / rate + 0.5) : 0;
+    gn_progress("[%-*.*s] %.2f of %.2f GB, %.0f MB/s, %d:%02d left", WIDTH, (int)(WIDTH * share),
+                full, 1e-9 * (double)done, 1e-9 * (double)total, 1e-6 * rate, left / 60, left % 60);
+}
+
 gn_status gn_read_text(const char *path, char **text, size_t *size, gn_error *err) {
     struct stat info;
     FILE *file = fopen(path, "rb");

@@ -12,7 +12,9 @@ static int eval_command(int n, char *const *args) {
 int main(int argc, char **argv) {
     static const gn_command commands[] = {
         {"quantize", gn_quantize_command, "write a 4-bit copy of a model folder"},
+        {"merge", gn_merge_command, "add an adapter into its base's weights"},
         {"data", gn_data_command, "what training makes of data sets"},
+        {"report", gn_report_command, "make the page of a training run anew"},
         {"eval", eval_command, "perplexity or logits of a model"},
         {"bench", gn_bench_command, "speed of decoding, prefill, the server or single operations"},
         {0}};

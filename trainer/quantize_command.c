@@ -28,25 +28,6 @@ static const gn_option table[] = {
     {GN_OPT_FLAG, "json", offsetof(quantize_options, json), .help = "one JSON object a line"},
     GN_OPTION_END};
 
-/* The bar is drawn at most ten times a second. */
-typedef struct progress {
-    double begin, drawn;
-} progress;
-
-static void draw(void *user, int64_t done, int64_t total) {
-    enum { WIDTH = 30 };
-    static const char full[] = "##############################";
-    progress *p = user;
-    const double now = gn_seconds();
-    if (done < total && now - p->drawn < 0.1) return;
-    p->drawn = now;
-    const double share = total > 0 ? (double)done / (double)total : 1;
-    const double rate = (double)done / (now - p->begin + 1e-9);
-    const int left = rate > 0 ? (int)((double)(total - done) / rate + 0.5) : 0;
-    gn_progress("[%-*.*s] %.2f of %.2f GB, %.0f MB/s, %d:%02d left", WIDTH, (int)(WIDTH * share),
-                full, 1e-9 * (double)done, 1e-9 * (double)total, 1e-6 * rate, left / 60, left % 60);
-}
-
 static gn_status report(const quantize_options *o, const gn_quantize_result *result, double seconds,
                         gn_error *err) {
     static const char *const names[] = {"nf4", "fp4"};
@@ -70,17 +51,17 @@ static gn_status report(const quantize_options *o, const gn_quantize_result *res
 static gn_status run(const quantize_options *o, gn_error *err) {
     if (!o->model) return gn_fail(err, GN_EINVAL, "--model DIR is missing");
     if (!o->out) return gn_fail(err, GN_EINVAL, "--out DIR is missing");
-    progress p = {.begin = gn_seconds()};
+    gn_bytes_bar bar = {.begin = gn_seconds()};
     const gn_quantize_options options = {.in = o->model,
                                          .out = o->out,
                                          .type = o->type == 0 ? GN_Q_NF4 : GN_Q_FP4,
                                          .double_quant = o->double_quant,
                                          .threads = o->threads,
-                                         .progress = draw,
-                                         .user = &p};
+                                         .progress = gn_draw_bytes,
+                                         .user = &bar};
     gn_quantize_result result;
     const gn_status status = gn_quantize_folder(&options, &result, err);
-    return status ? status : report(o, &result, gn_seconds() - p.begin, err);
+    return status ? status : report(o, &result, gn_seconds() - bar.begin, err);
 }
 
 int gn_quantize_command(int n, char *const *args) {

@@ -93,7 +93,7 @@ static gn_status reserve(gn_train_step *s) {
     const int64_t rows = s->limits.max_rows;
     const size_t bytes[] = {
         gn_linear_bwd_workspace(ctx, rows, max_k, max_n, s->limits.max_rank),
-        gn_attention_train_workspace(ctx, s->limits.context),
+        gn_attention_train_workspace(ctx, rows, c->heads, c->head_dim, s->limits.context),
         gn_cross_entropy_workspace(ctx, c->hidden, c->vocab),
     };
     size_t most = 0;

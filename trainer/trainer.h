@@ -22,6 +22,8 @@ typedef struct gn_command {
 int gn_command_run(const gn_command *commands, const char *program, int n, char *const *args);
 
 int gn_quantize_command(int n, char *const *args);
+int gn_merge_command(int n, char *const *args);
+int gn_report_command(int n, char *const *args);
 int gn_eval_ppl_command(int n, char *const *args);
 int gn_eval_logits_command(int n, char *const *args);
 int gn_bench_command(int n, char *const *args);
@@ -106,6 +108,13 @@ GN_CHECKED gn_status gn_model_choice_score(const gn_model_choice *choice, gn_sco
 
 /* A line on stderr that is drawn again and again, when stderr is a terminal; "" clears it. */
 void gn_progress(const char *fmt, ...) GN_PRINTF(1, 2);
+
+/* A bar on that line, for the progress of work on files; `user` is a gn_bytes_bar that begins now.
+ */
+typedef struct gn_bytes_bar {
+    double begin, drawn; /* gn_seconds() */
+} gn_bytes_bar;
+void gn_draw_bytes(void *user, int64_t done, int64_t total);
 
 /* A whole file, malloc'ed, with a zero byte after it. */
 GN_CHECKED gn_status gn_read_text(const char *path, char **text, size_t *size, gn_error *err);

@@ -49,8 +49,14 @@ static size_t scores_bytes(int64_t context) {
     return ROWS * (size_t)stride_of(context) * sizeof(float);
 }
 
-size_t gn_cpu_attention_train_workspace(const gn_ctx *ctx, int64_t context) {
-    return (size_t)ctx->threads * (2 * scores_bytes(context) + gn_gemm_scratch_bytes());
+static size_t thread_bytes(int64_t context) {
+    return 2 * scores_bytes(context) + gn_gemm_scratch_bytes();
+}
+
+size_t gn_cpu_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
+                                        int64_t head_dim, int64_t context) {
+    (void)rows, (void)heads, (void)head_dim;
+    return (size_t)ctx->threads * thread_bytes(context);
 }
 
 static float *head_row(const gn_tensor *t, int64_t row, int64_t head) {
@@ -192,10 +198,10 @@ static gn_status run(gn_ctx *ctx, struct call *op) {
         if (rows > context) context = rows;
         work += rows * rows * op->rows->q.shape[1] * op->rows->q.shape[2];
     }
-    if (gn_cpu_attention_train_workspace(ctx, context) > ctx->workspace_bytes) return GN_ENOMEM;
+    if ((size_t)ctx->threads * thread_bytes(context) > ctx->workspace_bytes) return GN_ENOMEM;
     op->kernel = gn_gemm_kernel_of(ctx->isa);
     op->scratch = ctx->workspace;
-    op->scratch_bytes = 2 * scores_bytes(context) + gn_gemm_scratch_bytes();
+    op->scratch_bytes = thread_bytes(context);
     op->stride = stride_of(context);
     gn_cpu_parallel(ctx->pool, work < GN_CPU_SERIAL, run_items, op);
     return GN_OK;

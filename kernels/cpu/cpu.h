@@ -17,7 +17,8 @@ size_t gn_cpu_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, i
 size_t gn_cpu_attention_workspace(const gn_ctx *ctx, int64_t context);
 size_t gn_cpu_linear_bwd_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                    int64_t max_rank);
-size_t gn_cpu_attention_train_workspace(const gn_ctx *ctx, int64_t context);
+size_t gn_cpu_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
+                                        int64_t head_dim, int64_t context);
 size_t gn_cpu_cross_entropy_workspace(const gn_ctx *ctx, int64_t max_c, int64_t vocab);
 size_t gn_cpu_place_bytes(const gn_ctx *ctx, const gn_matrix *host);
 gn_status gn_cpu_place(gn_ctx *ctx, gn_matrix *out, const gn_matrix *host, void *memory);

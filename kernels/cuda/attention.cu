@@ -223,7 +223,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCK
         if (g < n_queries && d < D) query[s] = *(const uint4 *)(q + d);
     }
 
-    const float scale = a.scale * 1.44269504f; /* exponentials are powers of two */
+    const float scale = a.scale * LOG2_E;
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, out[P / 64][4][4] = {};
     for (int b = first, i = 0; b < n_blocks; b += step) {
         const int p0 = b * TOKENS;

@@ -15,6 +15,8 @@ enum {
     GN_CUDA_BUCKET_BEGIN = 256 /* the least context bucket */
 };
 
+static const float LOG2_E = 1.44269504f; /* exponentials are powers of two */
+
 /* Device pointers; steps in elements. */
 typedef struct gn_cuda_attention_args {
     void *y;

@@ -166,6 +166,7 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     cuda->device = index;
     cuda->sms = properties.multiProcessorCount;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
+    cuda->shared_reserved = properties.reservedSharedMemPerBlock;
     cuda->overlaps = properties.major >= 9;
     ctx->cuda = cuda;
     ctx->backend = &cuda_backend;

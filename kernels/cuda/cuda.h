@@ -41,8 +41,9 @@ typedef struct gn_cuda_batch {
 
 struct gn_cuda {
     int device, sms;
-    size_t shared_limit; /* bytes of shared memory a block may ask for */
-    bool overlaps;       /* kernels may start while the one before drains (Hopper on) */
+    size_t shared_limit;    /* bytes of shared memory a block may ask for */
+    size_t shared_reserved; /* that the system has of each block's, at its beginning */
+    bool overlaps;          /* kernels may start while the one before drains (Hopper on) */
     cudaStream_t stream;
     cudaStream_t transfers; /* transfer.cu's */
     cublasHandle_t blas;
@@ -65,7 +66,8 @@ size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, 
 size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context);
 size_t gn_cuda_linear_bwd_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                     int64_t max_rank);
-size_t gn_cuda_attention_train_workspace(const gn_ctx *ctx, int64_t context);
+size_t gn_cuda_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
+                                         int64_t head_dim, int64_t context);
 size_t gn_cuda_cross_entropy_workspace(const gn_ctx *ctx, int64_t max_c, int64_t vocab);
 
 gn_status gn_cuda_stage_reserve(gn_ctx *ctx, const gn_stage_limits *limits);

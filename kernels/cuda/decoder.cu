@@ -4,14 +4,16 @@
  * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
  * five launches, each would begin and end with some microseconds in which no weights come. Here
  * one block an SM stays for all of them and meets the others at a barrier in global memory, while
- * the first weights of what comes next are on their way into shared memory already.
+ * the first weights of what comes next are on their way already.
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
  *     part of x in registers, as the mma's B operand: rows of x are the mma's columns, of which
- *     there are 8 or 16; unused ones are zero and cost nothing.
- *   - A step is a group by up to 256 columns, 2 KiB. A warp has STAGES of them under way (by
- *     cp.async), also across barriers.
+ *     there are 8; unused ones are zero and cost nothing.
+ *   - A step is a group by up to 256 columns, 2 KiB. A warp loads the next one's blocks into the
+ *     registers of those that it has multiplied, also across barriers, and has those after it
+ *     fetched into L2. (Through shared memory, cp.async would cost as much of its bandwidth as
+ *     all lookups; that bandwidth bounds this kernel.)
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
  *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
  *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
@@ -82,15 +84,18 @@ template <int MOST, bool DQ, bool LORA>
 static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     decoder_kernel(const __grid_constant__ struct program p) {
     pdl_trigger();
-    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP;
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
+    int lane = threadIdx.x % WARP;
+    keep(lane);
     const bool helps = LORA && warp >= WARPS;
+    struct step step = {};
     struct cursor cur = {};
     cur.at = -1;
     for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
         store_phase(i, load_phase(p, i, lane), lane);
     __syncthreads();
     if (!helps) {
-        ask<DQ>(&cur, p, 0, warp, lane);
+        load_step<DQ>(&step, &cur, p, 0, warp, lane);
         fill_tables(p);
     }
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
@@ -105,17 +110,19 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
         const int coming = i + PHASES - 1;
         uint4 phase;
         if (warp == 0) phase = load_phase(p, coming, lane);
-        if (!helps) ask<DQ>(&cur, p, i, warp, lane);
-        if (kind == PREPARE)
-            prepare<MOST, LORA>(p, *phase_at(i), helps);
-        else if (kind != ATTEND && helps)
+        if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
+        if (kind == ATTEND) {
+            if (!helps && next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
+            attend(p, *phase_at(i), warp, lane);
+            step = {};
+            if (!helps) load_step<DQ>(&step, &cur, p, i, warp, lane);
+        } else if (kind == PREPARE && !helps) {
+            prepare<MOST, LORA>(p, *phase_at(i));
+        } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
-        else if (kind != ATTEND)
-            multiply<MOST, DQ, LORA>(p, i, &cur, warp, lane);
-        else if (p.D <= 64)
-            attend<64>(p, *phase_at(i), warp, lane);
-        else
-            attend<128>(p, *phase_at(i), warp, lane);
+        } else if (kind != PREPARE) {
+            multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
+        }
         if (warp == 0) store_phase(coming, phase, lane);
     }
     leave(p);
@@ -222,7 +229,7 @@ static bool is_layer(gn_ctx *ctx, const gn_decoder_layer *layer, const gn_decode
 static bool is_supported(gn_ctx *ctx, const gn_decoder_options *o) {
     const int D = o->head_dim;
     if (!ctx->cuda || ctx->compute != GN_BF16 || ctx->cuda->shared_limit < SHARED_BYTES ||
-        (D != 64 && D != 80 && D != 96 && D != 128))
+        ctx->cuda->shared_reserved > RESERVED_BYTES || (D != 64 && D != 80 && D != 96 && D != 128))
         return false;
     for (int i = 0; i < o->n_layers; i++)
         if (!is_layer(ctx, &o->layers[i], &o->layers[0], D)) return false;
@@ -254,14 +261,18 @@ static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
 typedef void decoder_fn(const struct program);
 
 template <bool DQ, bool LORA> static decoder_fn *kernel_of(int T) {
-    return T <= 1   ? decoder_kernel<1, DQ, LORA>
-           : T <= 8 ? decoder_kernel<8, DQ, LORA>
-                    : decoder_kernel<16, DQ, LORA>;
+    return T <= 1 ? decoder_kernel<1, DQ, LORA> : decoder_kernel<MAX_T, DQ, LORA>;
 }
 
 static decoder_fn *kernel_for(int T, bool double_quant, bool lora) {
     if (lora) return double_quant ? kernel_of<true, true>(T) : kernel_of<false, true>(T);
     return double_quant ? kernel_of<true, false>(T) : kernel_of<false, false>(T);
+}
+
+/* How many groups leave their sums at once. */
+static int batch_groups(int T, bool lora) {
+    return SUMS_FLOATS /
+           ((T <= 1 ? SUM_FLOATS<1> : SUM_FLOATS<MAX_T>)*(lora ? SLOTS<true> : SLOTS<false>));
 }
 
 /* x / d for x d < 2^32. */
@@ -285,7 +296,8 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->by_half = divide_by(p->D / GROUP_ROWS);
     p->by_D = divide_by(p->D);
     p->n_phases = 1 + o->n_layers * LAYER_PHASES;
-    const size_t rows = MAX_T, sms = (size_t)d->ctx->cuda->sms, dim = (size_t)(p->heads * p->D);
+    const size_t rows = MAX_T, dim = (size_t)(p->heads * p->D);
+    const size_t groups = (size_t)(p->hidden / GROUP_ROWS);
     const size_t phase_bytes = (size_t)p->n_phases * sizeof(struct phase);
     const struct {
         void **at;
@@ -293,7 +305,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
         bool zero;
     } parts[] = {
         {(void **)&p->normed, rows * (size_t)p->hidden * sizeof *p->normed, false},
-        {(void **)&p->squares, rows * sms * sizeof *p->squares, false},
+        {(void **)&p->squares, rows * groups * sizeof *p->squares, false},
         {(void **)&p->q, rows * dim * sizeof *p->q, false},
         {(void **)&p->attended, rows * dim * sizeof *p->attended, false},
         {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, false},
@@ -319,8 +331,8 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
 
 gn_status gn_cuda_decoder_open(gn_decoder **out, gn_ctx *ctx, const gn_decoder_options *options) {
     if (!is_supported(ctx, options)) return GN_EUNSUPPORTED;
-    for (int i = 0; i < 12; i++)
-        if (cudaFuncSetAttribute(kernel_for(i / 4 * 8, i % 2, i / 2 % 2),
+    for (int i = 0; i < 8; i++)
+        if (cudaFuncSetAttribute(kernel_for(1 + i / 4, i % 2, i / 2 % 2),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  SHARED_BYTES) != cudaSuccess)
             return GN_EUNSUPPORTED;
@@ -388,7 +400,7 @@ gn_status gn_cuda_decoder_run(gn_decoder *d, gn_tensor *x, const gn_tensor *cos,
     p.batch = d->ctx->cuda->batch;
     p.n_terms = n_terms;
     p.u = (float *)d->ctx->workspace;
-    p.batch_groups = TABLE_BYTES / ((lora ? SLOTS<true> : SLOTS<false>)*sums_bytes(p.T));
+    p.batch_groups = batch_groups(p.T, lora);
     p.by_T = divide_by(p.T);
     const gn_decoder_options shape = {NULL, 0, p.heads, p.kv_heads, p.D, p.eps};
     p.splits = max_splits(d->ctx, &shape, p.T);

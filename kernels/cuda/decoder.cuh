@@ -11,7 +11,7 @@ enum {
     THREADS = WARPS * WARP,
     HELPERS = 2, /* warps beside them, for LoRA */
     UNITS = 4,   /* blocks of 64 columns in a step */
-    STAGES = 3,  /* steps of a warp that are on their way */
+    AHEAD = 2,   /* steps of a warp that are on their way into L2 */
     MAX_T = GN_DECODER_MAX_ROWS,
     MAX_D = 128,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
@@ -20,7 +20,7 @@ enum {
 /* ---- the program ---- */
 
 /* A weight in tiles. */
-struct weight {
+struct alignas(16) weight {
     const uint8_t *tiles;
     const uint8_t *scales; /* or floats, without double quantization */
     const float *nested_absmax;
@@ -55,17 +55,17 @@ struct program {
     float *x;
     int64_t x_ld, cos_ld, sin_ld, k_ld, v_ld; /* of a row; of a cache block */
     const float *cosines, *sines;
-    /* RMSNorm's input times its weights, and the squares of that input, summed by each block of the
-     * grid; its factor, one number a row, is applied to the product's sums. */
+    /* RMSNorm's input times its weights, and the squares of that input, summed by groups; its
+     * factor, one number a row, is applied to the product's sums. */
     bf16 *normed;           /* (T, hidden) */
-    float *squares;         /* (MAX_T, blocks of the grid) */
+    float *squares;         /* (MAX_T, hidden / GROUP_ROWS) */
     bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
     float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
     uint32_t *splits_done;  /* (T, kv heads, tiles) */
     int splits, max_blocks;
     gn_cuda_batch batch;
     const float *code, *nested_code;    /* of all weights; NULL without double quantization */
-    int batch_groups;                   /* whose sums fit in the gaps together */
+    int batch_groups;                   /* whose sums fit in shared memory together */
     struct divisor by_T, by_half, by_D; /* rows; groups of a head; its columns */
     int n_terms;                        /* of LoRA, in batch.terms */
     float *u;                           /* decoder_lora.cuh */
@@ -84,35 +84,31 @@ struct slot {
     int block, token;
 };
 
-/* The table of decoded bytes has an entry every 256 bytes and leaves every other 128 free: a "gap".
- * Float i of the gaps is here. */
+/* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
-    ENTRY_BYTES = 256,
-    TABLE_BYTES = 256 * ENTRY_BYTES,
-    GAP_FLOATS = TABLE_BYTES / 2 / (int)sizeof(float),
-    STAGE_ABSMAX = UNITS * 2 * GN_CUDA_TILE_BYTES,
-    STAGE_CODES = STAGE_ABSMAX + 2 * WARP * (int)sizeof(float),
-    STAGE_OFFSETS = STAGE_CODES + 2 * UNITS * GN_CUDA_TILE_ROWS,
-    STAGE_BYTES = STAGE_OFFSETS + 16,
-    STAGES_AT = TABLE_BYTES,
-    NESTED_AT = STAGES_AT + WARPS * STAGES * STAGE_BYTES,
+    NESTED_AT = 0,
     FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
-    SQUARES_AT = FACTORS_AT + MAX_T * (int)sizeof(float),    /* (groups of a batch, T) */
-    SLOTS_AT = SQUARES_AT + 2 * MAX_T * (int)sizeof(float),  /* (MAX_T) */
+    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
     ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
-    SCRATCH_BYTES = UNITS * GN_BLOCK * 2,
-    SCRATCH_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
-    PHASES_AT = SCRATCH_AT + WARPS * SCRATCH_BYTES,
-    PHASES = 4, /* at hand: the current one, two more, and one that is on its way */
+    PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
+    PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
     LAST_AT = ITEM_AT + 32,                                   /* likewise */
-    SHARED_BYTES = ITEM_AT + 64,
+    LOW_BYTES = LAST_AT + 32,
+    TABLE = 1 << 16,   /* its address */
+    ENTRY_BYTES = 256, /* of which it fills half */
+    TABLE_BYTES = 256 * ENTRY_BYTES,
+    SUMS_AT = TABLE + TABLE_BYTES, /* of a batch's groups; attention's records */
+    SUMS_FLOATS = 24 * 1024,
+    SHARED_BYTES = SUMS_AT + SUMS_FLOATS * (int)sizeof(float),
+    RESERVED_BYTES = 1024, /* by the system, before all others */
 };
+static_assert(RESERVED_BYTES + LOW_BYTES <= TABLE, "the table begins after them");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
-static __device__ __forceinline__ float *gap(int i) {
-    return (float *)(shared + i / 32 * ENTRY_BYTES + ENTRY_BYTES / 2 + i % 32 * 4);
+static __device__ __forceinline__ float *sums(void) {
+    return (float *)(shared + SUMS_AT);
 }
 
 static __device__ __forceinline__ struct slot *slot_of(int t) {
@@ -155,51 +151,58 @@ static __device__ __forceinline__ int quotient(int x, struct divisor by) {
     return by.d == 1 ? x : (int)__umulhi((uint32_t)x, by.inverse);
 }
 
-/* A warp's sums of a group are (T, GROUP_ROWS), two rows of x a gap. */
-static __host__ __device__ __forceinline__ int sums_bytes(int T) {
-    return (T + 1) / 2 * ENTRY_BYTES;
-}
-
 /* ---- the stream of weights ---- */
 
+/* What a lane has of a step, or of what is here of it. */
+struct step {
+    uint2 codes[UNITS][2]; /* of the mma's rows lane / 4 and, in the second half, those + 8 */
+    uint32_t scales[2];    /* of block lane % 4 of these rows; without double quantization (DQ) */
+    float absmax[2], offset[2]; /* absmax is the scale */
+};
+
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
- * blocks of columns, for each group. The cursor is at the next step to ask for, up to STAGES ahead
- * of the one being multiplied, also across barriers. Half a warp asks for each of a step's two
- * tiles. */
+ * blocks of columns, for each group. The cursor is at the step after the one that registers hold,
+ * also across barriers. */
 struct cursor {
     int at; /* phase */
-    struct range groups, blocks;
-    int batch_begin, batch_end, block, group;
-    uint32_t asked, taken; /* steps so far */
-    /* The lane's half: its weight, and its first block by number, in tiles' order and (for scales
-     * of the lane's row) 8 times that and `in_file` in the file's. The next group's is `stride`
-     * further, for `run` groups with this one; 0: to be found out. */
-    const uint8_t *tiles, *scales;
-    const float *nested_absmax;
-    float offset;
-    int tile_block, in_file, row_blocks, run, stride;
+    int batch_begin, batch_end, group, block, units;
+    bool holds; /* registers hold a step */
+    /* Offsets, in shared memory, of its halves' weights. The first half's blocks begin with
+     * tile_block, the second's `apart` further; the lane's scales are, in the file's order, 8 times
+     * that plus in_file. The next group's blocks are `stride` further, for `run` groups with this
+     * one; 0: to be found out. */
+    int weight, other, tile_block, apart, in_file, stride, run;
 };
 
 static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
+                                                   struct range groups, struct range blocks,
                                                    int group) {
     cur->batch_begin = cur->group = group;
-    cur->batch_end = min(group + p.batch_groups, cur->groups.end);
-    cur->block = cur->blocks.begin;
+    cur->batch_end = min(group + p.batch_groups, groups.end);
+    cur->block = blocks.begin;
+    cur->units = min(UNITS, blocks.end - blocks.begin);
 }
 
-/* Whether there is a step to ask for: of the cursor's phase or, where it has none for this warp, of
- * a later one. Phases up to current + 2 are at hand. */
+/* From the end of a batch's groups to its next blocks, the next batch, or the next phase; false:
+ * nothing for this warp. It does not look beyond attention, which needs the registers. */
 static __device__ __forceinline__ bool find_step(struct cursor *cur, const struct program &p,
                                                  int current, int warp) {
-    while (cur->group >= cur->groups.end) {
-        if (cur->at >= p.n_phases - 1 || cur->at >= current + 2) return false;
-        const struct phase &ph = *phase_at(++cur->at);
-        cur->groups = groups_of(ph);
-        cur->blocks = blocks_of(ph, warp);
-        if (cur->blocks.begin == cur->blocks.end) cur->groups.begin = cur->groups.end;
-        begin_batch(cur, p, cur->groups.begin);
+    if (cur->batch_begin < cur->batch_end) {
+        const struct phase &ph = *phase_at(cur->at);
+        const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
+        cur->group = cur->batch_begin;
+        cur->block += UNITS;
+        cur->units = min(UNITS, blocks.end - cur->block);
+        if (cur->units > 0) return true;
+        begin_batch(cur, p, groups, blocks, cur->batch_end);
     }
-    return true;
+    const int last = phase_at(current)->kind == QKV ? current : min(current + 1, p.n_phases - 1);
+    while (cur->group == cur->batch_end && cur->at < last) {
+        const struct phase &ph = *phase_at(++cur->at);
+        const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
+        begin_batch(cur, p, groups, blocks, blocks.begin < blocks.end ? groups.begin : groups.end);
+    }
+    return cur->group < cur->batch_end;
 }
 
 /* Which of q, k and v a group is of, and the first group of that. */
@@ -209,106 +212,121 @@ static __device__ __forceinline__ int head_weight(const struct program &p, int g
     return group < k ? 0 : group < v ? 1 : 2;
 }
 
+/* Of half h of the cursor's step. */
+static __device__ __forceinline__ const struct weight &weight_of(const struct cursor *cur, int h) {
+    return *(const struct weight *)(shared + (h ? cur->other : cur->weight));
+}
+static __device__ __forceinline__ int block_of(const struct cursor *cur, int h) {
+    return cur->tile_block + h * cur->apart;
+}
+
+/* The step that is `later` groups after the cursor's, on its way into L2: 8 lanes for each half. */
+static __device__ __forceinline__ void prefetch_step(const struct cursor *cur, int later,
+                                                     int lane) {
+    const int h = lane / 8 % 2, line = lane % 8 * 128;
+    const int block = block_of(cur, h) + later * cur->stride;
+    if (line < cur->units * GN_CUDA_TILE_BYTES)
+        prefetch_line(weight_of(cur, h).tiles + (int64_t)block * GN_CUDA_TILE_BYTES + line);
+}
+
 static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p,
                                              int lane) {
     const struct phase &ph = *phase_at(cur->at);
-    const int h = lane / 16;
-    int w = 0, tile = 2 * cur->group + h;
+    int tile = 2 * cur->group, w = 0, other = 0;
+    cur->apart = ph.blocks;
     cur->run = cur->batch_end - cur->group;
     cur->stride = 2 * ph.blocks;
     if (ph.kind == SWIGLU) {
-        w = h;
         tile = cur->group;
+        other = 1;
+        cur->apart = 0;
         cur->stride = ph.blocks;
     } else if (ph.kind == QKV) {
         const int half = p.by_half.d;
         int first;
-        w = head_weight(p, cur->group, &first);
+        w = other = head_weight(p, cur->group, &first);
         const int i = cur->group - first, in_head = i - quotient(i, p.by_half) * half;
-        tile = 2 * i - in_head + h * half;
+        tile = 2 * i - in_head;
+        cur->apart = half * ph.blocks;
         cur->run = min(cur->run, half - in_head);
         cur->stride = ph.blocks;
     }
-    const struct weight &weight = ph.w[w];
-    cur->tiles = weight.tiles;
-    cur->scales = weight.scales;
-    cur->nested_absmax = weight.nested_absmax;
-    cur->offset = weight.offset;
+    cur->weight = (int)((const uint8_t *)&ph.w[w] - shared);
+    cur->other = (int)((const uint8_t *)&ph.w[other] - shared);
     cur->tile_block = tile * ph.blocks + cur->block;
-    cur->row_blocks = ph.blocks;
-    cur->in_file = lane % 16 / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
+    cur->in_file = lane / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
+    const int later = 1 + lane / 16;
+    if (later <= AHEAD && later < cur->run) prefetch_step(cur, later, lane);
 }
 
-static __device__ __forceinline__ void advance(struct cursor *cur, const struct program &p) {
+static __device__ __forceinline__ void advance(struct cursor *cur, int lane) {
     cur->group++;
     cur->tile_block += cur->stride;
-    if (--cur->run > 0 || cur->group < cur->batch_end) return;
-    cur->block += UNITS;
-    if (cur->block < cur->blocks.end)
-        cur->group = cur->batch_begin;
-    else
-        begin_batch(cur, p, cur->batch_end);
+    cur->run--;
+    if (lane < 16 && cur->run > AHEAD) prefetch_step(cur, AHEAD, lane);
 }
 
-static __device__ __forceinline__ uint8_t *stage_at(uint32_t step, int warp) {
-    return shared + STAGES_AT + (warp * STAGES + step % STAGES) * STAGE_BYTES;
+/* Blocks of the cursor's step; 0: there is none yet. */
+static __device__ __forceinline__ int next_units(struct cursor *cur, const struct program &p,
+                                                 int current, int warp, int lane) {
+    if (cur->run <= 0) {
+        if (cur->group == cur->batch_end && !find_step(cur, p, current, warp)) return 0;
+        point(cur, p, lane);
+    }
+    return cur->units;
 }
 
-/* Asks for the n blocks of the cursor's step. Codes: (2 halves, UNITS, 256 bytes). With double
- * quantization (DQ), scales (2, UNITS, 8 rows) bytes; what they are multiplied with, (2, 8 rows,
- * UNITS) floats; what is added to them, 2 floats. Without it, scales (2, UNITS, 8 rows) floats. */
+/* Where a lane's codes of both halves of the cursor's step are. */
+struct halves {
+    const uint8_t *at[2];
+};
+
+/* Asks for the scales of the n blocks of the cursor's step; where its codes are. */
 template <bool DQ>
-static __device__ __forceinline__ void load_step(const struct cursor *cur, int n, int warp,
-                                                 int lane) {
-    const int h = lane / 16, l = lane % 16, at = cur->tile_block;
-    uint8_t *stage = stage_at(cur->asked, warp);
-    uint8_t *codes = stage + h * UNITS * GN_CUDA_TILE_BYTES + l * 16;
-    const uint8_t *tiles = cur->tiles + (int64_t)at * GN_CUDA_TILE_BYTES + l * 16;
+static __device__ __forceinline__ struct halves
+load_scales(struct step *s, const struct cursor *cur, int n, int lane) {
+    struct halves codes;
+    const int missing = n - lane % 4;
 #pragma unroll
-    for (int j = 0; j < UNITS; j++)
-        if (j < n) copy_async<16>(codes + j * GN_CUDA_TILE_BYTES, tiles + j * GN_CUDA_TILE_BYTES);
-    if (DQ) {
-        if (l < n)
-            copy_async<8>(stage + STAGE_CODES + (h * UNITS + l) * GN_CUDA_TILE_ROWS,
-                          cur->scales + (int64_t)(at + l) * GN_CUDA_TILE_ROWS);
-        float *absmax = (float *)(stage + STAGE_ABSMAX) + h * WARP + l;
-        const uint32_t block = (uint32_t)(at * GN_CUDA_TILE_ROWS + cur->in_file);
-        if (l % 4 < n) {
-            copy_async<4>(absmax, cur->nested_absmax + block / GN_NESTED_BLOCK);
-            copy_async<4>(absmax + 16,
-                          cur->nested_absmax +
-                              (block + 4 * (uint32_t)cur->row_blocks) / GN_NESTED_BLOCK);
+    for (int h = 0; h < 2; h++) {
+        const struct weight w = weight_of(cur, h);
+        const uint32_t first = (uint32_t)(block_of(cur, h) * GN_CUDA_TILE_ROWS);
+        const uint32_t in_tiles = first + (uint32_t)(lane % 4 * GN_CUDA_TILE_ROWS + lane / 4);
+        codes.at[h] = w.tiles + (int64_t)block_of(cur, h) * GN_CUDA_TILE_BYTES + lane * 8;
+        if (DQ) {
+            load_once(s->scales[h], w.scales + in_tiles, missing);
+            load_once(s->absmax[h],
+                      w.nested_absmax + (first + (uint32_t)cur->in_file) / GN_NESTED_BLOCK,
+                      missing);
+            s->offset[h] = w.offset;
+        } else {
+            load_once(s->absmax[h], (const float *)w.scales + in_tiles, missing);
         }
-        if (l == 0) ((float *)(stage + STAGE_OFFSETS))[h] = cur->offset;
-    } else if (l < 2 * n) {
-        copy_async<16>(stage + STAGE_ABSMAX + (h * 2 * UNITS + l) * 16,
-                       cur->scales + ((int64_t)at * 2 + l) * 16);
     }
-    commit_copies();
+    return codes;
 }
 
-/* Asks for steps until STAGES are under way or there are no more. */
+/* Block j, if the step has n > j. */
+static __device__ __forceinline__ void load_unit(struct step *s, struct halves codes, int j,
+                                                 int n) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        load_once(s->codes[j][h], codes.at[h] + j * GN_CUDA_TILE_BYTES, n - j);
+}
+
+/* A step into registers that hold none. */
 template <bool DQ>
-static __device__ __forceinline__ void ask(struct cursor *cur, const struct program &p, int current,
-                                           int warp, int lane) {
-    while (cur->asked - cur->taken < STAGES) {
-        if (cur->run <= 0) {
-            if (!find_step(cur, p, current, warp)) return;
-            point(cur, p, lane);
-        }
-        load_step<DQ>(cur, min(UNITS, cur->blocks.end - cur->block), warp, lane);
-        cur->asked++;
-        advance(cur, p);
-    }
-}
-
-/* Until the oldest step is here, for all lanes. */
-static __device__ __forceinline__ void await(const struct cursor *cur) {
-    if (cur->asked - cur->taken == STAGES)
-        wait_for_copies<STAGES - 1>();
-    else
-        wait_for_copies<0>();
-    __syncwarp();
+static __device__ __forceinline__ void load_step(struct step *s, struct cursor *cur,
+                                                 const struct program &p, int current, int warp,
+                                                 int lane) {
+    if (cur->holds) return;
+    const int n = next_units(cur, p, current, warp, lane);
+    if (n == 0) return;
+    const struct halves codes = load_scales<DQ>(s, cur, n, lane);
+#pragma unroll
+    for (int j = 0; j < UNITS; j++) load_unit(s, codes, j, n);
+    cur->holds = true;
+    advance(cur, lane);
 }
 
 #endif

@@ -12,17 +12,13 @@
 
 struct item {
     int t, kv_head, first_query, n_queries, split;
-    int workers; /* warps that take cache blocks: as many as have room for their records */
 };
 
-/* A warp's record in the gaps: outputs (n_queries, P), then maximum and sum of each query. */
+/* A warp's record: outputs (n_queries, P), then maximum and sum of each query. */
 static __device__ __forceinline__ int record_floats(int n_queries, int P) {
     return n_queries * (P + 2);
 }
-
-static __device__ __forceinline__ int n_workers(const struct program &p, int n_queries) {
-    return min(WARPS, GAP_FLOATS / record_floats(n_queries, p.D <= 64 ? 64 : 128));
-}
+static_assert(WARPS * QUERIES * (MAX_D + 2) <= SUMS_FLOATS, "the records stand where sums do");
 
 static __device__ __forceinline__ struct item item_of(const struct program &p, int i) {
     const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
@@ -34,7 +30,6 @@ static __device__ __forceinline__ struct item item_of(const struct program &p, i
     item.kv_head = i % p.kv_heads;
     item.t = i / p.kv_heads;
     item.n_queries = min(QUERIES, group - item.first_query);
-    item.workers = n_workers(p, item.n_queries);
     return item;
 }
 
@@ -57,8 +52,8 @@ static __device__ __forceinline__ void prefetch_cache(const struct program &p,
                                                       const struct phase &ph, int warp, int lane) {
     if ((int)blockIdx.x >= n_items(p)) return;
     const struct item item = *first_item();
-    const int b = item.split * item.workers + warp;
-    if (warp >= item.workers || b >= n_cache_blocks(p, item.t)) return;
+    const int b = item.split * WARPS + warp;
+    if (warp >= WARPS || b >= n_cache_blocks(p, item.t)) return;
     const int64_t block = p.batch.blocks[(int64_t)p.batch.row_seq[item.t] * p.max_blocks + b];
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
     for (int i = lane * 64; i < TOKENS * p.D; i += WARP * 64) { /* 128 bytes each */
@@ -88,7 +83,7 @@ static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const 
     }
     const int32_t *table = p.batch.blocks + (int64_t)p.batch.row_seq[item.t] * p.max_blocks;
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
-    const float scale = rsqrtf((float)p.D) * 1.44269504f; /* exponentials are powers of two */
+    const float scale = rsqrtf((float)p.D) * LOG2_E;
 #pragma unroll 1
     for (int b = first; b * TOKENS < length; b += step) {
         const int64_t block = table[b];
@@ -123,7 +118,8 @@ static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const 
 template <int P>
 static __device__ __forceinline__ void leave_record(struct result<P> *r, struct item item, int warp,
                                                     int lane) {
-    const int g = lane / 4, c = lane % 4, record = warp * record_floats(item.n_queries, P);
+    const int g = lane / 4, c = lane % 4, floats = record_floats(item.n_queries, P);
+    float *record = sums() + warp * floats;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
 #pragma unroll
@@ -133,11 +129,11 @@ static __device__ __forceinline__ void leave_record(struct result<P> *r, struct 
 #pragma unroll
         for (int x = 0; x < P / 64 * 8; x++) {
             const int h = x / 8, d = x % 8;
-            *gap(record + query * P + 64 * h + 8 * g + d) = r->out[h][d / 2][d % 2 * 2 + j];
+            record[query * P + 64 * h + 8 * g + d] = r->out[h][d / 2][d % 2 * 2 + j];
         }
         if (g == 0) {
-            *gap(record + item.n_queries * P + 2 * query) = r->top[j];
-            *gap(record + item.n_queries * P + 2 * query + 1) = r->sum[j];
+            record[item.n_queries * P + 2 * query] = r->top[j];
+            record[item.n_queries * P + 2 * query + 1] = r->sum[j];
         }
     }
 }
@@ -176,9 +172,8 @@ static __device__ __forceinline__ void combine_records(const struct program &p, 
         const int state = item.n_queries * P + 2 * query, at = query * P + d;
         float2 top_sum;
         const float out = combine(
-            n,
-            [=](int w) { return make_float2(*gap(w * size + state), *gap(w * size + state + 1)); },
-            [=](int w) { return *gap(w * size + at); }, &top_sum);
+            n, [=](int w) { return *(const float2 *)(sums() + w * size + state); },
+            [=](int w) { return sums()[w * size + at]; }, &top_sum);
         if (is_whole) {
             p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
                 __float2bfloat16(out / top_sum.y);
@@ -223,20 +218,20 @@ static __device__ __forceinline__ void combine_splits(const struct program &p, s
 }
 
 template <int P>
-static __device__ __forceinline__ void attend(const struct program &p, const struct phase &ph,
-                                              int warp, int lane) {
+static __device__ __forceinline__ void attend_to(const struct program &p, const struct phase &ph,
+                                                 int warp, int lane) {
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
         const struct item item = i == (int)blockIdx.x ? *first_item() : item_of(p, i);
-        const int blocks = n_cache_blocks(p, item.t), first = item.split * item.workers;
-        const int busy = min(item.workers, blocks - first);
-        const int splits = min(p.splits, (blocks + item.workers - 1) / item.workers);
+        const int blocks = n_cache_blocks(p, item.t), first = item.split * WARPS;
+        const int busy = min(WARPS, blocks - first);
+        const int splits = min(p.splits, (blocks + WARPS - 1) / WARPS);
         if (busy <= 0) continue;
         if (warp < busy) {
             struct result<P> r = {
                 {-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}
             };
-            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * item.workers, lane);
+            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * WARPS, lane);
             leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();
@@ -244,6 +239,14 @@ static __device__ __forceinline__ void attend(const struct program &p, const str
         if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, splits);
         __syncthreads();
     }
+}
+
+static __device__ __forceinline__ void attend(const struct program &p, const struct phase &ph,
+                                              int warp, int lane) {
+    if (p.D <= 64)
+        attend_to<64>(p, ph, warp, lane);
+    else
+        attend_to<128>(p, ph, warp, lane);
 }
 
 #endif

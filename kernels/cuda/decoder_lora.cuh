@@ -120,9 +120,9 @@ static __device__ __forceinline__ float expand_row(const gn_lora_pair &pair, int
 
 /* What the terms add to groups first + helper, + HELPERS, ... of n, as the sums of one more warp.
  * Two lanes a row of the group, half of the ranks each. */
-template <typename Sum>
+template <typename Leave>
 static __device__ __forceinline__ void expand(const struct program &p, const struct phase &ph,
-                                              int first, int n, int helper, int lane, Sum sum_at) {
+                                              int first, int n, int helper, int lane, Leave leave) {
     const int row = lane % GROUP_ROWS, half = lane / GROUP_ROWS;
     for (int group = helper; group < n; group += HELPERS) {
         const struct part_row at = part_row_of(p, ph, first + group, row);
@@ -140,7 +140,7 @@ static __device__ __forceinline__ void expand(const struct program &p, const str
                 }
             }
             sum += __shfl_xor_sync(~0u, sum, GROUP_ROWS);
-            if (half == 0) *sum_at(group, t, row) = sum;
+            if (half == 0) leave(group, t, row, sum);
         }
     }
 }

@@ -5,75 +5,61 @@
 
 #include "decoder_lora.cuh"
 
-/* A kernel for up to MOST rows of x has them in so many tiles of 8. */
-template <int MOST> static constexpr int TILES = (MOST + 7) / 8;
-
 /* ---- x ---- */
 
-/* Rows of x that a warp asks for at once. */
-template <int MOST> static constexpr int AT_ONCE = MOST == 1 ? 1 : 4;
+/* 16 columns of a block. */
+struct columns {
+    uint4 low, high;
+};
 
-/* The lane's 8 columns, of the UNITS blocks from `block` on, of rows from `first` on. */
-template <int MOST>
-static __device__ __forceinline__ void fetch_x(uint4 a[AT_ONCE<MOST>], const struct program &p,
-                                               const struct phase &ph, int first, int block,
-                                               int end_block, int lane) {
-    const int col = block * GN_BLOCK + lane * 8;
-    const bf16 *from = ph.x + (int64_t)first * ph.blocks * GN_BLOCK + col;
-#pragma unroll
-    for (int i = 0; i < AT_ONCE<MOST>; i++) {
-        a[i] = make_uint4(0, 0, 0, 0);
-        if (first + i < rows_of<MOST>(p) && col < end_block * GN_BLOCK)
-            a[i] = load_fresh16(from + i * ph.blocks * GN_BLOCK);
-    }
+static __device__ __forceinline__ struct columns fetch_columns(const bf16 *at, bool exists) {
+    struct columns x = {};
+    if (exists) x = {load_fresh16(at), load_fresh16(at + 8)};
+    return x;
 }
 
-/* Through the warp's scratch, to the lanes that multiply row t: those of g = t % 8. A single row
- * has its blocks in columns of their own: block j in that of g = 2j, and zeros elsewhere. */
-template <int MOST>
-static __device__ __forceinline__ void deal(uint32_t x[UNITS][8], uint4 columns, int t,
-                                            uint8_t *scratch, int lane) {
-    const int g = lane / 4, c = lane % 4;
-    __syncwarp();
-    *(uint4 *)(scratch + lane * 16) = columns;
-    __syncwarp();
+static __device__ __forceinline__ void place(uint32_t x[8], struct columns from) {
+    x[0] = from.low.x, x[1] = from.low.y, x[2] = from.low.z, x[3] = from.low.w;
+    x[4] = from.high.x, x[5] = from.high.y, x[6] = from.high.z, x[7] = from.high.w;
+}
+
+/* The lane's part of the B operand: of row lane / 4, 16 columns of each of the UNITS blocks from
+ * `block` on. */
+static __device__ __forceinline__ void load_rows(uint32_t x[UNITS][8], const struct program &p,
+                                                 const struct phase &ph, int block, int end_block,
+                                                 int lane) {
+    const int t = lane / 4;
+    const bf16 *from = ph.x + ((int64_t)t * ph.blocks + block) * GN_BLOCK + lane % 4 * 16;
+#pragma unroll
+    for (int j = 0; j < UNITS; j++)
+        place(x[j], fetch_columns(from + j * GN_BLOCK, t < p.T && block + j < end_block));
+}
+
+/* A single row has its blocks in columns of their own: block j in column 2j, and zeros elsewhere.
+ * So a lane has 16 columns of one block, or zeros. */
+static __device__ __forceinline__ struct columns fetch_row(const struct phase &ph, int block,
+                                                           int end_block, int lane) {
+    const int g = lane / 4, j = g / 2;
+    return fetch_columns(ph.x + (block + j) * GN_BLOCK + lane % 4 * 16,
+                         g % 2 == 0 && block + j < end_block);
+}
+static __device__ __forceinline__ void place_row(uint32_t x[UNITS][8], struct columns own,
+                                                 int lane) {
 #pragma unroll
     for (int j = 0; j < UNITS; j++) {
-        if (g != (MOST == 1 ? 2 * j : t % 8)) continue;
-        const uint4 *from = (const uint4 *)(scratch + j * GN_BLOCK * 2 + c * 32);
-        const uint4 low = from[0], high = from[1];
-        x[j][0] = low.x, x[j][1] = low.y, x[j][2] = low.z, x[j][3] = low.w;
-        x[j][4] = high.x, x[j][5] = high.y, x[j][6] = high.z, x[j][7] = high.w;
+        const struct columns none = {};
+        place(x[j], lane / 8 == j ? own : none);
     }
-}
-
-/* The warp's UNITS blocks of columns from `block` on, as the mma's B operand, for all rows. `ahead`
- * has those of the first rows. */
-template <int MOST>
-static __device__ __forceinline__ void
-load_x(uint32_t x[TILES<MOST>][UNITS][8], const struct program &p, const struct phase &ph,
-       int block, int end_block, const uint4 ahead[AT_ONCE<MOST>], int warp, int lane) {
-    uint8_t *scratch = shared + SCRATCH_AT + warp * SCRATCH_BYTES;
-#pragma unroll
-    for (int n = 0; n < TILES<MOST>; n++)
-#pragma unroll 1
-        for (int first = 8 * n; first < min(8 * n + 8, rows_of<MOST>(p)); first += AT_ONCE<MOST>) {
-            uint4 a[AT_ONCE<MOST>];
-            if (first > 0) fetch_x<MOST>(a, p, ph, first, block, end_block, lane);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE<MOST>; i++)
-                if (first + i < rows_of<MOST>(p))
-                    deal<MOST>(x[n], first > 0 ? a[i] : ahead[i], first + i, scratch, lane);
-        }
 }
 
 /* RMSNorm's factors, a warp a row. */
 template <int MOST>
 static __device__ __forceinline__ void load_factors(const struct program &p, int warp, int lane) {
     if (warp >= rows_of<MOST>(p)) return;
+    const int n = p.hidden / GROUP_ROWS;
     float sum = 0.0f;
-    for (int i = lane; i < (int)gridDim.x; i += WARP)
-        sum += __ldcg(p.squares + warp * gridDim.x + i);
+#pragma unroll 8
+    for (int i = lane; i < n; i += WARP) sum += __ldcg(p.squares + warp * n + i);
     sum = warp_sum(sum);
     if (lane == 0) ((float *)(shared + FACTORS_AT))[warp] = rsqrtf(sum / (float)p.hidden + p.eps);
 }
@@ -83,135 +69,129 @@ static __device__ __forceinline__ void load_factors(const struct program &p, int
 /* The table, and what decodes scales. Lanes' copies are written 16 bytes at a time, turned by the
  * entry so that a warp's stores do not meet in a bank. */
 static __device__ void fill_tables(const struct program &p) {
+    uint8_t *table = shared + (TABLE - shared_address(shared));
     const int entry = (int)threadIdx.x / 2, half = (int)threadIdx.x % 2;
     const uint32_t pair = pack_bf16(__ldg(p.code + entry / 16), __ldg(p.code + entry % 16));
     for (int i = 0; i < 4; i++)
-        *(uint4 *)(shared + entry * ENTRY_BYTES + half * 64 + (i + entry) % 4 * 16) =
+        *(uint4 *)(table + entry * ENTRY_BYTES + half * 64 + (i + entry) % 4 * 16) =
             make_uint4(pair, pair, pair, pair);
     if (p.nested_code && threadIdx.x < 256)
         ((float *)(shared + NESTED_AT))[threadIdx.x] = __ldg(p.nested_code + threadIdx.x);
 }
 
-static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t lane4) {
-    return *(const uint32_t *)(shared + __byte_perm(word, lane4, 0x5504 | byte << 4));
+/* own: the address of the lane's copy of the first entry. */
+static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t own) {
+    return load_shared(__byte_perm(word, own, 0x7604 | byte << 4));
 }
 
 /* The scale of row g of half h, block c, for lane 4g + c; anything where the step has no block c.
  */
-template <bool DQ>
-static __device__ __forceinline__ float scale_of(const uint8_t *stage, int h, int lane) {
-    const int at = (h * UNITS + lane % 4) * GN_CUDA_TILE_ROWS + lane / 4;
-    const float *floats = (const float *)(stage + STAGE_ABSMAX);
-    if (!DQ) return floats[at];
-    const float *nested = (const float *)(shared + NESTED_AT);
-    return __fadd_rn(__fmul_rn(nested[stage[STAGE_CODES + at]], floats[h * WARP + lane]),
-                     ((const float *)(stage + STAGE_OFFSETS))[h]);
+template <bool DQ> static __device__ __forceinline__ float scale_of(const struct step &s, int h) {
+    if (!DQ) return s.absmax[h];
+    const float nested = ((const float *)(shared + NESTED_AT))[s.scales[h]];
+    return __fadd_rn(__fmul_rn(nested, s.absmax[h]), s.offset[h]);
 }
 
-/* sum += block j of a step, without its scales. */
-template <int MOST>
-static __device__ __forceinline__ void multiply_unit(float sum[TILES<MOST>][4],
-                                                     const uint32_t x[TILES<MOST>][UNITS][8],
-                                                     const uint8_t *stage, int j, int lane) {
-    const uint8_t *at = stage + j * GN_CUDA_TILE_BYTES + lane * 8;
-    const uint2 top = *(const uint2 *)at,
-                bottom = *(const uint2 *)(at + UNITS * GN_CUDA_TILE_BYTES);
-    const uint32_t lane4 = lane * 4;
+/* sum += a block's codes times x. */
+static __device__ __forceinline__ void multiply_unit(float sum[4], const uint32_t x[8],
+                                                     const uint2 codes[2], uint32_t own) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const uint32_t up = k < 2 ? top.x : top.y, down = k < 2 ? bottom.x : bottom.y;
+        const uint32_t up = k < 2 ? codes[0].x : codes[0].y, down = k < 2 ? codes[1].x : codes[1].y;
         const int byte = k % 2 * 2;
-        const uint32_t a[4] = {look_up(up, byte, lane4), look_up(down, byte, lane4),
-                               look_up(up, byte + 1, lane4), look_up(down, byte + 1, lane4)};
-#pragma unroll
-        for (int n = 0; n < TILES<MOST>; n++) mma_bf16(sum[n], a, &x[n][j][2 * k]);
+        const uint32_t a[4] = {look_up(up, byte, own), look_up(down, byte, own),
+                               look_up(up, byte + 1, own), look_up(down, byte + 1, own)};
+        mma_bf16(sum, a, x + 2 * k);
     }
 }
 
-/* acc = the first n blocks of a step; n is N or, where N < UNITS, less. */
+/* The step that registers hold, of N blocks or, where N < UNITS, of the first n: its sums of rows
+ * g and g + 8 for rows 2c and 2c + 1 of x or, of a single one, for block c. Each block makes room
+ * for one of the m of the cursor's step. */
 template <int MOST, int N>
-static __device__ __forceinline__ void
-multiply_rows(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-              const uint8_t *stage, int n, const float scale[2], int lane) {
+static __device__ __forceinline__ void multiply_step(float acc[4], const uint32_t x[UNITS][8],
+                                                     struct step *s, int n, const float scale[2],
+                                                     struct halves next, int m, int lane) {
+    const uint32_t own = (uint32_t)(TABLE + lane * 4);
+    float sum[2][4] = {}; /* two chains of products */
 #pragma unroll
-    for (int j = 0; j < N; j++) {
-        if (N < UNITS && j >= n) break;
-        float sum[TILES<MOST>][4] = {};
-        multiply_unit<MOST>(sum, x, stage, j, lane);
-        const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
-                    s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
+    for (int j = 0; j < UNITS; j++) {
+        if (j < N && (N == UNITS || j < n)) {
+            multiply_unit(sum[j % 2], x[j], s->codes[j], own);
+            if constexpr (MOST > 1) {
+                const float s0 = __shfl_sync(~0u, scale[0], (lane & ~3) | j),
+                            s1 = __shfl_sync(~0u, scale[1], (lane & ~3) | j);
 #pragma unroll
-        for (int t = 0; t < TILES<MOST>; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[t][i] += (i < 2 ? s0 : s1) * sum[t][i];
+                for (int i = 0; i < 4; i++) {
+                    acc[i] += (i < 2 ? s0 : s1) * sum[j % 2][i];
+                    sum[j % 2][i] = 0.0f;
+                }
+            }
+        }
+        load_unit(s, next, j, m);
     }
-}
-
-/* The same for a single row, whose block j is in the sums of lane 4g + j alone. */
-template <int N>
-static __device__ __forceinline__ void multiply_row(float acc[1][4], const uint32_t x[1][UNITS][8],
-                                                    const uint8_t *stage, int n,
-                                                    const float scale[2], int lane) {
-    float sum[2][1][4] = {};
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        if (N < UNITS && j >= n) break;
-        multiply_unit<1>(sum[j % 2], x, stage, j, lane);
+    for (int h = 0; MOST == 1 && h < 2; h++) {
+        const float v = (sum[0][2 * h] + sum[1][2 * h]) * scale[h];
+        acc[2 * h] = N == UNITS || lane % 4 < n ? v : 0.0f;
     }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float v = lane % 4 < n ? (sum[0][0][2 * h] + sum[1][0][2 * h]) * scale[h] : 0.0f;
-        v += __shfl_xor_sync(~0u, v, 1);
-        acc[0][2 * h] = v + __shfl_xor_sync(~0u, v, 2);
-    }
-}
-
-template <int MOST, int N>
-static __device__ __forceinline__ void
-multiply_units(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-               const uint8_t *stage, int n, const float scale[2], int lane) {
-    if constexpr (MOST == 1)
-        multiply_row<N>(acc, x, stage, n, scale, lane);
-    else
-        multiply_rows<MOST, N>(acc, x, stage, n, scale, lane);
 }
 
 /* Who leaves sums of a group: the warps that multiply and, as one, those for LoRA. */
 template <bool LORA> static constexpr int SLOTS = WARPS + LORA;
 
-/* Where a warp's sum of (t, row) is, in a batch's group. */
+/* One's sums of a group: (GROUP_ROWS, 8 rows of x), turned so that neither a column nor an mma's
+ * result meets itself in a bank; of a single row of x, (GROUP_ROWS, 4 parts). */
+template <int MOST> static constexpr int SUM_FLOATS = GROUP_ROWS *(MOST == 1 ? 4 : 8);
+
 template <int MOST, bool LORA>
-static __device__ __forceinline__ uint8_t *sum_at(const struct program &p, int group, int warp,
-                                                  int t, int row) {
-    return shared + (group * SLOTS<LORA> + warp) * sums_bytes(rows_of<MOST>(p)) +
-           t / 2 * ENTRY_BYTES + ENTRY_BYTES / 2 + (t % 2 * GROUP_ROWS + row) * (int)sizeof(float);
+static __device__ __forceinline__ float *sums_of(int group, int slot) {
+    return (float *)(shared + SUMS_AT) + (group * SLOTS<LORA> + slot) * SUM_FLOATS<MOST>;
+}
+template <int MOST> static __device__ __forceinline__ int sum_at(int t, int row) {
+    return MOST == 1 ? row * 4 : row * 8 + (t + row / 4 * 2) % 8;
 }
 
 template <int MOST, bool LORA>
-static __device__ __forceinline__ void leave_sums(const struct program &p,
-                                                  const float acc[TILES<MOST>][4], int group,
-                                                  bool add, int warp, int lane) {
+static __device__ __forceinline__ void leave_sums(const float acc[4], int group, bool add, int warp,
+                                                  int lane) {
     const int g = lane / 4, c = lane % 4;
-    uint8_t *sums = sum_at<MOST, LORA>(p, group, warp, 2 * c, g);
+    float *sums = sums_of<MOST, LORA>(group, warp);
 #pragma unroll
-    for (int n = 0; n < TILES<MOST>; n++) {
-        if (8 * n + 2 * c >= rows_of<MOST>(p)) continue;
-#pragma unroll
-        for (int i = 0; i < 4; i += MOST == 1 ? 2 : 1) {
-            float *to = (float *)(sums + n * 4 * ENTRY_BYTES) + i % 2 * GROUP_ROWS +
-                        i / 2 * GN_CUDA_TILE_ROWS;
-            *to = add ? *to + acc[n][i] : acc[n][i];
+    for (int h = 0; h < 2; h++) {
+        if (MOST == 1) {
+            float *to = sums + h * WARP + lane;
+            *to = add ? *to + acc[2 * h] : acc[2 * h];
+        } else {
+            float2 *to = (float2 *)(sums + sum_at<MOST>(2 * c, g + h * GN_CUDA_TILE_ROWS));
+            const float2 before = add ? *to : make_float2(0.0f, 0.0f);
+            *to = make_float2(before.x + acc[2 * h], before.y + acc[2 * h + 1]);
         }
     }
 }
 
+/* What LoRA adds. */
+template <int MOST>
+static __device__ __forceinline__ void leave_term(int group, int t, int row, float v) {
+    float *to = sums_of<MOST, true>(group, WARPS) + sum_at<MOST>(t, row);
+    if (MOST == 1)
+        *(float4 *)to = make_float4(v, 0.0f, 0.0f, 0.0f);
+    else
+        *to = v;
+}
+
 template <int MOST, bool LORA>
-static __device__ __forceinline__ float total(const struct program &p, int group, int row, int t) {
-    const uint8_t *sums = sum_at<MOST, LORA>(p, group, 0, t, row);
-    const int step = sums_bytes(rows_of<MOST>(p));
+static __device__ __forceinline__ float total(int group, int row, int t) {
+    const float *from = sums_of<MOST, LORA>(group, 0) + sum_at<MOST>(t, row);
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < SLOTS<LORA>; w++) sum += *(const float *)(sums + w * step);
+    for (int w = 0; w < SLOTS<LORA>; w++) {
+        if (MOST == 1) {
+            const float4 parts = *(const float4 *)(from + w * SUM_FLOATS<MOST>);
+            sum += (parts.x + parts.y) + (parts.z + parts.w);
+        } else {
+            sum += from[w * SUM_FLOATS<MOST>];
+        }
+    }
     return sum;
 }
 
@@ -275,13 +255,12 @@ template <int MOST, bool LORA>
 static __device__ __forceinline__ void finish_stream(const struct program &p,
                                                      const struct phase &ph, int first, int n,
                                                      struct before early) {
-    float *squares = (float *)(shared + SQUARES_AT);
     for (int i = threadIdx.x; i < n * GROUP_ROWS * rows_of<MOST>(p); i += THREADS) {
         const struct output o = output_of<MOST>(p, first, i);
         const struct before before = i < THREADS ? early : before_of(p, ph, o);
         float x = before.x;
         if (ph.kind == ADD) {
-            x += total<MOST, LORA>(p, o.group, o.row, o.t);
+            x += total<MOST, LORA>(o.group, o.row, o.t);
             p.x[o.t * p.x_ld + o.n] = x;
         }
         p.normed[(int64_t)o.t * p.hidden + o.n] = __float2bfloat16(x * before.norm);
@@ -289,23 +268,8 @@ static __device__ __forceinline__ void finish_stream(const struct program &p,
         const uint32_t half = 0xffffu << (threadIdx.x & 16);
 #pragma unroll
         for (int d = GROUP_ROWS / 2; d > 0; d /= 2) square += __shfl_xor_sync(half, square, d);
-        if (o.row == 0) squares[o.group * rows_of<MOST>(p) + o.t] = square;
+        if (o.row == 0) p.squares[(o.t * p.hidden + o.n) / GROUP_ROWS] = square;
     }
-}
-
-/* The sum of a batch's squares, for thread t = row t. */
-template <int MOST>
-static __device__ __forceinline__ float sum_squares(const struct program &p, int n) {
-    float sum = 0.0f;
-    if ((int)threadIdx.x < rows_of<MOST>(p))
-        for (int i = 0; i < n; i++)
-            sum += ((const float *)(shared + SQUARES_AT))[i * rows_of<MOST>(p) + threadIdx.x];
-    return sum;
-}
-
-template <int MOST>
-static __device__ __forceinline__ void leave_squares(const struct program &p, float sum) {
-    if ((int)threadIdx.x < rows_of<MOST>(p)) p.squares[threadIdx.x * gridDim.x + blockIdx.x] = sum;
 }
 
 /* The outputs of n groups of q, k and v or of gate and up from `first` on. */
@@ -316,8 +280,8 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
         const float factor = ((const float *)(shared + FACTORS_AT))[t];
-        const float v = total<MOST, LORA>(p, group, row, t) * factor;
-        const float other = total<MOST, LORA>(p, group, row + GN_CUDA_TILE_ROWS, t) * factor;
+        const float v = total<MOST, LORA>(group, row, t) * factor;
+        const float other = total<MOST, LORA>(group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
             p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
                 __float2bfloat16(v / (1.0f + __expf(-v)) * other);
@@ -326,80 +290,79 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
     }
 }
 
-/* The oldest step: multiplies it, and asks for another in its place. */
+/* Multiplies the step that registers hold, and asks for another in its place. */
 template <int MOST, bool DQ>
 static __device__ __forceinline__ void
-take_step(float acc[TILES<MOST>][4], const uint32_t x[TILES<MOST>][UNITS][8],
-          const struct program &p, int current, int n, struct cursor *cur, int warp, int lane) {
-    await(cur);
-    const uint8_t *stage = stage_at(cur->taken, warp);
-    const float scale[2] = {scale_of<DQ>(stage, 0, lane), scale_of<DQ>(stage, 1, lane)};
+take_step(float acc[4], const uint32_t x[UNITS][8], const struct program &p, int current, int n,
+          struct step *s, struct cursor *cur, int warp, int lane) {
+    const int m = next_units(cur, p, current, warp, lane);
+    const float scale[2] = {scale_of<DQ>(*s, 0), scale_of<DQ>(*s, 1)};
+    const struct halves next = load_scales<DQ>(s, cur, m, lane);
     if (n == UNITS)
-        multiply_units<MOST, UNITS>(acc, x, stage, n, scale, lane);
+        multiply_step<MOST, UNITS>(acc, x, s, n, scale, next, m, lane);
     else
-        multiply_units<MOST, UNITS - 1>(acc, x, stage, n, scale, lane);
-    __syncwarp();
-    cur->taken++;
-    ask<DQ>(cur, p, current, warp, lane);
+        multiply_step<MOST, UNITS - 1>(acc, x, s, n, scale, next, m, lane);
+    cur->holds = m > 0;
+    if (m > 0) advance(cur, lane);
 }
 
-/* The sums of groups [begin, end) of the phase, into the gaps. has_x: x holds the columns already.
- */
+/* The sums of groups [begin, end) of the phase. x holds the columns of the only blocks, with has_x,
+ * or `ahead` those of a single row. */
 template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void
-multiply_batch(uint32_t x[TILES<MOST>][UNITS][8], uint4 ahead[AT_ONCE<MOST>],
-               const struct program &p, int current, struct range blocks, int begin, int end,
-               bool has_x, struct cursor *cur, int warp, int lane) {
+multiply_batch(uint32_t x[UNITS][8], struct columns *ahead, const struct program &p, int current,
+               struct range blocks, int begin, int end, bool has_x, struct step *s,
+               struct cursor *cur, int warp, int lane) {
     const struct phase &ph = *phase_at(current);
     for (int block = blocks.begin; block < blocks.end; block += UNITS) {
         const int n = min(UNITS, blocks.end - block);
-        if (!has_x) {
-            load_x<MOST>(x, p, ph, block, blocks.end, ahead, warp, lane);
-            const int next = n < blocks.end - block ? block + UNITS : blocks.begin;
-            if (next != block) fetch_x<MOST>(ahead, p, ph, 0, next, blocks.end, lane);
+        if (MOST == 1 && !has_x) {
+            place_row(x, *ahead, lane);
+            const int next = block + UNITS < blocks.end ? block + UNITS : blocks.begin;
+            if (next != block) *ahead = fetch_row(ph, next, blocks.end, lane);
+        } else if (!has_x) {
+            load_rows(x, p, ph, block, blocks.end, lane);
         }
 #pragma unroll 1
         for (int group = begin; group < end; group++) {
-            float acc[TILES<MOST>][4] = {};
-            take_step<MOST, DQ>(acc, x, p, current, n, cur, warp, lane);
-            leave_sums<MOST, LORA>(p, acc, group - begin, block > blocks.begin, warp, lane);
+            float acc[4] = {};
+            take_step<MOST, DQ>(acc, x, p, current, n, s, cur, warp, lane);
+            leave_sums<MOST, LORA>(acc, group - begin, block > blocks.begin, warp, lane);
         }
     }
     if (blocks.begin < blocks.end) return;
-    const float none[TILES<MOST>][4] = {};
+    const float none[4] = {};
     for (int group = begin; group < end; group++)
-        leave_sums<MOST, LORA>(p, none, group - begin, false, warp, lane);
+        leave_sums<MOST, LORA>(none, group - begin, false, warp, lane);
 }
 
 /* What the warps that multiply do in a phase, and what its helpers do: they meet at the same
  * barriers. */
 template <int MOST, bool DQ, bool LORA>
 static __device__ __forceinline__ void multiply(const struct program &p, int current,
-                                                struct cursor *cur, int warp, int lane) {
+                                                struct step *s, struct cursor *cur, int warp,
+                                                int lane) {
     const struct phase &ph = *phase_at(current);
     const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
     const bool once = blocks.end - blocks.begin <= UNITS;
-    uint32_t x[TILES<MOST>][UNITS][8] = {};
-    uint4 ahead[AT_ONCE<MOST>];
-    float squares = 0.0f;
-    fetch_x<MOST>(ahead, p, ph, 0, blocks.begin, blocks.end, lane);
+    uint32_t x[UNITS][8];
+    struct columns ahead = {};
+    if (MOST == 1) ahead = fetch_row(ph, blocks.begin, blocks.end, lane);
     if (ph.kind != ADD) load_factors<MOST>(p, warp, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int end = min(begin + p.batch_groups, groups.end), n = end - begin;
         struct before early = {};
         if (ph.kind == ADD && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
             early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
-        multiply_batch<MOST, DQ, LORA>(x, ahead, p, current, blocks, begin, end,
-                                       once && begin > groups.begin, cur, warp, lane);
+        multiply_batch<MOST, DQ, LORA>(x, &ahead, p, current, blocks, begin, end,
+                                       once && begin > groups.begin, s, cur, warp, lane);
         __syncthreads();
         if (ph.kind == ADD)
             finish_stream<MOST, LORA>(p, ph, begin, n, early);
         else
             finish_pairs<MOST, LORA>(p, ph, begin, n);
-        __syncthreads();
-        if (ph.kind == ADD) squares += sum_squares<MOST>(p, n);
+        if (end < groups.end) __syncthreads();
     }
-    if (ph.kind == ADD) leave_squares<MOST>(p, squares);
 }
 
 /* `times`: products of the program so far, with this one. */
@@ -411,32 +374,22 @@ static __device__ __forceinline__ void help(const struct program &p, int current
     shrink(p, ph, (int)blockIdx.x * HELPERS + helper, (int)gridDim.x * HELPERS, lane);
     meet_helpers(p, times, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
-        const int n = min(p.batch_groups, groups.end - begin);
-        expand(p, ph, begin, n, helper, lane, [&](int group, int t, int row) {
-            return (float *)sum_at<MOST, true>(p, group, WARPS, t, row);
-        });
+        const int end = min(begin + p.batch_groups, groups.end);
+        expand(p, ph, begin, end - begin, helper, lane, leave_term<MOST>);
         __syncthreads();
-        __syncthreads();
+        if (end < groups.end) __syncthreads();
     }
 }
 
 /* What the first product needs of the embeddings. */
 template <int MOST, bool LORA>
-static __device__ __forceinline__ void prepare(const struct program &p, const struct phase &ph,
-                                               bool helps) {
+static __device__ __forceinline__ void prepare(const struct program &p, const struct phase &ph) {
     const struct range groups = groups_of(ph);
-    float squares = 0.0f;
-    for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
-        const int n = min(p.batch_groups, groups.end - begin);
-        struct before early = {};
-        if (!helps && (int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
-            early = before_of(p, ph, output_of<MOST>(p, begin, threadIdx.x));
-        if (!helps) finish_stream<MOST, LORA>(p, ph, begin, n, early);
-        __syncthreads();
-        squares += sum_squares<MOST>(p, n);
-        __syncthreads();
-    }
-    leave_squares<MOST>(p, squares);
+    const int n = groups.end - groups.begin;
+    struct before early = {};
+    if ((int)threadIdx.x < n * GROUP_ROWS * rows_of<MOST>(p))
+        early = before_of(p, ph, output_of<MOST>(p, groups.begin, threadIdx.x));
+    finish_stream<MOST, LORA>(p, ph, groups.begin, n, early);
 }
 
 #endif

@@ -34,9 +34,13 @@ enum {
     ROW_BYTES = GN_BLOCK * 2, /* of x, in a block of K */
     ENTRY_BYTES = 256,        /* of the table; the upper half is free */
     TABLE_BYTES = 256 * ENTRY_BYTES,
-    NESTED_ENTRY = 208, /* first of the entries above which those tables are */
-    BARRIER_ENTRY = 240,
-    TABLES_BARRIER = 1, /* of hardware; those after it are the warpgroups' */
+    MAX_STAGES = 8,
+    BARRIER_ENTRY = 3 * 256 / 32, /* first entry above those of the tables that decode scales */
+    TABLES_BARRIER = 1,           /* of hardware; those after it are the warpgroups' */
+    FEW_REGISTERS = 24,           /* of a thread that copies */
+    LINE = 128,                   /* of L2 */
+    L2_AHEAD = 16, /* blocks of K that are asked for behind the stages at the start */
+    AT_ONCE = 4,   /* eights of tokens that a thread finishes at once */
 };
 
 /* How a block is cut for tiles of N tokens. */
@@ -48,10 +52,12 @@ template <int N> struct cut {
     static constexpr int STAGE_BYTES = WEIGHTS + TILES * STEP * GN_CUDA_TILE_BYTES;
     static constexpr int STAGES = (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
     static constexpr int SHARED_BYTES = TABLE_BYTES + STAGES * STAGE_BYTES;
-    static constexpr int THREADS = GROUPS * GROUP_THREADS + WARP;
-    /* A quarter of the SM has 16384 for its quarter of the warps, rounded up. */
-    static constexpr int REGISTERS = 16384 / ((THREADS / WARP + 3) / 4 * WARP) / 8 * 8;
-    static_assert(STAGES * TILES <= NESTED_ENTRY, "stages' scales stand above the table's entries");
+    static constexpr int THREADS = (GROUPS + 1) * GROUP_THREADS;
+    /* Of a thread: at the start, and of those that multiply when the others have given theirs. */
+    static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int MORE_REGISTERS =
+        (REGISTERS * THREADS - FEW_REGISTERS * GROUP_THREADS) / (GROUPS * GROUP_THREADS) / 8 * 8;
+    static_assert(STAGES <= MAX_STAGES, "barriers stand above the table's entries");
     static_assert(STAGE_BYTES % 1024 == 0 && X_BYTES / PEERS % 1024 == 0, "whole swizzled eights");
 };
 
@@ -130,19 +136,15 @@ template <int N> static __device__ __forceinline__ uint8_t *stage_at(int stage) 
 static __device__ __forceinline__ uint8_t *above_entry(int entry) {
     return shared + entry * ENTRY_BYTES + ENTRY_BYTES / 2;
 }
-/* Of a tile of 8 rows, for both blocks of a stage: 8 bytes or 8 floats each. */
-template <int N> static __device__ __forceinline__ uint8_t *scales_at(int stage, int tile) {
-    return above_entry(stage * cut<N>::TILES + tile);
-}
 static __device__ __forceinline__ float *nested_at(int table, int code) {
-    return (float *)above_entry(NESTED_ENTRY + table * 8 + code / 32) + code % 32;
+    return (float *)above_entry(table * 8 + code / 32) + code % 32;
 }
 /* Barriers: a stage is full; it is empty. */
 static __device__ __forceinline__ uint32_t full_at(int stage) {
     return shared_address(above_entry(BARRIER_ENTRY)) + stage * 8;
 }
 static __device__ __forceinline__ uint32_t empty_at(int stage) {
-    return full_at(stage) + 64;
+    return full_at(stage) + MAX_STAGES * 8;
 }
 
 /* The next stage of the ring, and the parity of its phase. */
@@ -176,7 +178,7 @@ template <int N> static __device__ void fill_tables(const struct product &p) {
 /* What a lane copies: its tile of 8 rows, from the first block of K on. */
 struct source {
     const uint8_t *tiles, *scales;
-    int scale_bytes; /* of a tile */
+    int scale_bytes; /* of a block */
 };
 
 template <int N>
@@ -190,23 +192,32 @@ static __device__ __forceinline__ struct source source_of(const struct product &
     return {m.tiles + at * GN_CUDA_TILE_BYTES, (const uint8_t *)m.scales + at * bytes, bytes};
 }
 
-/* Step `step` of a stage: weights and scales. */
+/* A step's tile, of which the run has steps up to `end`: its scales, too, are on their way to L2,
+ * for those who multiply ask a step ahead only. */
+template <int N>
+static __device__ __forceinline__ struct source begin_tile(const struct product &p, int step,
+                                                           int end, int lane) {
+    const struct source s = source_of<N>(p, step / p.steps, lane);
+    const int k = step % p.steps * STEP, n = min((end - step) * STEP, p.blocks - k);
+    const uint8_t *scales = s.scales + k * s.scale_bytes;
+    const int bytes = n * s.scale_bytes;
+    if (lane < cut<N>::TILES)
+        for (int i = 0; i < bytes + LINE; i += LINE) prefetch_line(scales + min(i, bytes - 1));
+    return s;
+}
+
+/* Step `step` of a tile: its weights. */
 template <int N>
 static __device__ __forceinline__ void copy_weights(const struct product &p, const struct source &s,
                                                     int step, int stage, int lane) {
     typedef cut<N> C;
     const int k = step * STEP, n = min(STEP, p.blocks - k);
-    const uint32_t full = full_at(stage);
-    if (lane == 0) barrier_expect(full, n * C::TILES * GN_CUDA_TILE_BYTES + STEP * C::X_BYTES);
-    if (lane < C::TILES) {
-        uint8_t *to = stage_at<N>(stage) + C::WEIGHTS + lane * STEP * GN_CUDA_TILE_BYTES;
-        copy_bulk(shared_address(to), s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES,
-                  n * GN_CUDA_TILE_BYTES, full);
-        const bool is_16 = s.scale_bytes > 8;
-        for (int i = 0; i < n * s.scale_bytes; i += is_16 ? 16 : 8)
-            copy_async(scales_at<N>(stage, lane) + i, s.scales + k * s.scale_bytes + i, is_16);
-    }
-    barrier_arrive_after_copies(full);
+    if (lane == 0)
+        barrier_expect(full_at(stage), n * C::TILES * GN_CUDA_TILE_BYTES + STEP * C::X_BYTES);
+    if (lane < C::TILES)
+        copy_bulk(
+            shared_address(stage_at<N>(stage) + C::WEIGHTS + lane * STEP * GN_CUDA_TILE_BYTES),
+            s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES, n * GN_CUDA_TILE_BYTES, full_at(stage));
 }
 
 /* x, this block's share of it, to the cluster. */
@@ -228,15 +239,19 @@ static __device__ __forceinline__ void copy_run(const struct product &p, struct 
     struct turn t = {0, 1};
     struct source s = {};
     for (int i = run.first; i < ahead; i++) { /* into stages that are empty, before the wait */
-        if (i == run.first || i % p.steps == 0) s = source_of<N>(p, i / p.steps, lane);
+        if (i == run.first || i % p.steps == 0) s = begin_tile<N>(p, i, run.end, lane);
         copy_weights<N>(p, s, i % p.steps, i - run.first, lane);
     }
+    const int k = ahead % p.steps * STEP;
+    if (ahead < run.end && k > 0 && lane < cut<N>::TILES)
+        prefetch_bulk(s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES,
+                      min(p.blocks - k, L2_AHEAD) * GN_CUDA_TILE_BYTES);
     pdl_wait();
     for (int i = run.first; i < ahead; i++)
         copy_x<N>(p, i / p.steps, i % p.steps, i - run.first, lane);
     for (int i = ahead; i < run.end; i++) {
         if (t.stage == 0) t.parity ^= 1;
-        if (i % p.steps == 0) s = source_of<N>(p, i / p.steps, lane);
+        if (i % p.steps == 0) s = begin_tile<N>(p, i, run.end, lane);
         barrier_wait(empty_at(t.stage), t.parity);
         copy_weights<N>(p, s, i % p.steps, t.stage, lane);
         copy_x<N>(p, i / p.steps, i % p.steps, t.stage, lane);
@@ -246,58 +261,83 @@ static __device__ __forceinline__ void copy_run(const struct product &p, struct 
 
 /* ---- the end of a tile ---- */
 
-/* The outputs of a thread: rows `row` and `row` + 8 of a part for some tokens, or with SWIGLU one
- * row, of which the second value is up's. */
+/* The outputs of a thread: of rows `row` and `row` + 8 of a part, for some tokens; or with SWIGLU
+ * of one row, of which the second value is up's. */
 struct outputs {
-    const struct part *part;
-    int row, token;
+    char *y; /* for the first token */
+    int ld, tokens;
+    const float *lora[2];
+    bool has[2];
 };
 
 template <int N>
 static __device__ __forceinline__ struct outputs outputs_of(const struct product &p, int tile,
                                                             int warpgroup, int warp, int lane) {
     const struct group g = group_of<N>(p, tile, warpgroup);
-    const int row = p.swiglu ? g.i * (GROUP_ROWS / 2) + warp * 8 : g.i * GROUP_ROWS + warp * 16;
-    return {&p.part[g.part], g.exists ? row + lane / 4 : INT32_MAX / 2,
-            tile % p.token_tiles * N + 2 * (lane % 4)};
+    const struct part &part = p.part[g.part];
+    const int in_group = p.swiglu ? GROUP_ROWS / 2 : GROUP_ROWS, second = p.swiglu ? 0 : 8;
+    const int row = g.i * in_group + warp * (in_group / 4) + lane / 4;
+    const int token = tile % p.token_tiles * N + 2 * (lane % 4);
+    struct outputs o;
+    o.ld = (int)part.y_ld;
+    o.y = (char *)part.y + ((int64_t)token * o.ld + row) * (p.y_f32 ? 4 : 2);
+    o.tokens = p.T - token;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        o.lora[h] = p.lora + token * p.lora_ld + part.column[p.swiglu ? h : 0] + row + h * second;
+        o.has[h] = g.exists && row + h * second < part.m[0].rows;
+    }
+    return o;
 }
 
-static __device__ __forceinline__ void put(const struct product &p, const struct part &part,
-                                           int row, int token, float v) {
-    const int64_t at = token * part.y_ld + row;
-    if (p.add) v += load_fresh((const float *)part.y + at);
-    if (p.y_f32)
-        ((float *)part.y)[at] = v;
-    else
-        ((bf16 *)part.y)[at] = from_float<bf16>(v);
-}
+/* Sums of two rows of two tokens each, of n eights of tokens. */
+typedef float some_sums[AT_ONCE][2][2];
 
-/* Sums of 8 tokens, two of them this thread's: (rows, tokens). */
+/* Those of eights first, first + step, .... What is read is read before anything is written, so as
+ * to wait once. */
 static __device__ __forceinline__ void finish(const struct product &p, const struct outputs &o,
-                                              int tokens, float4 sums) {
-    const struct part &part = *o.part;
-    const float v[2][2] = {{sums.x, sums.y}, {sums.z, sums.w}};
+                                              int first, int step, int n, some_sums &sums) {
+    enum { VALUES = AT_ONCE * 4 };
+    const int second = p.swiglu ? 0 : 8;
+    int token[AT_ONCE][2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int t = o.token + tokens + i;
-        if (t >= p.T) continue;
-        const float *lora = p.lora ? p.lora + t * p.lora_ld : NULL;
-        if (p.swiglu) {
-            if (o.row >= part.m[0].rows) continue;
-            float gate = v[0][i], up = v[1][i];
-            if (lora) {
-                gate += lora[part.column[0] + o.row];
-                up += lora[part.column[1] + o.row];
-            }
-            put(p, part, o.row, t, silu(gate) * up);
-            continue;
+    for (int i = 0; i < AT_ONCE * 2; i++) {
+        token[i / 2][i % 2] = 8 * (first + i / 2 * step) + i % 2;
+        if (i / 2 >= n) token[i / 2][i % 2] = INT32_MAX;
+    }
+    if (p.add) {
+        float old[AT_ONCE][2][2] = {};
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const int t = token[i / 4][i % 2], h = i / 2 % 2;
+            if (t < o.tokens && o.has[h])
+                old[i / 4][h][i % 2] = load_fresh((const float *)o.y + t * o.ld + h * 8);
         }
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = o.row + 8 * h;
-            if (row < part.m[0].rows)
-                put(p, part, row, t, v[h][i] + (lora ? lora[part.column[0] + row] : 0.0f));
+        for (int i = 0; i < VALUES; i++)
+            sums[i / 4][i / 2 % 2][i % 2] += old[i / 4][i / 2 % 2][i % 2];
+    }
+    if (p.lora) {
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const int t = token[i / 4][i % 2], h = i / 2 % 2;
+            if (t < o.tokens && o.has[h]) sums[i / 4][h][i % 2] += o.lora[h][t * (int)p.lora_ld];
         }
+    }
+    if (p.swiglu) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE * 2; i++)
+            sums[i / 2][0][i % 2] = silu(sums[i / 2][0][i % 2]) * sums[i / 2][1][i % 2];
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+        const int t = token[i / 4][i % 2], h = i / 2 % 2;
+        if (t >= o.tokens || !o.has[h] || (h > 0 && p.swiglu)) continue;
+        const int at = t * o.ld + h * second;
+        if (p.y_f32)
+            ((float *)o.y)[at] = sums[i / 4][h][i % 2];
+        else
+            ((bf16 *)o.y)[at] = from_float<bf16>(sums[i / 4][h][i % 2]);
     }
 }
 
@@ -316,59 +356,75 @@ static __device__ __forceinline__ uint32_t *counters_of(const struct product &p,
 template <int N>
 static __device__ __forceinline__ float4 *partials_at(const struct product &p, int cluster,
                                                       int tile, int warpgroup) {
-    const int slot = run_of(p, cluster).first / p.steps == tile ? 0 : 1;
+    const int slot = run_of(p, cluster).first < tile * p.steps ? 1 : 0;
     const int block = cluster * PEERS + (int)blockIdx.x % PEERS;
     return p.partials +
            (int64_t)((block * 2 + slot) * cut<N>::GROUPS + warpgroup) * (N / 8 * GROUP_THREADS);
 }
 
-/* A tile's sums, of the steps that this run has. */
+/* A tile's sums, of the steps that this run has: to y or, if they are not all, to working memory.
+ * Registers move up, so that the loop is short: it runs once a tile, from cold memory. */
 template <int N>
 static __device__ __forceinline__ void leave(const struct product &p, float (&acc)[N / 2], int tile,
                                              bool whole, int warpgroup, int thread) {
-    if (whole) {
-        const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
+    const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
+    float4 *to = partials_at<N>(p, (int)blockIdx.x / PEERS, tile, warpgroup) + thread;
+#pragma unroll 1
+    for (int i = 0; i < N / 8; i += AT_ONCE) {
+        if (whole) {
+            some_sums sums;
 #pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            finish(p, o, 8 * i,
-                   make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
-    } else {
-        float4 *to = partials_at<N>(p, (int)blockIdx.x / PEERS, tile, warpgroup) + thread;
+            for (int j = 0; j < AT_ONCE * 4; j++) sums[j / 4][j / 2 % 2][j % 2] = acc[j];
+            finish(p, o, i, 1, AT_ONCE, sums);
+        } else {
 #pragma unroll
-        for (int i = 0; i < N / 8; i++)
-            to[i * GROUP_THREADS] =
-                make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
-        __threadfence();
-        sync_warpgroup(warpgroup);
-        if (thread == 0) atomicAdd(counters_of(p, tile), 1u);
+            for (int j = 0; j < AT_ONCE; j++)
+                to[(i + j) * GROUP_THREADS] =
+                    make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        }
+#pragma unroll
+        for (int j = 0; j < N / 2; j++)
+            acc[j] = j + 4 * AT_ONCE < N / 2 ? acc[j + 4 * AT_ONCE] : 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) acc[i] = 0.0f;
+    if (whole) return;
+    __threadfence();
+    sync_warpgroup(warpgroup);
+    if (thread == 0) atomicAdd(counters_of(p, tile), 1u);
 }
 
 /* Of a tile that several clusters have a part of: finishes every n-th eight of its tokens, when all
  * sums are there. */
 template <int N>
-static __device__ void finish_shared(const struct product &p, int tile, int warpgroup, int thread) {
+static __device__ __forceinline__ void finish_shared(const struct product &p, int tile,
+                                                     int warpgroup, int thread) {
     const int first = cluster_of(p, tile * p.steps), last = cluster_of(p, (tile + 1) * p.steps - 1);
-    const uint32_t all = (uint32_t)((last - first + 1) * cut<N>::GROUPS);
+    const int n = last - first + 1;
     uint32_t *counters = counters_of(p, tile);
     if (thread == 0)
-        while (load_acquire(counters) < all) __nanosleep(32);
+        while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
     sync_warpgroup(warpgroup);
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
-    for (int i = (int)blockIdx.x / PEERS - first; i < N / 8; i += last - first + 1) {
-        float4 sum = {};
-#pragma unroll 4
+#pragma unroll 1
+    for (int i = (int)blockIdx.x / PEERS - first; i < N / 8; i += AT_ONCE * n) {
+        some_sums sums = {};
+        const int some = min(AT_ONCE, (N / 8 - i + n - 1) / n);
+#pragma unroll 2
         for (int cluster = first; cluster <= last; cluster++) {
-            const float4 v =
-                __ldcg(partials_at<N>(p, cluster, tile, warpgroup) + i * GROUP_THREADS + thread);
-            sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+            const float4 *from = partials_at<N>(p, cluster, tile, warpgroup) + thread;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                if (j >= some) continue;
+                const float4 v = __ldcg(from + (i + j * n) * GROUP_THREADS);
+                sums[j][0][0] += v.x;
+                sums[j][0][1] += v.y;
+                sums[j][1][0] += v.z;
+                sums[j][1][1] += v.w;
+            }
         }
-        finish(p, o, 8 * i, sum);
+        finish(p, o, i, n, some, sums);
     }
     sync_warpgroup(warpgroup);
-    if (thread == 0 && atomicAdd(counters + 1, 1u) == all - 1) {
+    if (thread == 0 && atomicAdd(counters + 1, 1u) == (uint32_t)(n * cut<N>::GROUPS) - 1) {
         counters[0] = 0;
         counters[1] = 0;
     }
@@ -376,36 +432,48 @@ static __device__ void finish_shared(const struct product &p, int tile, int warp
 
 /* ---- warpgroups that multiply ---- */
 
-/* What a lane needs to decode a scale: that of row lane % 16 of the warp, block lane / 16 of the
- * stage. */
-struct scale_row {
-    const float *nested_absmax; /* NULL: it is stored as it is */
+/* Scales of a tile, as a lane loads them: those of row lane % 16 of the warp, of block lane / 16 of
+ * a step. */
+struct scale_source {
+    const uint8_t *scales;      /* of the row's first block of K */
+    const float *nested_absmax; /* NULL: scales are stored as they are */
     float offset;
     int block0, table;
 };
 
 template <int N>
-static __device__ __forceinline__ struct scale_row scale_row_of(const struct product &p, int tile,
-                                                                int warpgroup, int warp, int lane) {
+static __device__ __forceinline__ struct scale_source
+scale_source_of(const struct product &p, int tile, int warpgroup, int warp, int lane) {
     const struct group g = group_of<N>(p, tile, warpgroup);
     int which;
-    const int row = tile_of(p, g, warp * 2 + lane / 8 % 2, &which) * GN_CUDA_TILE_ROWS + lane % 8;
+    const int t = tile_of(p, g, warp * 2 + lane / 8 % 2, &which);
     const struct matrix &m = p.part[g.part].m[which];
-    return {m.nested_code ? m.nested_absmax : NULL, m.offset, min(row, m.rows - 1) * p.blocks,
+    const int64_t at = (int64_t)t * p.blocks * GN_CUDA_TILE_ROWS + lane % 8;
+    const int row = min(t * GN_CUDA_TILE_ROWS + lane % 8, m.rows - 1);
+    return {(const uint8_t *)m.scales + at * (m.nested_code ? 1 : (int)sizeof(float)),
+            m.nested_code ? m.nested_absmax : NULL, m.offset, row * p.blocks,
             p.swiglu ? which : g.part};
 }
 
-template <int N>
-static __device__ __forceinline__ float scale_of(const struct product &p,
-                                                 const struct scale_row &row, int step, int stage,
-                                                 int warp_tile, int lane) {
-    const uint8_t *at = scales_at<N>(stage, warp_tile + lane / 8 % 2);
-    const int k = step * STEP + lane / 16, i = lane / 16 * 8 + lane % 8;
-    if (k >= p.blocks) return 0.0f;
-    if (!row.nested_absmax) return ((const float *)at)[i];
-    const float nested = *nested_at(row.table, at[i]);
-    const float absmax = __ldg(row.nested_absmax + (row.block0 + k) / GN_NESTED_BLOCK);
-    return __fadd_rn(__fmul_rn(nested, absmax), row.offset);
+/* As it is stored, and what it is in units of. */
+struct stored_scale {
+    uint32_t value;
+    float absmax;
+};
+
+/* Past the last block, where x is zero: the last one's again. */
+static __device__ __forceinline__ struct stored_scale
+load_scale(const struct product &p, const struct scale_source &s, int step, int lane) {
+    const int k = min(step * STEP + lane / 16, p.blocks - 1);
+    if (!s.nested_absmax) return {__ldg((const uint32_t *)s.scales + k * GN_CUDA_TILE_ROWS), 0.0f};
+    return {__ldg(s.scales + k * GN_CUDA_TILE_ROWS),
+            __ldg(s.nested_absmax + (uint32_t)(s.block0 + k) / GN_NESTED_BLOCK)};
+}
+
+static __device__ __forceinline__ float decode_scale(const struct scale_source &s,
+                                                     struct stored_scale stored) {
+    if (!s.nested_absmax) return __uint_as_float(stored.value);
+    return __fadd_rn(__fmul_rn(*nested_at(s.table, (int)stored.value), stored.absmax), s.offset);
 }
 
 static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t lane4) {
@@ -452,80 +520,84 @@ template <int N>
 static __device__ __forceinline__ void multiply_run(const struct product &p, struct run run,
                                                     int warpgroup, int thread) {
     typedef cut<N> C;
-    const int lane = thread % WARP, warp = thread / WARP, g = lane / 4;
-    const int warp_tile = warpgroup * GROUP_TILES + warp * 2;
-    const int tiles = C::WEIGHTS + warp_tile * STEP * GN_CUDA_TILE_BYTES; /* offset in a stage */
+    const int lane = thread % WARP, warp = thread / WARP;
     const uint32_t lane4 = lane * 4, peer_empty = peer_address(empty_at(0), lane % PEERS);
+    /* offset in a stage */
+    const int tiles = C::WEIGHTS + (warpgroup * GROUP_TILES + warp * 2) * STEP * GN_CUDA_TILE_BYTES;
     float acc[N / 2] = {}, c[N / 2] = {};
     uint32_t a[2][16];
-    int tile = run.first / p.steps, step = run.first - tile * p.steps;
-    int from = step; /* where this run came into the tile */
+    int tile = run.first / p.steps, from = run.first - tile * p.steps;
     struct turn t = {0, 0};
-    struct scale_row row = scale_row_of<N>(p, tile, warpgroup, warp, lane);
+    struct scale_source source = scale_source_of<N>(p, tile, warpgroup, warp, lane);
+    struct stored_scale stored = load_scale(p, source, from, lane);
     barrier_wait(full_at(0), 0);
     decode(a[0], stage_at<N>(0) + tiles, lane4);
-    float scale = scale_of<N>(p, row, step, 0, warp_tile, lane);
+    for (int left = run.end - run.first; left > 0; tile++, from = 0) {
+        const int end = min(p.steps, from + left);
 #pragma unroll 1
-    for (int i = run.first; i < run.end; i++) {
-        const uint8_t *stage = stage_at<N>(t.stage);
-        float scales[4];
+        for (int step = from; step < end; step++) {
+            const uint8_t *stage = stage_at<N>(t.stage);
+            start<N>(c, a[0], stage);
+            const float scale = decode_scale(source, stored);
+            stored = load_scale(p, source, step + 1, lane);
+            float scales[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) scales[j] = __shfl_sync(0xffffffffu, scale, 8 * j + g);
-        start<N>(c, a[0], stage);
-        decode(a[1], stage + tiles + GN_CUDA_TILE_BYTES, lane4);
-        add_up<N>(acc, c, scales[0], scales[1]);
+            for (int j = 0; j < 4; j++)
+                scales[j] = __shfl_sync(0xffffffffu, scale, 8 * j + lane / 4);
+            decode(a[1], stage + tiles + GN_CUDA_TILE_BYTES, lane4);
+            add_up<N>(acc, c, scales[0], scales[1]);
 
-        const bool is_last = i + 1 == run.end, ends_tile = step + 1 == p.steps;
-        const struct turn ahead = is_last ? t : next<N>(t); /* at the end: in vain */
-        const int next_step = ends_tile ? 0 : step + 1;
-        if (ends_tile && !is_last) row = scale_row_of<N>(p, tile + 1, warpgroup, warp, lane);
-        barrier_wait(full_at(ahead.stage), ahead.parity);
-        start<N>(c, a[1], stage + C::X_BYTES);
-        decode(a[0], stage_at<N>(ahead.stage) + tiles, lane4);
-        scale = scale_of<N>(p, row, next_step, ahead.stage, warp_tile, lane);
-        add_up<N>(acc, c, scales[2], scales[3]);
-        if (lane < PEERS) barrier_arrive_cluster(peer_empty + t.stage * 8);
-
-        if (ends_tile || is_last) {
-            leave<N>(p, acc, tile, ends_tile && from == 0, warpgroup, thread);
-            tile++;
-            from = 0;
+            start<N>(c, a[1], stage + C::X_BYTES);
+            const struct turn ahead = --left > 0 ? next<N>(t) : t; /* at the end: in vain */
+            barrier_wait(full_at(ahead.stage), ahead.parity);
+            decode(a[0], stage_at<N>(ahead.stage) + tiles, lane4);
+            add_up<N>(acc, c, scales[2], scales[3]);
+            if (lane < PEERS) barrier_arrive_cluster(peer_empty + t.stage * 8);
+            t = ahead;
         }
-        step = next_step;
-        t = ahead;
+        if (left > 0) {
+            source = scale_source_of<N>(p, tile + 1, warpgroup, warp, lane);
+            stored = load_scale(p, source, 0, lane);
+        }
+        leave<N>(p, acc, tile, from == 0 && end == p.steps, warpgroup, thread);
     }
 }
 
-/* The tiles that a run shares with others, if it does: where it begins, where it ends. */
+/* The tiles that a run shares with others. */
 template <int N>
 static __device__ __forceinline__ void finish_run(const struct product &p, struct run run,
                                                   int warpgroup, int thread) {
-    const int first = run.first / p.steps, last = (run.end - 1) / p.steps;
-    if (run.first % p.steps > 0 || run.end < (first + 1) * p.steps)
-        finish_shared<N>(p, first, warpgroup, thread);
-    if (last > first && run.end % p.steps > 0) finish_shared<N>(p, last, warpgroup, thread);
+#pragma unroll 1
+    for (int tile = run.first / p.steps; tile * p.steps < run.end; tile++)
+        if (run.first > tile * p.steps || run.end < (tile + 1) * p.steps)
+            finish_shared<N>(p, tile, warpgroup, thread);
 }
 
 template <int N>
-static __global__ void __maxnreg__(cut<N>::REGISTERS)
+static __global__ void __launch_bounds__(cut<N>::THREADS, 1)
     mma_kernel(const __grid_constant__ struct product p) {
     typedef cut<N> C;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
+    const int warpgroup = warp / (GROUP_THREADS / WARP);
     const struct run run = run_of(p, (int)blockIdx.x / PEERS);
     pdl_trigger();
     if (threadIdx.x < C::STAGES) {
-        barrier_init(full_at(threadIdx.x), 1 + WARP);
+        barrier_init(full_at(threadIdx.x), 1);
         barrier_init(empty_at(threadIdx.x), PEERS * C::GROUPS * (GROUP_THREADS / WARP));
         barriers_ready();
     }
     sync_cluster();
-    if (warp == C::GROUPS * (GROUP_THREADS / WARP)) {
-        copy_run<N>(p, run, threadIdx.x % WARP);
+    if (warpgroup == C::GROUPS) {
+        give_registers<FEW_REGISTERS>();
+        if (warp == C::GROUPS * (GROUP_THREADS / WARP)) copy_run<N>(p, run, threadIdx.x % WARP);
     } else {
+        take_registers<C::MORE_REGISTERS>();
+        int thread = threadIdx.x % GROUP_THREADS;
+        asm("" : "+r"(thread)); /* or it is made again in each step */
         fill_tables<N>(p);
         pdl_wait();
-        multiply_run<N>(p, run, warp / 4, threadIdx.x % GROUP_THREADS);
-        finish_run<N>(p, run, warp / 4, threadIdx.x % GROUP_THREADS);
+        multiply_run<N>(p, run, warpgroup, thread);
+        finish_run<N>(p, run, warpgroup, thread);
     }
     sync_cluster(); /* copies and arrivals of the other have come */
 }
@@ -660,6 +732,7 @@ bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args) {
             return false;
         if (args->epilogue == GN_SWIGLU && i > 0) continue;
         const gn_dtype dtype = args->part[i].y.dtype;
+        if (x->shape[0] * args->part[i].y.ld >= INT32_MAX) return false;
         if (dtype != args->part[0].y.dtype || dtype == GN_F16 ||
             (args->epilogue == GN_ADD && dtype != GN_F32))
             return false;
@@ -713,11 +786,12 @@ static gn_status pack_x(gn_ctx *ctx, const gn_linear_args *args, const struct pl
     s.blocks = (int)(x->shape[1] / GN_BLOCK);
     s.in_pairs = x->ld % 2 == 0 && is_aligned(x->data, 2 * gn_dtype_size(x->dtype)) &&
                  is_aligned(s.norm, sizeof(float2));
-    const int tokens = plan->variant.tokens;
+    const int tokens = plan->variant.tokens, chunks = plan->steps * STEP * 8;
+    const dim3 grid((unsigned)(plan->token_tiles * tokens),
+                    s.norm ? 1 : (unsigned)((chunks + PACK_THREADS - 1) / PACK_THREADS));
     gn_status status = GN_OK;
-    GN_FOR_FLOAT(x->dtype,
-                 status = launch(ctx, pack_kernel<T>, dim3((unsigned)(plan->token_tiles * tokens)),
-                                 dim3(PACK_THREADS), 0, (uint4 *)to, dense, s, tokens));
+    GN_FOR_FLOAT(x->dtype, status = launch(ctx, pack_kernel<T>, grid, dim3(PACK_THREADS), 0,
+                                           (uint4 *)to, dense, s, tokens));
     return status;
 }
 

@@ -19,21 +19,18 @@ static __device__ __forceinline__ void barrier_expect(uint32_t at, uint32_t byte
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
                  : "memory");
 }
-/* Arrives when all copy_async before, of this thread, have landed. */
-static __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
-/* `at` in the cluster's shared memory. */
+/* `at` in the cluster's shared memory. What those who wait do next is copy over what this thread
+ * has read: nothing that it wrote must be seen, so neither here nor in barrier_wait is there an
+ * order over the cluster, which costs a fence, and L1. */
 static __device__ __forceinline__ void barrier_arrive_cluster(uint32_t at) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at)
-                 : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at) : "memory");
 }
 /* Until the phase of that parity is over. */
 static __device__ __forceinline__ void barrier_wait(uint32_t at, uint32_t parity) {
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@p bra done;\n"
                  "bra again;\n"
                  "done:\n"
@@ -76,6 +73,19 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
                  : "memory");
+}
+
+static __device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
+
+/* ---- registers: a warpgroup's share of the block's ---- */
+
+template <int N> static __device__ __forceinline__ void give_registers(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> static __device__ __forceinline__ void take_registers(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 /* ---- products of a warpgroup ---- */

@@ -7,7 +7,7 @@
 
 enum {
     STEP = 2, /* 64-wide blocks of K in a stage */
-    PACK_THREADS = 256,
+    PACK_THREADS = 512,
 };
 
 struct x_source {
@@ -27,41 +27,67 @@ static __device__ __forceinline__ float2 two(const bf16 *x, bool in_pairs) {
                     : make_float2(to_float(x[0]), to_float(x[1]));
 }
 
-/* A block a row, those that fill the last tile too: they are zero, and so is the block that fills
- * the last step. Pair 8j + 4h + c of a block is its columns 16c + 4j + 2h and the next (see
- * cuda.h), so that 16 bytes, number 2j + h, take one pair of each c. `dense` (T, K), if given, gets
- * the same values in their own order. */
+/* 16 bytes of what is packed: number i of a row takes one pair of every 16 columns of a block. Pair
+ * 8j + 4h + c of a block is its columns 16c + 4j + 2h and the next (see cuda.h), so number 2j + h
+ * takes one pair of each c. */
+struct chunk {
+    float2 v[4];
+};
+
+static __device__ __forceinline__ int chunk_column(int i, int c) {
+    return i / 8 * GN_BLOCK + 16 * c + 2 * (i % 8);
+}
+template <typename X>
+static __device__ __forceinline__ struct chunk load_chunk(const X *x, int i, bool in_pairs) {
+    struct chunk out;
+#pragma unroll
+    for (int c = 0; c < 4; c++) out.v[c] = two(x + chunk_column(i, c), in_pairs);
+    return out;
+}
+
+/* Row blockIdx.x by blocks of the grid's other dimension, or, where it is normalised, by one block;
+ * those that fill the last tile too: they are zero, and so is the block that fills the last step.
+ * `dense` (T, K), if given, gets the same values in their own order. A thread's first chunk waits
+ * in registers for the norm's factor. */
 template <typename X>
 static __global__ void __launch_bounds__(PACK_THREADS)
     pack_kernel(uint4 *to, bf16 *dense, struct x_source s, int tile_tokens) {
     const int t = (int)blockIdx.x, tile = t / tile_tokens, row = t % tile_tokens;
-    const int K = s.blocks * GN_BLOCK, blocks = (s.blocks + STEP - 1) / STEP * STEP;
+    const int blocks = (s.blocks + STEP - 1) / STEP * STEP,
+              first = blockIdx.y * PACK_THREADS + threadIdx.x;
+    const int chunks = t < s.T ? s.blocks * 8 : 0, step = gridDim.y * PACK_THREADS;
     const X *x = (const X *)s.x + t * s.ld;
+    struct chunk mine = {}, weights = {};
     pdl_trigger();
+    if (s.norm && first < chunks) weights = load_chunk(s.norm, first, s.in_pairs);
     pdl_wait();
+    if (first < chunks) mine = load_chunk(x, first, s.in_pairs);
     float factor = 1.0f;
-    if (s.norm && t < s.T) {
+    if (s.norm) {
         float squares = 0.0f;
-        for (int k = 2 * (int)threadIdx.x; k < K; k += 2 * PACK_THREADS) {
-            const float2 v = two(x + k, s.in_pairs);
-            squares += v.x * v.x + v.y * v.y;
+        for (int i = first; i < chunks; i += step) {
+            const struct chunk a = i == first ? mine : load_chunk(x, i, s.in_pairs);
+#pragma unroll
+            for (int c = 0; c < 4; c++) squares += a.v[c].x * a.v[c].x + a.v[c].y * a.v[c].y;
         }
-        factor = rsqrtf(block_sum(squares) / (float)K + s.eps);
+        factor = rsqrtf(block_sum(squares) / (float)(s.blocks * GN_BLOCK) + s.eps);
     }
-    for (int i = threadIdx.x; i < blocks * 8; i += PACK_THREADS) {
-        const int block = i / 8, chunk = i % 8;
+    for (int i = first; i < blocks * 8; i += step) {
         uint32_t pairs[4] = {};
-        for (int c = 0; c < 4 && t < s.T && block < s.blocks; c++) {
-            const int k = block * GN_BLOCK + 16 * c + 2 * chunk;
-            float2 v = two(x + k, s.in_pairs);
-            if (s.norm) {
-                const float2 w = two(s.norm + k, s.in_pairs);
-                v = make_float2(v.x * factor * w.x, v.y * factor * w.y);
+        if (i < chunks) {
+            const struct chunk a = i == first ? mine : load_chunk(x, i, s.in_pairs);
+            const struct chunk w =
+                i == first || !s.norm ? weights : load_chunk(s.norm, i, s.in_pairs);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                pairs[c] = s.norm ? pack(a.v[c].x * factor * w.v[c].x, a.v[c].y * factor * w.v[c].y)
+                                  : pack(a.v[c].x, a.v[c].y);
+                if (dense)
+                    *(uint32_t *)(dense + (int64_t)t * s.blocks * GN_BLOCK + chunk_column(i, c)) =
+                        pairs[c];
             }
-            pairs[c] = pack(v.x, v.y);
-            if (dense) *(uint32_t *)(dense + (int64_t)t * K + k) = pairs[c];
         }
-        to[(((int64_t)tile * blocks + block) * tile_tokens + row) * 8 + (chunk ^ row % 8)] =
+        to[(((int64_t)tile * blocks + i / 8) * tile_tokens + row) * 8 + (i % 8 ^ row % 8)] =
             make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }

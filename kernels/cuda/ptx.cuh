@@ -79,11 +79,43 @@ static __device__ __forceinline__ void load_once(uint4 &v, const void *at, int n
                  : "l"(at), "r"(n));
 }
 
+static __device__ __forceinline__ void load_once(uint32_t &v, const uint8_t *at, int n) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.gt.s32 p, %2, 0;\n"
+                 "@p ld.global.nc.u8 %0, [%1];\n"
+                 "}"
+                 : "+r"(v)
+                 : "l"(at), "r"(n));
+}
+static __device__ __forceinline__ void load_once(float &v, const float *at, int n) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.gt.s32 p, %2, 0;\n"
+                 "@p ld.global.nc.f32 %0, [%1];\n"
+                 "}"
+                 : "+f"(v)
+                 : "l"(at), "r"(n));
+}
+
 static __device__ __forceinline__ void prefetch_line(const void *at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-/* ---- copies into shared memory ---- */
+/* ---- registers ---- */
+
+/* v stays in its register: the compiler cannot make it anew from where it came. */
+static __device__ __forceinline__ void keep(int &v) {
+    asm volatile("" : "+r"(v));
+}
+
+/* ---- shared memory ---- */
+
+static __device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+    uint32_t v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
 
 static __device__ __forceinline__ uint32_t shared_address(const void *at) {
     return (uint32_t)__cvta_generic_to_shared(at);

@@ -35,19 +35,6 @@ gn_status gn_cuda_rope_bwd(gn_ctx *, gn_tensor *, const gn_tensor *, const gn_te
     return GN_EUNSUPPORTED;
 }
 
-gn_status gn_cuda_attention_train(gn_ctx *, const gn_attention_rows *) {
-    return GN_EUNSUPPORTED;
-}
-
-gn_status gn_cuda_attention_bwd(gn_ctx *, gn_tensor *, gn_tensor *, gn_tensor *, const gn_tensor *,
-                                const gn_attention_rows *) {
-    return GN_EUNSUPPORTED;
-}
-
-size_t gn_cuda_attention_train_workspace(const gn_ctx *, int64_t) {
-    return 0;
-}
-
 gn_status gn_cuda_cross_entropy(gn_ctx *, const gn_cross_entropy_args *) {
     return GN_EUNSUPPORTED;
 }

@@ -91,6 +91,9 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     s->table.rope_store = gn_cuda_rope_store;
     s->table.attention = gn_cuda_attention;
     s->table.attention_workspace = gn_cuda_attention_workspace;
+    s->table.attention_train = gn_cuda_attention_train;
+    s->table.attention_bwd = gn_cuda_attention_bwd;
+    s->table.attention_train_workspace = gn_cuda_attention_train_workspace;
     s->table.stage = stage;
     s->table.place_bytes = place_bytes;
     s->table.place = place;

@@ -131,6 +131,9 @@ template <typename T> static inline T __ldg(const T *at) {
 template <typename T> static inline T __ldcg(const T *at) {
     return *at;
 }
+template <typename T> static inline void __stcg(T *at, T v) {
+    *at = v;
+}
 template <typename T> static inline T __ldcs(const T *at) {
     return *at;
 }

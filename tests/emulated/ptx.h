@@ -35,11 +35,19 @@ static inline uint32_t load_acquire(const uint32_t *at) {
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
     if (n > 0) v = *(const T *)at;
 }
+static inline void load_once(uint32_t &v, const uint8_t *at, int n) {
+    if (n > 0) v = *at;
+}
+static inline void keep(int &) {}
 static inline void prefetch_line(const void *) {}
 
 /* From the beginning of dynamic shared memory. */
 static inline uint32_t shared_address(const void *at) {
     return (uint32_t)((const uint8_t *)at - shared);
+}
+
+static inline uint32_t load_shared(uint32_t at) {
+    return *(const uint32_t *)(shared + at);
 }
 
 template <int BYTES> static inline void copy_async(const void *to, const void *from) {

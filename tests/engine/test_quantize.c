@@ -295,51 +295,6 @@ Test(quantize, progress_ends_with_all_bytes) {
 
 /* ---- memory ---- */
 #ifndef __SANITIZE_THREAD__ /* which keeps several bytes for each that was read */
-
-/* Adds a tensor of zeros to a header, a vector when cols is 1; returns where its data end. */
-static int64_t add_zeros(char *header, const char *name, int64_t rows, int64_t cols, int64_t at) {
-    const int64_t end = at + rows * cols * (int64_t)sizeof(float);
-    char more[32] = "";
-    if (cols > 1) snprintf(more, sizeof more, ",%lld", (long long)cols);
-    sprintf(header + strlen(header),
-            "%s\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld%s],\"data_offsets\":[%lld,%lld]}",
-            at ? "," : "{", name, (long long)rows, more, (long long)at, (long long)end);
-    return end;
-}
-
-/* A model of zeros, which take no room on the disk. Returns the bytes of its tensors. */
-static int64_t make_zeros(int hidden, int intermediate, int layers) {
-    gn_config c = {.hidden = hidden, .intermediate = intermediate, .heads = 8, .kv_heads = 8};
-    char header[16384] = "", name[128], text[512];
-    c.head_dim = hidden / c.heads;
-    snprintf(text, sizeof text,
-             "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":8,"
-             "\"hidden_size\":%d,\"intermediate_size\":%d,\"num_hidden_layers\":%d,"
-             "\"num_attention_heads\":8,\"hidden_act\":\"silu\",\"rms_norm_eps\":1e-6,"
-             "\"max_position_embeddings\":64}",
-             hidden, intermediate, layers);
-    cr_assert_eq(mkdir(test_path("in"), 0777), 0);
-    test_write_text("in/config.json", text);
-    int64_t end = add_zeros(header, "model.embed_tokens.weight", 8, hidden, 0);
-    end = add_zeros(header, "lm_head.weight", 8, hidden, end);
-    end = add_zeros(header, "model.norm.weight", hidden, 1, end);
-    for (int layer = 0; layer < layers; layer++) {
-        for (int p = 0; p < GN_PROJ_COUNT; p++) {
-            snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[p]);
-            end = add_zeros(header, name, gn_proj_rows(&c, (gn_proj)p),
-                            gn_proj_cols(&c, (gn_proj)p), end);
-        }
-        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", layer);
-        end = add_zeros(header, name, hidden, 1, end);
-        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", layer);
-        end = add_zeros(header, name, hidden, 1, end);
-    }
-    strcat(header, "}");
-    test_write_safetensors("in/model.safetensors", header, 0);
-    cr_assert_eq(truncate(test_path("in/model.safetensors"), 8 + (int64_t)strlen(header) + end), 0);
-    return end;
-}
-
 #ifdef __SANITIZE_ADDRESS__ /* which keeps what was freed */
 enum { OVERHEAD = 72 << 20 };
 #else
@@ -350,7 +305,7 @@ enum { OVERHEAD = 32 << 20 };
 Test(quantize, memory_follows_the_largest_tensor) {
     enum { HIDDEN = 1024, INTERMEDIATE = 8192, LAYERS = 2 };
     const int64_t largest = (int64_t)HIDDEN * INTERMEDIATE * (int64_t)sizeof(float);
-    const int64_t all = make_zeros(HIDDEN, INTERMEDIATE, LAYERS);
+    const int64_t all = test_zeros_model("in", HIDDEN, INTERMEDIATE, LAYERS);
     gn_quantize_options o = from_golden();
     gn_quantize_result result;
     gn_error err = {0};

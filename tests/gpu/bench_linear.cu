@@ -1,4 +1,4 @@
-/* bench_linear.cu - products of 17 to some hundred rows with NF4 weights; run by hand, not a test.
+/* bench_linear.cu - products of 16 to some hundred rows with NF4 weights; run by hand, not a test.
  *
  * Each shape and number of rows goes through linear_mma.cu and through linear_dense.cu, in trains
  * of calls recorded as a graph, each call with another copy of the weights, so that they come from
@@ -6,10 +6,12 @@
  * floor (bytes at GB_S or operations at TFLOPS, whichever takes longer), its share, and how far
  * apart the two results are, as a share of their norm.
  *
- * usage: bench_linear [GB_S TFLOPS]: 4300 and 785, an H200's, by default */
+ * usage: bench_linear [GB_S TFLOPS [SHAPE [ROWS]]]: 4300 and 785, an H200's, by default; only one
+ * shape, only one number of rows */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels/cuda/linear.h"
 
@@ -27,7 +29,7 @@ static const struct shape {
     {"7b down", 11008, {4096}, 1, false, GN_ADD},
     {"22016x8192", 8192, {22016}, 1, false, GN_STORE},
 };
-static const int rows[] = {17, 32, 48, 64, 96, 128, 192, 256, 384, 512};
+static const int rows[] = {16, 17, 32, 48, 64, 96, 128, 192, 256, 384, 512};
 
 typedef gn_status linear_fn(gn_ctx *ctx, const gn_linear_args *args);
 
@@ -216,7 +218,8 @@ static double distance(struct bench *b, int T, void *x, void *y) {
     return sqrt(off / all);
 }
 
-static void bench_shape(gn_ctx *ctx, const struct shape *s, double gb_s, double tflops) {
+/* only: one number of rows, or 0 for all. */
+static void bench_shape(gn_ctx *ctx, const struct shape *s, int only, double gb_s, double tflops) {
     struct weights w;
     struct bench b = {};
     b.ctx = ctx;
@@ -229,6 +232,7 @@ static void bench_shape(gn_ctx *ctx, const struct shape *s, double gb_s, double 
     if (!y) check(GN_ENOMEM, "outputs");
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         const int T = rows[i];
+        if (only != 0 && T != only) continue;
         const double flop = 2.0 * T * (double)columns_of(&b) * s->K;
         const double floor = fmax(w.bytes / gb_s * 1e-3, flop / tflops * 1e-6);
         const double dense = time_of(&b, gn_cuda_linear_dense, T, x, y);
@@ -265,7 +269,8 @@ int main(int argc, char **argv) {
     check(gn_ctx_reserve(ctx, gn_linear_workspace(ctx, MAX_T, 11008, 22016, 0, 0)), "workspace");
     printf("%s\n", gn_ctx_device(ctx));
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        bench_shape(ctx, &shapes[i], gb_s, tflops);
+        if (argc <= 3 || strcmp(argv[3], shapes[i].name) == 0)
+            bench_shape(ctx, &shapes[i], argc > 4 ? atoi(argv[4]) : 0, gb_s, tflops);
     gn_ctx_close(ctx);
     return 0;
 }

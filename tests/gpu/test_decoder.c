@@ -15,7 +15,7 @@ static const shape shapes[] = {
     {2048, 5568, 16, 2, 128, 2, GN_Q_NF4, false},  {1536, 4096, 24, 2, 64, 1, GN_Q_NF4, true},
     {4096, 11008, 32, 32, 128, 1, GN_Q_NF4, true},
 };
-static const int row_counts[] = {1, 2, 3, 4, 7, 8, 9, 16};
+static const int row_counts[] = {1, 2, 3, 4, 5, 7, 8};
 
 enum { TERMS = 3, SEQ_BLOCKS = 64, SEQS = GN_DECODER_MAX_ROWS };
 

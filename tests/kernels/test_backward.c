@@ -388,7 +388,8 @@ static void make_attention(problem *p, head_shape *s) {
     add_input(p, T * s->kv_heads * s->D, false);
     add_input(p, T * s->kv_heads * s->D, false);
     add_output(p, T * s->heads * s->D);
-    cr_assert_eq(gn_ctx_reserve(p->ctx, gn_attention_train_workspace(p->ctx, T)), GN_OK);
+    cr_assert_eq(gn_ctx_reserve(p->ctx, gn_attention_train_workspace(p->ctx, T, s->heads, s->D, T)),
+                 GN_OK);
 }
 
 /* ---- products ---- */

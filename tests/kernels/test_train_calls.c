@@ -65,7 +65,7 @@ static void make_calls(calls *c) {
                                       .dx = c->dx,
                                       .dw = rows2(c->w, 64, 64)};
     const size_t bytes = gn_linear_bwd_workspace(c->ctx, 4, 64, 64, 2) +
-                         gn_attention_train_workspace(c->ctx, 4) +
+                         gn_attention_train_workspace(c->ctx, 4, 2, 4, 4) +
                          gn_cross_entropy_workspace(c->ctx, 64, 64);
     cr_assert_eq(gn_ctx_reserve(c->ctx, bytes), GN_OK);
 }

@@ -6,7 +6,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+#include "engine/config.h"
 
 static char folder[128];
 static void **allocated;
@@ -30,8 +33,12 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
     return remove(path);
 }
 
+static void remove_tree(const char *path) {
+    nftw(path, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+}
+
 void test_folder_remove(void) {
-    nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    remove_tree(folder);
     while (n_allocated > 0) free(allocated[--n_allocated]);
     free(allocated);
 }
@@ -77,6 +84,10 @@ bool test_exists(const char *name) {
 
 static void put_length(FILE *f, uint64_t length) {
     for (int i = 0; i < 8; i++) fputc((int)(length >> (8 * i) & 255), f);
+}
+
+void test_remove(const char *name) {
+    remove_tree(test_path(name));
 }
 
 void test_write_safetensors(const char *name, const char *header, size_t n) {
@@ -153,4 +164,49 @@ void test_tensor_add(test_tensors *set, const char *name, gn_dtype dtype, int64_
                                               .shape = {n, 1, 1, 1},
                                               .data = test_alloc(bytes),
                                               .bytes = bytes};
+}
+
+/* Adds a tensor of zeros to a header, a vector when cols is 1; returns where its data end. */
+static int64_t add_zeros(char *header, const char *name, int64_t rows, int64_t cols, int64_t at) {
+    const int64_t end = at + rows * cols * (int64_t)sizeof(float);
+    char more[32] = "";
+    if (cols > 1) snprintf(more, sizeof more, ",%lld", (long long)cols);
+    sprintf(header + strlen(header),
+            "%s\"%s\":{\"dtype\":\"F32\",\"shape\":[%lld%s],\"data_offsets\":[%lld,%lld]}",
+            at ? "," : "{", name, (long long)rows, more, (long long)at, (long long)end);
+    return end;
+}
+
+int64_t test_zeros_model(const char *folder_name, int hidden, int intermediate, int layers) {
+    gn_config c = {.hidden = hidden, .intermediate = intermediate, .heads = 8, .kv_heads = 8};
+    char header[16384] = "", name[128], text[512], path[128];
+    c.head_dim = hidden / c.heads;
+    snprintf(text, sizeof text,
+             "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":8,"
+             "\"hidden_size\":%d,\"intermediate_size\":%d,\"num_hidden_layers\":%d,"
+             "\"num_attention_heads\":8,\"hidden_act\":\"silu\",\"rms_norm_eps\":1e-6,"
+             "\"max_position_embeddings\":64}",
+             hidden, intermediate, layers);
+    cr_assert_eq(mkdir(test_path(folder_name), 0777), 0);
+    snprintf(path, sizeof path, "%s/config.json", folder_name);
+    test_write_text(path, text);
+    int64_t end = add_zeros(header, "model.embed_tokens.weight", 8, hidden, 0);
+    end = add_zeros(header, "lm_head.weight", 8, hidden, end);
+    end = add_zeros(header, "model.norm.weight", hidden, 1, end);
+    for (int layer = 0; layer < layers; layer++) {
+        for (int p = 0; p < GN_PROJ_COUNT; p++) {
+            snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[p]);
+            end = add_zeros(header, name, gn_proj_rows(&c, (gn_proj)p),
+                            gn_proj_cols(&c, (gn_proj)p), end);
+        }
+        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", layer);
+        end = add_zeros(header, name, hidden, 1, end);
+        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", layer);
+        end = add_zeros(header, name, hidden, 1, end);
+    }
+    strcat(header, "}");
+    snprintf(path, sizeof path, "%s/model.safetensors", folder_name);
+    test_write_safetensors(path, header, 0);
+    cr_assert_eq(truncate(test_path(path), 8 + (int64_t)strlen(header) + end), 0);
+    return end;
 }

@@ -17,6 +17,7 @@ void test_write(const char *name, const void *data, size_t n);
 void test_write_text(const char *name, const char *text);
 void test_copy(const char *from, const char *name);
 bool test_exists(const char *name);
+void test_remove(const char *name); /* a file, or a folder with all that is in it */
 
 /* A safetensors file of exactly this header and n bytes of data, which count up. */
 void test_write_safetensors(const char *name, const char *header, size_t n);
@@ -32,5 +33,8 @@ void test_tensors_write(const test_tensors *set, const char *name, size_t paddin
 gn_file_tensor *test_tensor(test_tensors *set, const char *name); /* fails the test when missing */
 void test_tensor_remove(test_tensors *set, const char *name);
 void test_tensor_add(test_tensors *set, const char *name, gn_dtype dtype, int64_t n);
+
+/* A model folder of zeros, which take no room on the disk. Returns the bytes of its tensors. */
+int64_t test_zeros_model(const char *name, int hidden, int intermediate, int layers);
 
 #endif
