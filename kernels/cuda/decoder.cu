@@ -44,7 +44,7 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
     }
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
-        while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {
+        while (load_relaxed(&p.sync[0]) < meetings * gridDim.x) {
         }
         __threadfence();
     }
@@ -71,13 +71,10 @@ template <int MOST> static __device__ __forceinline__ void note_positions(const 
     }
 }
 
-/* A lane's part of phase i, on its way to its place. */
-static __device__ __forceinline__ uint4 load_phase(const struct program &p, int i, int lane) {
-    if (i >= p.n_phases || lane >= (int)sizeof(struct phase) / 16) return make_uint4(0, 0, 0, 0);
-    return __ldg((const uint4 *)(p.phases + i) + lane);
-}
-static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) {
-    if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
+/* Asks for phase i, by a warp. */
+static __device__ __forceinline__ void load_phase(const struct program &p, int i, int lane) {
+    if (i < p.n_phases && lane < (int)sizeof(struct phase) / 16)
+        copy_async<16>((uint4 *)phase_at(i) + lane, (const uint4 *)(p.phases + i) + lane);
 }
 
 template <int MOST, bool DQ, bool LORA>
@@ -91,8 +88,8 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     struct step step = {};
     struct cursor cur = {};
     cur.at = -1;
-    for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
-        store_phase(i, load_phase(p, i, lane), lane);
+    if (warp < PHASES - 1) load_phase(p, warp, lane);
+    wait_for_all_copies();
     __syncthreads();
     if (!helps) {
         load_step<DQ>(&step, &cur, p, 0, warp, lane);
@@ -107,15 +104,21 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     for (int i = 0; i < p.n_phases; i++) {
         if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const enum kind kind = phase_at(i)->kind;
-        const int coming = i + PHASES - 1;
-        uint4 phase;
-        if (warp == 0) phase = load_phase(p, coming, lane);
+        if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
-            if (!helps && next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
+            struct cursor *saved = (struct cursor *)(shared + CURSORS_AT) + warp;
+            if (!helps) {
+                if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, 0, lane);
+                if (lane == 0) *saved = cur;
+                __syncwarp();
+            }
             attend(p, *phase_at(i), warp, lane);
             step = {};
-            if (!helps) load_step<DQ>(&step, &cur, p, i, warp, lane);
+            if (!helps) {
+                cur = *saved;
+                load_step<DQ>(&step, &cur, p, i, warp, lane);
+            }
         } else if (kind == PREPARE && !helps) {
             prepare<MOST, LORA>(p, *phase_at(i));
         } else if (kind != PREPARE && helps) {
@@ -123,7 +126,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
         } else if (kind != PREPARE) {
             multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
         }
-        if (warp == 0) store_phase(coming, phase, lane);
+        if (warp == 0) wait_for_all_copies();
     }
     leave(p);
 }

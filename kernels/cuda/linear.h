@@ -13,7 +13,7 @@ size_t gn_cuda_linear_decode_workspace(int64_t max_rank, int max_terms);
 
 /* linear_mma.cu: up to GN_CUDA_MMA_ROWS rows in bfloat16 with 4-bit weights in tiles, on Hopper.
  * All parts' weights must be of one type with one and the same table of code values. */
-enum { GN_CUDA_MMA_ROWS = 512 };
+enum { GN_CUDA_MMA_ROWS = 128 };
 bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args);
 gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
@@ -27,8 +27,6 @@ size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n
 
 /* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. */
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
-/* to (rows, cols) bf16, dense = the weight. */
-gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to);
 size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                       int64_t max_rank, int max_terms);
 

@@ -59,6 +59,12 @@ static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
     return v;
 }
 
+static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *at) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
 /* What is read once, so that it stays out of L1, where n > 0; else v keeps what it has. */
 static __device__ __forceinline__ void load_once(uint2 &v, const void *at, int n) {
     asm volatile("{\n"

@@ -32,6 +32,9 @@ static inline uint32_t load_acquire(const uint32_t *at) {
     emulator::let_others_run();
     return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
+static inline uint32_t load_relaxed(const uint32_t *at) {
+    return load_acquire(at);
+}
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
     if (n > 0) v = *(const T *)at;
 }

@@ -324,44 +324,71 @@ static int cut_terms(gn_lora out[MAX_TERMS], const adapters *a, int t0, int rows
     return a->n;
 }
 
-/* Rows [t0, t0+rows) on the GPU into y[i], dense floats. NULL, or what went wrong. */
-static const char *solve(const problem *p, int t0, int rows, float *y[GN_MAX_PARTS]) {
+/* A call of rows [t0, t0+rows) with everything on the GPU. */
+typedef struct {
+    device_memory memory;
+    adapters *adapters;
+    gn_lora terms[MAX_TERMS];
+    gn_tensor norm;
+    gn_linear_args args;
+} placed_call;
+
+static placed_call *place_call(const problem *p, int t0, int rows) {
     const weight_shape *s = &p->w->s;
     const call *c = &p->c;
     gn_ctx *gpu = p->sides->gpu;
-    device_memory m = {.ctx = gpu};
-    adapters *placed = place_adapters(&m, p->adapters);
-    gn_lora terms[MAX_TERMS];
-    const int n_terms = cut_terms(terms, placed, t0, rows);
+    placed_call *call = calloc(1, sizeof *call);
+    device_memory *m = &call->memory;
+    m->ctx = gpu;
+    call->adapters = place_adapters(m, p->adapters);
+    const int n_terms = cut_terms(call->terms, call->adapters, t0, rows);
     const gn_dtype x_dtype = c->norm ? GN_F32 : gn_ctx_activation(gpu);
-    gn_tensor norm;
-    gn_linear_args args = {.x = device_rows(&m, p->x + (size_t)t0 * (size_t)s->K, x_dtype, rows,
-                                            s->K, c->pad, c->shift),
-                           .eps = EPS_NORM,
-                           .epilogue = c->epilogue,
-                           .lora = n_terms ? terms : NULL,
-                           .n_lora = n_terms,
-                           .pair = FIRST_PAIR,
-                           .n_parts = s->n_parts};
+    call->args = (gn_linear_args){.x = device_rows(m, p->x + (size_t)t0 * (size_t)s->K, x_dtype,
+                                                   rows, s->K, c->pad, c->shift),
+                                  .eps = EPS_NORM,
+                                  .epilogue = c->epilogue,
+                                  .lora = n_terms ? call->terms : NULL,
+                                  .n_lora = n_terms,
+                                  .pair = FIRST_PAIR,
+                                  .n_parts = s->n_parts};
     if (c->norm) {
-        norm =
-            gn_tensor_1d(device_alloc(&m, p->norm, (size_t)s->K * sizeof(float), 0), GN_F32, s->K);
-        args.norm = &norm;
+        call->norm =
+            gn_tensor_1d(device_alloc(m, p->norm, (size_t)s->K * sizeof(float), 0), GN_F32, s->K);
+        call->args.norm = &call->norm;
     }
     for (int i = 0; i < s->n_parts; i++) {
         const float *old = p->old_y[i] ? p->old_y[i] + (size_t)t0 * (size_t)s->N[i] : NULL;
-        args.part[i].w = &p->w->placed[i];
+        call->args.part[i].w = &p->w->placed[i];
         if (i < n_outputs(p))
-            args.part[i].y = device_rows(&m, old, output_dtype(p), rows, s->N[i], c->pad, c->shift);
+            call->args.part[i].y =
+                device_rows(m, old, output_dtype(p), rows, s->N[i], c->pad, c->shift);
     }
-    cr_assert_eq(stage_rows(gpu, rows, terms, n_terms), GN_OK, "%s", p->name);
+    return call;
+}
+
+/* y[i], dense floats. NULL, or what went wrong. */
+static const char *read_call(const problem *p, const placed_call *call, float *y[GN_MAX_PARTS]) {
+    for (int i = 0; i < n_outputs(p); i++)
+        if (!read_rows(p->sides->gpu, y[i], &call->args.part[i].y))
+            return "a gap between rows of y is written";
+    return guards_stand(&call->memory) ? NULL : "a guard is written";
+}
+
+static void free_call(placed_call *call) {
+    device_free(&call->memory);
+    free(call->adapters);
+    free(call);
+}
+
+/* Rows [t0, t0+rows) on the GPU into y[i], dense floats. NULL, or what went wrong. */
+static const char *solve(const problem *p, int t0, int rows, float *y[GN_MAX_PARTS]) {
+    gn_ctx *gpu = p->sides->gpu;
+    placed_call *call = place_call(p, t0, rows);
+    cr_assert_eq(stage_rows(gpu, rows, call->terms, call->args.n_lora), GN_OK, "%s", p->name);
     reserve(gpu, workspace_of(gpu, p, rows));
-    const char *why = ran(gpu, gn_linear(gpu, &args), p->name);
-    for (int i = 0; i < n_outputs(p) && !why; i++)
-        if (!read_rows(gpu, y[i], &args.part[i].y)) why = "a gap between rows of y is written";
-    if (!why && !guards_stand(&m)) why = "a guard is written";
-    device_free(&m);
-    free(placed);
+    const char *why = ran(gpu, gn_linear(gpu, &call->args), p->name);
+    if (!why) why = read_call(p, call, y);
+    free_call(call);
     return why;
 }
 
@@ -521,29 +548,41 @@ static void judge_output(verdict *v, const problem *p, int part, const float *go
         }
 }
 
-static void check_problem(tally *tally, const problem *p) {
-    const weight_shape *s = &p->w->s;
-    float *got[GN_MAX_PARTS] = {0}, *product[GN_MAX_PARTS] = {0}, *error[GN_MAX_PARTS] = {0};
-    for (int i = 0; i < s->n_parts; i++) {
-        const size_t bytes = (size_t)p->c.T * (size_t)s->N[i] * sizeof(float);
-        got[i] = malloc(bytes);
-        product[i] = malloc(bytes);
-        error[i] = malloc(bytes);
-    }
+typedef struct {
+    float *y[GN_MAX_PARTS]; /* (T, N_i) */
+} outputs;
+
+static outputs make_outputs(const problem *p) {
+    outputs o = {0};
+    for (int i = 0; i < p->w->s.n_parts; i++)
+        o.y[i] = malloc((size_t)p->c.T * (size_t)p->w->s.N[i] * sizeof(float));
+    return o;
+}
+
+static void free_outputs(outputs *o) {
+    for (int i = 0; i < GN_MAX_PARTS; i++) free(o->y[i]);
+}
+
+/* why: what went wrong; or NULL, and the outputs are judged. */
+static void judge_problem(tally *tally, const problem *p, const outputs *got, const char *why) {
+    outputs product = make_outputs(p), error = make_outputs(p);
     verdict v = {0};
     snprintf(v.name, sizeof v.name, "%s", p->name);
-    const char *why = solve(p, 0, p->c.T, got);
     if (!why) {
-        products_of(p, product);
-        errors_of(p, error);
-        for (int i = 0; i < n_outputs(p); i++) judge_output(&v, p, i, got[i], product, error);
+        products_of(p, product.y);
+        errors_of(p, error.y);
+        for (int i = 0; i < n_outputs(p); i++)
+            judge_output(&v, p, i, got->y[i], product.y, error.y);
     }
     settle(tally, &v, why);
-    for (int i = 0; i < s->n_parts; i++) {
-        free(got[i]);
-        free(product[i]);
-        free(error[i]);
-    }
+    free_outputs(&product);
+    free_outputs(&error);
+}
+
+static inline void check_problem(tally *tally, const problem *p) {
+    outputs got = make_outputs(p);
+    judge_problem(tally, p, &got, solve(p, 0, p->c.T, got.y));
+    free_outputs(&got);
 }
 
 #endif

@@ -63,7 +63,9 @@ static param *add_param(run *r, const gn_tensor *from, const char *name) {
     return p;
 }
 
-static run open_run(const char *base, gn_compute compute, int threads, int rank) {
+/* keep: what layers keep; NULL: nothing. */
+static run open_run(const char *base, gn_compute compute, int threads, int rank,
+                    const int32_t *keep) {
     run r = {0};
     gn_error err = {0};
     char dir[512];
@@ -71,14 +73,16 @@ static run open_run(const char *base, gn_compute compute, int threads, int rank)
     const gn_model_options options = {
         .device = "cpu", .compute = compute, .as_stored = true, .threads = threads};
     cr_assert_eq(gn_model_open(&r.model, dir, &options, &err), GN_OK, "%s", err.message);
-    const gn_train_limits limits = {ROWS, SAMPLES, TOKENS, rank};
+    gn_train_limits limits = {
+        .max_rows = ROWS, .max_seqs = SAMPLES, .context = TOKENS, .max_rank = rank};
+    if (keep) memcpy(limits.keep, keep, sizeof limits.keep);
     cr_assert_eq(gn_train_step_open(&r.step, r.model, &limits, &err), GN_OK, "%s", err.message);
     return r;
 }
 
 /* LoRA from adapter-init-r8 over the NF4 weights. B is zero there; `random_b` gives it values. */
-static run open_lora(gn_compute compute, int threads, bool random_b) {
-    run r = open_run("tiny-bnb-nf4", compute, threads, 8);
+static run open_lora_keeping(gn_compute compute, int threads, bool random_b, const int32_t *keep) {
+    run r = open_run("tiny-bnb-nf4", compute, threads, 8, keep);
     gn_error err = {0};
     gn_adapter *init = NULL;
     cr_assert_eq(gn_adapter_open(&init, r.model, DATA "adapter-init-r8", &err), GN_OK, "%s",
@@ -106,6 +110,10 @@ static run open_lora(gn_compute compute, int threads, bool random_b) {
     return r;
 }
 
+static run open_lora(gn_compute compute, int threads, bool random_b) {
+    return open_lora_keeping(compute, threads, random_b, NULL);
+}
+
 /* A float32 copy of a weight takes its place in the model. */
 static gn_tensor train_matrix(run *r, gn_matrix *w) {
     const gn_tensor from = gn_tensor_2d((void *)w->data, w->dtype, w->rows, w->cols);
@@ -121,8 +129,8 @@ static gn_tensor train_vector(run *r, gn_tensor *w) {
     return p->grad;
 }
 
-static run open_full(void) {
-    run r = open_run("tiny-bf16", GN_COMPUTE_F32, 0, 0);
+static run open_full(const int32_t *keep) {
+    run r = open_run("tiny-bf16", GN_COMPUTE_F32, 0, 0, keep);
     const int n = r.model->config.layers;
     r.layers = calloc((size_t)n, sizeof *r.layers);
     r.trained = (gn_trained){.embed = train_matrix(&r, &r.model->embed),
@@ -308,7 +316,7 @@ Test(train_step, in_bfloat16_losses_are_within_1_percent) {
 
 Test(train_step, full_training_follows_the_golden_run) {
     golden g = open_golden();
-    run r = open_full();
+    run r = open_full(NULL);
     follow_golden(&r, &g, "full.", 1e-3, 1e-5, 1e-3, 1e-4);
     close_run(&r);
     close_golden(&g);
@@ -414,6 +422,50 @@ Test(train_step, gradients_do_not_depend_on_the_threads) {
         close_run(&r);
     }
     free(expected);
+    close_golden(&g);
+}
+
+/* Loss and gradients are the same bits whatever the layers keep, one thing at a time, all, or some
+ * of each; dropout and the training of all weights included. */
+Test(train_step, what_is_kept_changes_no_bit) {
+    static const int32_t keeps[][GN_KEEP_COUNT] = {
+        {0},
+        {[GN_KEEP_QKV] = 1},
+        {[GN_KEEP_ATTENTION] = 2},
+        {[GN_KEEP_RESIDUAL] = 2},
+        {[GN_KEEP_GATE_UP] = 1},
+        {[GN_KEEP_SWIGLU] = 2},
+        {[GN_KEEP_QKV] = 2, [GN_KEEP_RESIDUAL] = 1},
+        {[GN_KEEP_QKV] = 1, [GN_KEEP_ATTENTION] = 2, [GN_KEEP_SWIGLU] = 1},
+        {2, 1, 2, 1, 2},
+        {2, 2, 2, 2, 2},
+    };
+    golden g = open_golden();
+    const gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
+    for (int mode = 0; mode < 3; mode++) {
+        float *expected = NULL;
+        double expected_loss = 0;
+        for (size_t k = 0; k < sizeof keeps / sizeof *keeps; k++) {
+            run r = mode == 2 ? open_full(keeps[k])
+                              : open_lora_keeping(mode ? GN_COMPUTE_BF16 : GN_COMPUTE_F32, 2, true,
+                                                  keeps[k]);
+            double loss;
+            r.trained.dropout = 0.1f;
+            free(step_grads(&r, &b, &loss)); /* leaves values behind that must not be used */
+            float *grads = step_grads(&r, &b, &loss);
+            if (k > 0) {
+                cr_assert_eq(loss, expected_loss, "mode %d, keeping %zu", mode, k);
+                cr_assert(!memcmp(grads, expected, (size_t)count_grads(&r) * sizeof *grads),
+                          "mode %d, keeping %zu", mode, k);
+                free(grads);
+            } else {
+                expected = grads;
+                expected_loss = loss;
+            }
+            close_run(&r);
+        }
+        free(expected);
+    }
     close_golden(&g);
 }
 
