@@ -35,17 +35,22 @@ struct gn_forward {
     int rank; /* reserved for */
 };
 
-static gn_dtype kv_dtype(const gn_model *model) {
-    return gn_ctx_compute(model->ctx);
+static gn_dtype kv_dtype(const gn_model *model, gn_kv_dtype dtype) {
+    if (dtype == GN_KV_AUTO) return gn_ctx_compute(model->ctx);
+    return dtype == GN_KV_FP8 ? GN_F8 : GN_BF16;
 }
 
-static int64_t kv_block_numel(const gn_config *c) {
-    return (int64_t)c->kv_heads * GN_KV_BLOCK_TOKENS * c->head_dim;
+/* Rows of head_dim that a block has in each of a layer's tensors. */
+static int64_t kv_block_rows(const gn_config *c) {
+    return (int64_t)c->kv_heads * GN_KV_BLOCK_TOKENS;
 }
 
-size_t gn_forward_kv_block_bytes(const gn_model *model) {
+size_t gn_forward_kv_block_bytes(const gn_model *model, gn_kv_dtype option) {
     const gn_config *c = &model->config;
-    return 2 * (size_t)c->layers * (size_t)kv_block_numel(c) * gn_dtype_size(kv_dtype(model));
+    const gn_dtype dtype = kv_dtype(model, option);
+    const size_t scale = dtype == GN_F8 ? sizeof(float) : 0;
+    return 2 * (size_t)c->layers * (size_t)kv_block_rows(c) *
+           ((size_t)c->head_dim * gn_dtype_size(dtype) + scale);
 }
 
 static bool allocate(gn_ctx *ctx, gn_tensor *t, gn_dtype dtype, int64_t rows, int64_t cols) {
@@ -54,24 +59,32 @@ static bool allocate(gn_ctx *ctx, gn_tensor *t, gn_dtype dtype, int64_t rows, in
     return t->data != NULL;
 }
 
+/* (blocks, kv_heads, tokens) rows of `cols`; with `ndim` 3 of one, which is no dimension. */
+static bool allocate_rows(gn_forward *f, gn_tensor *t, gn_dtype dtype, int ndim, int64_t cols) {
+    const gn_config *c = &f->model->config;
+    if (!allocate(f->model->ctx, t, dtype, f->limits.kv_blocks, kv_block_rows(c) * cols))
+        return false;
+    t->ndim = ndim;
+    t->shape[1] = c->kv_heads;
+    t->shape[2] = GN_KV_BLOCK_TOKENS;
+    t->shape[3] = cols;
+    return true;
+}
+
 static bool allocate_cache(gn_forward *f) {
     const gn_config *c = &f->model->config;
+    const gn_dtype dtype = kv_dtype(f->model, f->limits.kv_dtype);
     f->kv = calloc((size_t)c->layers, sizeof *f->kv);
-    if (!f->kv) return false;
-    const int64_t blocks = f->limits.kv_blocks;
-    for (int i = 0; i < c->layers; i++) {
-        gn_tensor *both[] = {&f->kv[i].k, &f->kv[i].v};
-        for (int j = 0; j < 2; j++) {
-            gn_tensor *t = both[j];
-            if (!allocate(f->model->ctx, t, kv_dtype(f->model), blocks, kv_block_numel(c)))
-                return false;
-            t->ndim = 4;
-            t->shape[1] = c->kv_heads;
-            t->shape[2] = GN_KV_BLOCK_TOKENS;
-            t->shape[3] = c->head_dim;
-        }
+    bool is_there = f->kv != NULL;
+    for (int i = 0; i < c->layers && is_there; i++) {
+        gn_kv *kv = &f->kv[i];
+        is_there = allocate_rows(f, &kv->k, dtype, 4, c->head_dim) &&
+                   allocate_rows(f, &kv->v, dtype, 4, c->head_dim);
+        if (is_there && dtype == GN_F8)
+            is_there = allocate_rows(f, &kv->k_scales, GN_F32, 3, 1) &&
+                       allocate_rows(f, &kv->v_scales, GN_F32, 3, 1);
     }
-    return true;
+    return is_there;
 }
 
 static bool allocate_activations(gn_forward *f) {
@@ -142,12 +155,15 @@ static gn_status reserve(gn_forward *f, int rank) {
     return status;
 }
 
-gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n, gn_error *err) {
     for (int32_t i = 0; i < n; i++) {
-        const gn_status status = reserve(f, uses[i].adapter->max_rank);
-        if (status) return status;
+        const int rank = uses[i].adapter->max_rank;
+        const gn_status status = reserve(f, rank);
+        if (status)
+            return gn_fail(err, status, "no working memory for an adapter of rank %d: %s", rank,
+                           gn_status_text(status));
     }
-    return gn_adapter_memory_acquire(f->adapters, uses, n);
+    return gn_adapter_memory_acquire(f->adapters, uses, n, err);
 }
 
 void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
@@ -158,8 +174,9 @@ bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n
     return gn_adapter_memory_holds(f->adapters, uses, n);
 }
 
-gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready) {
-    return gn_adapter_memory_poll(f->adapters, uses, n, ready);
+gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready,
+                          gn_error *err) {
+    return gn_adapter_memory_poll(f->adapters, uses, n, ready, err);
 }
 
 /* All layers at once, where the device can. */
@@ -214,7 +231,8 @@ gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_op
         gn_forward_close(f);
         return gn_fail(err, status, "%s for activations of %d tokens and %d KV blocks (%.2f GiB)",
                        gn_status_text(status), options->max_rows, options->kv_blocks,
-                       (double)gn_forward_kv_block_bytes(model) * options->kv_blocks / 0x1p30);
+                       (double)gn_forward_kv_block_bytes(model, options->kv_dtype) *
+                           options->kv_blocks / 0x1p30);
     }
     *out = f;
     return GN_OK;
@@ -229,6 +247,8 @@ void gn_forward_close(gn_forward *f) {
     for (int i = 0; f->kv && i < f->model->config.layers; i++) {
         gn_ctx_free(ctx, f->kv[i].k.data);
         gn_ctx_free(ctx, f->kv[i].v.data);
+        gn_ctx_free(ctx, f->kv[i].k_scales.data);
+        gn_ctx_free(ctx, f->kv[i].v_scales.data);
     }
     gn_decoder_close(f->decoder);
     gn_adapter_memory_close(f->adapters);

@@ -132,7 +132,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
         .weights = model->owned_bytes,
         .scratch = (int64_t)gn_forward_scratch_bytes(model, limits),
         .row = (int64_t)sizeof(float) * (model->config.hidden + model->config.vocab),
-        .block = (int64_t)gn_forward_kv_block_bytes(model),
+        .block = (int64_t)gn_forward_kv_block_bytes(model, limits->kv_dtype),
         .budget = options->memory_bytes,
         .kv = options->kv_bytes,
         .adapters = options->adapter_bytes,
@@ -141,6 +141,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
     };
     for (int32_t i = 0; i < options->n_adapters; i++)
         n.present += gn_adapter_memory_bytes(options->adapters[i]);
+    if (is_host) n.present = min_of(n.present, gn_adapter_host_budget(model->adapters));
     return gn_memory_plan_make(plan, &n, err);
 }
 

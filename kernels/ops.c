@@ -18,16 +18,21 @@ static int64_t inner_numel(const gn_tensor *t) {
     return n;
 }
 
-/* Memory, a known float dtype, `ndim` dimensions, rows that do not overlap, and a size in bytes
- * that a pointer difference can hold. Zero rows are fine, and then need no memory. */
-static bool is_tensor(const gn_tensor *t, int ndim) {
-    if (!t || t->ndim != ndim || !gn_dtype_is_float(t->dtype) || t->shape[0] < 0) return false;
+/* Memory, `ndim` dimensions, rows that do not overlap, and a size in bytes that a pointer
+ * difference can hold. Zero rows are fine, and then need no memory. */
+static bool is_array(const gn_tensor *t, int ndim) {
+    if (!t || t->ndim != ndim || t->shape[0] < 0) return false;
     const int64_t inner = inner_numel(t);
     int64_t bytes;
     if (inner < 0 || t->ld < inner || __builtin_mul_overflow(t->shape[0], t->ld, &bytes) ||
         bytes > PTRDIFF_MAX / 8)
         return false;
     return t->shape[0] == 0 || t->data;
+}
+
+/* Of a float dtype that ops compute with. */
+static bool is_tensor(const gn_tensor *t, int ndim) {
+    return is_array(t, ndim) && gn_dtype_is_float(t->dtype);
 }
 
 static bool is_f32(const gn_tensor *t, int ndim) {
@@ -173,11 +178,22 @@ static bool is_seqs(const gn_seqs *seqs, int64_t T) {
     return true;
 }
 
+static bool is_scales(const gn_tensor *t, const gn_tensor *cache) {
+    if (!is_f32(t, 3) || t->ld != t->shape[1] * t->shape[2]) return false;
+    for (int i = 0; i < 3; i++)
+        if (t->shape[i] != cache->shape[i]) return false;
+    return true;
+}
+
 static bool is_kv(const gn_kv *kv, int64_t kv_heads, int64_t head_dim) {
-    if (!kv || !is_tensor(&kv->k, 4) || !is_tensor(&kv->v, 4)) return false;
-    if (kv->k.dtype != kv->v.dtype || kv->k.dtype == GN_F16) return false;
+    if (!kv || !is_array(&kv->k, 4) || !is_array(&kv->v, 4)) return false;
+    const gn_dtype dtype = kv->k.dtype;
+    if (kv->v.dtype != dtype || (dtype != GN_F32 && dtype != GN_BF16 && dtype != GN_F8))
+        return false;
     for (int i = 0; i < 4; i++)
         if (kv->k.shape[i] != kv->v.shape[i]) return false;
+    if (dtype == GN_F8 && (!is_scales(&kv->k_scales, &kv->k) || !is_scales(&kv->v_scales, &kv->v)))
+        return false;
     return kv->k.shape[1] == kv_heads && kv->k.shape[3] == head_dim && head_dim % 2 == 0 &&
            head_dim <= GN_MAX_HEAD_DIM;
 }

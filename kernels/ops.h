@@ -137,11 +137,15 @@ GN_CHECKED gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *se
 
 enum { GN_MAX_HEAD_DIM = 256 };
 
-/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32 or BF16;
- * head_dim is even and at most GN_MAX_HEAD_DIM. */
+/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32, BF16 or
+ * F8; head_dim is even and at most GN_MAX_HEAD_DIM. With F8 each row has a scale, by which its
+ * codes are to be multiplied, and with which the largest of them is 448. A row of nothing but
+ * magnitudes below 2^-100 counts as zeros. */
 typedef struct gn_kv {
     gn_tensor k, v;
+    gn_tensor k_scales, v_scales; /* with F8: (blocks, kv_heads, block_tokens) F32, contiguous */
 } gn_kv;
+#define GN_KV_LEAST 0x1p-100f
 
 /* Cosines and sines of the batch's positions: (T, head_dim/2) f32 each, from inv_freq
  * (head_dim/2) f32, computed as transformers does (float32 angle). */

@@ -20,6 +20,7 @@ typedef struct gn_bench {
     float dropout; /* likewise */
     int max_batch_tokens;        /* 0: the engine's default */
     int64_t memory;              /* a budget; 0: the engine's default */
+    gn_kv_dtype kv_dtype;
     bool json;
     gn_error *err;
 } gn_bench;

@@ -30,6 +30,7 @@ typedef struct bench_options {
     }
 #define ENGINE_OPTIONS                                                                             \
     GN_ADAPTER_OPTION(bench_options), GN_MEMORY_OPTION(bench_options),                             \
+        GN_KV_OPTION(bench_options),                                                               \
         {GN_OPT_INT,                                                                               \
          "streams",                                                                                \
          FIELD(streams),                                                                           \
@@ -61,6 +62,7 @@ static int run(const gn_option *table, const char *usage, const char *kind,
                   .rank = o.rank,
                   .dropout = o.dropout,
                   .memory = o.model.memory,
+                  .kv_dtype = (gn_kv_dtype)o.model.kv_dtype,
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);

@@ -41,6 +41,7 @@ typedef struct gn_model_choice {
     const char *dir, *synthetic; /* synthetic: a shape's name, used without dir */
     const char *adapter;         /* folder or NULL */
     int quant, compute;          /* gn_qtype (NONE: as stored), gn_compute */
+    int kv_dtype;                /* gn_kv_dtype */
     bool double_quant;
     const char *device;
     int threads;
@@ -88,6 +89,11 @@ typedef struct gn_model_choice {
             .help = "of the GPU's memory, for everything together; on a CPU for keys and values, " \
                     "adapters and activations, not for weights. Prints how it is divided, or "     \
                     "says what is missing"                                                         \
+    }
+#define GN_KV_OPTION(type)                                                                         \
+    {                                                                                              \
+        GN_OPT_CHOICE, "kv-dtype", offsetof(type, model.kv_dtype),                                 \
+            .initial = "auto", .choices = GN_KV_CHOICES, .value = "TYPE", .help = GN_KV_HELP       \
     }
 #define GN_ADAPTER_OPTION(type)                                                                    \
     {                                                                                              \

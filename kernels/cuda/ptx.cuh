@@ -145,6 +145,12 @@ static __device__ __forceinline__ void copy_async_or_zeros(uint32_t to, const vo
                  : "memory");
 }
 
+static __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+}
+
 /* What this thread has asked for since the last time becomes a group. */
 static __device__ __forceinline__ void commit_copies(void) {
     asm volatile("cp.async.commit_group;" ::: "memory");

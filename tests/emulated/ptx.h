@@ -59,6 +59,9 @@ template <int BYTES> static inline void copy_async(const void *to, const void *f
 static inline void copy_async_or_zeros(uint32_t to, const void *from, bool is_there) {
     emulator::copy_async(shared + to, is_there ? from : NULL, 16);
 }
+static inline void store_shared(uint32_t to, uint4 v) {
+    *(uint4 *)(shared + to) = v;
+}
 template <int N> static inline void wait_for_copies() {
     emulator::wait_for_copies(N);
 }
