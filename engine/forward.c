@@ -21,13 +21,13 @@ enum { PLANNED_RANK = 64 };
 struct gn_forward {
     gn_model *model;
     gn_forward_options limits;
-    gn_tensor x;            /* (max_rows, hidden) f32: the residual stream */
-    gn_tensor qkv, a, h;    /* (max_rows, ...) activations; q, k and v side by side */
-    gn_tensor cos, sin;     /* (max_rows, head_dim/2) */
-    gn_tensor last, logits; /* (max_logits, hidden), (max_logits, vocab) */
-    gn_kv *kv;              /* one a layer */
-    gn_decoder *decoder;    /* NULL: this device has none */
-    float *host_logits;     /* (max_logits, vocab), where the device's are out of reach */
+    gn_tensor x;             /* (max_rows, hidden) f32: the residual stream */
+    gn_tensor q, k, v, a, h; /* (max_rows, ...) activations */
+    gn_tensor cos, sin;      /* (max_rows, head_dim/2) */
+    gn_tensor last, logits;  /* (max_logits, hidden), (max_logits, vocab) */
+    gn_kv *kv;               /* one a layer */
+    gn_decoder *decoder;     /* NULL: this device has none */
+    float *host_logits;      /* (max_logits, vocab), where the device's are out of reach */
     gn_adapter_memory *adapters;
     gn_lora *terms;       /* (max_terms) */
     uint64_t *term_ranks; /* (max_terms) hashes of their ranks */
@@ -98,8 +98,8 @@ static bool allocate_activations(gn_forward *f) {
         if (!f->host_logits) return false;
     }
     return allocate(ctx, &f->x, GN_F32, rows, c->hidden) &&
-           allocate(ctx, &f->qkv, dtype, rows, dim + 2 * kv) &&
-           allocate(ctx, &f->a, dtype, rows, dim) &&
+           allocate(ctx, &f->q, dtype, rows, dim) && allocate(ctx, &f->k, dtype, rows, kv) &&
+           allocate(ctx, &f->v, dtype, rows, kv) && allocate(ctx, &f->a, dtype, rows, dim) &&
            allocate(ctx, &f->h, dtype, rows, c->intermediate) &&
            allocate(ctx, &f->cos, GN_F32, rows, c->head_dim / 2) &&
            allocate(ctx, &f->sin, GN_F32, rows, c->head_dim / 2) &&
@@ -124,16 +124,6 @@ static size_t workspace_bytes(const gn_model *model, const gn_forward_options *l
     return linear > attention ? linear : attention;
 }
 
-/* Of a layer's 4-bit weights. */
-static int64_t values_of_layer(const gn_model *model) {
-    int64_t n = 0;
-    for (int i = 0; i < GN_PROJ_COUNT; i++) {
-        const gn_matrix *w = &model->layers[0].proj[i];
-        if (gn_qtype_is_4bit(w->qtype)) n += w->rows * w->cols;
-    }
-    return n;
-}
-
 size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options *limits) {
     const gn_config *c = &model->config;
     const size_t value = gn_dtype_size(gn_ctx_activation(model->ctx)), real = sizeof(float);
@@ -143,8 +133,7 @@ size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options 
                        (size_t)c->head_dim * real;
     const size_t output = (size_t)(c->hidden + c->vocab) * real;
     return (size_t)limits->max_rows * row + (size_t)limits->max_logits * output +
-           workspace_bytes(model, limits, PLANNED_RANK) +
-           gn_linear_ahead_bytes(model->ctx, limits->max_rows, values_of_layer(model));
+           workspace_bytes(model, limits, PLANNED_RANK);
 }
 
 static gn_status reserve(gn_forward *f, int rank) {
@@ -211,8 +200,6 @@ static gn_status open_parts(gn_forward *f) {
     if (!f->terms || !f->term_ranks || !allocate_cache(f) || !allocate_activations(f))
         return GN_ENOMEM;
     gn_status status = reserve(f, PLANNED_RANK);
-    if (!status)
-        status = gn_linear_reserve_ahead(ctx, f->limits.max_rows, values_of_layer(f->model));
     if (!status) status = gn_stage_reserve(ctx, &limits);
     if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
     if (!status) status = open_decoder(f);
@@ -241,7 +228,8 @@ gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_op
 void gn_forward_close(gn_forward *f) {
     if (!f) return;
     gn_ctx *ctx = f->model->ctx;
-    gn_tensor *tensors[] = {&f->x, &f->qkv, &f->a, &f->h, &f->cos, &f->sin, &f->last, &f->logits};
+    gn_tensor *tensors[] = {&f->x, &f->q,   &f->k,   &f->v,    &f->a,
+                            &f->h, &f->cos, &f->sin, &f->last, &f->logits};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         gn_ctx_free(ctx, tensors[i]->data);
     for (int i = 0; f->kv && i < f->model->config.layers; i++) {
@@ -259,19 +247,14 @@ void gn_forward_close(gn_forward *f) {
     free(f);
 }
 
-/* The first `rows` rows; `cols` columns of them; rows seen as (rows, heads, dim). */
+/* The first `rows` rows, seen as (rows, cols) or as (rows, heads, dim). */
 static gn_tensor rows_of(const gn_tensor *t, int64_t rows) {
     return gn_tensor_2d(t->data, t->dtype, rows, t->shape[1]);
 }
 
-static gn_tensor columns_of(const gn_tensor *t, int64_t rows, int64_t first, int64_t cols) {
-    void *data = (char *)t->data + first * (int64_t)gn_dtype_size(t->dtype);
-    const gn_tensor view = {data, t->dtype, 2, {rows, cols, 1, 1}, t->ld};
-    return view;
-}
-
-static gn_tensor heads_of(gn_tensor t, int64_t heads) {
-    const gn_tensor view = {t.data, t.dtype, 3, {t.shape[0], heads, t.shape[1] / heads, 1}, t.ld};
+static gn_tensor heads_of(const gn_tensor *t, int64_t rows, int64_t heads) {
+    const gn_tensor view = {
+        t->data, t->dtype, 3, {rows, heads, t->shape[1] / heads, 1}, t->shape[1]};
     return view;
 }
 
@@ -301,46 +284,20 @@ static void gather_terms(gn_forward *f, const gn_batch *b) {
     }
 }
 
-/* A layer's calls of gn_linear, in their order. */
-typedef enum product { QKV, O, GATE_UP, DOWN, PRODUCTS } product;
-
-static const struct {
-    gn_proj first; /* and those after it */
-    int n;
-} products[] = {
-    [QKV] = {GN_Q, 3}, [O] = {GN_O, 1}, [GATE_UP] = {GN_GATE, 2}, [DOWN] = {GN_DOWN, 1}};
-
-enum { AHEAD = 2 }; /* products that are announced to the ones before them */
-
-/* Those that follow a layer's product; how many. */
-static int find_next(const gn_model *model, int layer, product p, gn_linear_weights next[AHEAD]) {
-    int n = 0;
-    for (int at = layer * PRODUCTS + (int)p + 1; n < AHEAD && at < model->config.layers * PRODUCTS;
-         at++, n++) {
-        next[n].n = products[at % PRODUCTS].n;
-        for (int i = 0; i < next[n].n; i++)
-            next[n].w[i] =
-                &model->layers[at / PRODUCTS].proj[(int)products[at % PRODUCTS].first + i];
-    }
-    return n;
-}
-
-static gn_status project(gn_forward *f, int layer, product p, gn_tensor x, const gn_tensor *norm,
-                         gn_epilogue epilogue, const gn_tensor *y) {
-    gn_linear_weights next[AHEAD];
+/* Products of x with the projections first, first+1, ... first+n_parts-1 of a layer. */
+static gn_status project(gn_forward *f, int layer, gn_proj first, int n_parts, gn_tensor x,
+                         const gn_tensor *norm, gn_epilogue epilogue, const gn_tensor *y) {
     gn_linear_args args = {.x = x,
                            .norm = norm,
                            .eps = f->model->config.rms_eps,
                            .epilogue = epilogue,
                            .lora = f->terms,
                            .n_lora = f->n_terms,
-                           .pair = layer * GN_PROJ_COUNT + (int)products[p].first,
-                           .n_parts = products[p].n,
-                           .next = next,
-                           .n_next = find_next(f->model, layer, p, next)};
-    for (int i = 0; i < args.n_parts; i++) {
+                           .pair = layer * GN_PROJ_COUNT + (int)first,
+                           .n_parts = n_parts};
+    for (int i = 0; i < n_parts; i++) {
         args.part[i].y = y[i];
-        args.part[i].w = &f->model->layers[layer].proj[(int)products[p].first + i];
+        args.part[i].w = &f->model->layers[layer].proj[(int)first + i];
     }
     return gn_linear(f->model->ctx, &args);
 }
@@ -350,22 +307,20 @@ static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
     gn_ctx *ctx = f->model->ctx;
     const gn_layer *layer = &f->model->layers[i];
     const int64_t n = b->rows;
-    const int64_t dim = (int64_t)c->heads * c->head_dim,
-                  kv_dim = (int64_t)c->kv_heads * c->head_dim;
     const gn_tensor x = rows_of(&f->x, n), a = rows_of(&f->a, n), h = rows_of(&f->h, n);
-    const gn_tensor qkv[] = {columns_of(&f->qkv, n, 0, dim), columns_of(&f->qkv, n, dim, kv_dim),
-                             columns_of(&f->qkv, n, dim + kv_dim, kv_dim)};
+    const gn_tensor qkv[] = {rows_of(&f->q, n), rows_of(&f->k, n), rows_of(&f->v, n)};
     const gn_tensor gate_up[] = {h, h};
-    gn_tensor q = heads_of(qkv[0], c->heads), y = heads_of(a, c->heads);
-    const gn_tensor k = heads_of(qkv[1], c->kv_heads), v = heads_of(qkv[2], c->kv_heads);
+    gn_tensor q = heads_of(&f->q, n, c->heads), y = heads_of(&f->a, n, c->heads);
+    const gn_tensor k = heads_of(&f->k, n, c->kv_heads), v = heads_of(&f->v, n, c->kv_heads);
     const gn_tensor cos = rows_of(&f->cos, n), sin = rows_of(&f->sin, n);
 
-    gn_status status = project(f, i, QKV, x, &layer->attn_norm, GN_STORE, qkv);
+    gn_status status = project(f, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
     if (status == GN_OK) status = gn_rope_store(ctx, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
     if (status == GN_OK) status = gn_attention(ctx, &y, &q, &f->kv[i], &b->seqs);
-    if (status == GN_OK) status = project(f, i, O, a, NULL, GN_ADD, &x);
-    if (status == GN_OK) status = project(f, i, GATE_UP, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
-    if (status == GN_OK) status = project(f, i, DOWN, h, NULL, GN_ADD, &x);
+    if (status == GN_OK) status = project(f, i, GN_O, 1, a, NULL, GN_ADD, &x);
+    if (status == GN_OK)
+        status = project(f, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
+    if (status == GN_OK) status = project(f, i, GN_DOWN, 1, h, NULL, GN_ADD, &x);
     return status;
 }
 

@@ -48,8 +48,6 @@ typedef struct gn_backend {
 #undef X
     size_t (*linear_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                int64_t max_rank, int max_terms);
-    size_t (*linear_ahead_bytes)(const gn_ctx *, int64_t rows, int64_t values);
-    gn_status (*linear_reserve_ahead)(gn_ctx *, int64_t rows, int64_t values);
     size_t (*attention_workspace)(const gn_ctx *, int64_t context);
     size_t (*linear_bwd_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                    int64_t max_rank);

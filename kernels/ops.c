@@ -119,13 +119,6 @@ static bool is_part(const gn_ctx *ctx, const gn_linear_args *args, int i) {
     return true;
 }
 
-static bool is_next(const gn_linear_weights *next) {
-    if (next->n < 1 || next->n > GN_MAX_PARTS) return false;
-    for (int i = 0; i < next->n; i++)
-        if (!is_matrix(next->w[i]) || next->w[i]->cols != next->w[0]->cols) return false;
-    return true;
-}
-
 static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
     if (!ctx || !args || !(args->norm ? is_f32(&args->x, 2) : is_activation(ctx, &args->x, 2)))
         return GN_EINVAL;
@@ -141,9 +134,6 @@ static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
         if (!is_term(&args->lora[i], T)) return GN_EINVAL;
     for (int i = 0; i < args->n_parts; i++)
         if (!is_part(ctx, args, i)) return GN_EINVAL;
-    if (args->n_next < 0 || (args->n_next > 0 && !args->next)) return GN_EINVAL;
-    for (int i = 0; i < args->n_next; i++)
-        if (!is_next(&args->next[i])) return GN_EINVAL;
     return swiglu && args->part[0].w->rows != args->part[1].w->rows ? GN_EINVAL : GN_OK;
 }
 
@@ -155,15 +145,6 @@ gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
 size_t gn_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                            int64_t max_rank, int max_terms) {
     return ctx->backend->linear_workspace(ctx, rows, max_k, max_n, max_rank, max_terms);
-}
-
-size_t gn_linear_ahead_bytes(const gn_ctx *ctx, int64_t rows, int64_t values) {
-    return ctx->backend->linear_ahead_bytes(ctx, rows, values);
-}
-
-gn_status gn_linear_reserve_ahead(gn_ctx *ctx, int64_t rows, int64_t values) {
-    if (!ctx || rows < 0 || values < 0) return GN_EINVAL;
-    return ctx->backend->linear_reserve_ahead(ctx, rows, values);
 }
 
 /* Rows 0 ... T in order, and positions that fit in an int32. */

@@ -1,4 +1,4 @@
-/* convert.c - tensors from one dtype to another. Twin: cuda/convert.cu. */
+/* convert.c - tensors from one dtype to another. Twin: cuda/operands.cu. */
 #include "cpu.h"
 
 #include <string.h>

@@ -1,19 +1,15 @@
 /* linear_dense.cu - gn_linear in bfloat16 through cuBLAS: many rows, or weights that no kernel of
  * ours multiplies as they are, or dropout.
  *
- * Weights are dequantized, 2 bytes a value, and multiplied. Where there is a ring for them
- * (linear_ahead.h) all parts stand one below the other, often since before the call, and are one
- * product when their outputs stand side by side; else it is a part at a time, or a piece of it when
- * it is large, in working memory.
- * cuBLAS writes straight into y (adding, for the residual stream) and reads x where it stands if it
- * can. LoRA terms make x and the weight wider (see linear.h); for few rows, or where that would
- * cost too much, cuBLAS adds to a float32 buffer that holds what the terms give. Under dropout each
- * part's A sees an x of its own, which stands where x itself will stand. Few rows with a
- * stored bfloat16 weight (the output layer of a step of decoding) are bound by reading it once: a
- * kernel of warps that each take a weight's row. */
+ * A part at a time is dequantized into working memory, 2 bytes a value, and multiplied; a large one
+ * piece by piece. cuBLAS writes straight into y (adding, for the residual stream) and reads x where
+ * it stands if it can. LoRA terms make x and the weight wider (see linear.h); for few rows, or
+ * where that would cost too much, cuBLAS adds to a float32 buffer that holds what the terms give.
+ * Under dropout each part's A sees an x of its own, which stands where x itself will stand. Few
+ * rows with a stored bfloat16 weight (the output layer of a step of decoding) are bound by reading
+ * it once: a kernel of warps that each take a weight's row. */
 #include "gemm.h"
 #include "linear.cuh"
-#include "linear_ahead.h"
 #include "operands.h"
 #include "rows.cuh"
 
@@ -25,10 +21,9 @@ enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8, MIN_EXTENDED_
 struct operands {
     const bf16 *x; /* (T, ld), rows x_ld apart */
     int64_t x_ld;
-    bf16 *wide_x;      /* the same, in working memory, when extended */
-    const bf16 *ready; /* (columns of all parts, ld), or NULL */
-    bf16 *weight;      /* a piece of a part's weight, rows ld apart, in working memory */
-    int64_t ld;        /* K, or that and the ranks of LoRA's terms */
+    bf16 *wide_x; /* the same, in working memory, when extended */
+    bf16 *weight; /* a piece of a part's weight, rows ld apart, in working memory */
+    int64_t ld;   /* K, or that and the ranks of LoRA's terms */
     bool extended;
     void *lora; /* scratch */
 };
@@ -97,62 +92,35 @@ static bool reads_stored(const gn_ctx *ctx, const struct operands *o, const gn_m
            T <= MAX_STORED_ROWS && m->cols % 8 == 0 && (uintptr_t)m->data % 16 == 0;
 }
 
-/* Rows [n0, n0 + n) of a part's weight, which stand at w or are made there, times x, into those
- * columns of y. */
+/* Rows [n0, n0 + n) of a part's weight, times x, into those columns of y. */
 static gn_status multiply_piece(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
-                                int part, bf16 *w, const gn_tensor *y, float beta, int64_t n0,
-                                int64_t n) {
+                                int part, const gn_tensor *y, float beta, int64_t n0, int64_t n) {
     const gn_matrix *m = args->part[part].w;
     const gn_cuda_region rows = {n0, n, 0, m->cols};
     gn_tensor columns = *y;
     columns.data = (char *)y->data + n0 * (int64_t)gn_dtype_size(y->dtype);
     columns.shape[1] = n;
-    gn_status status = GN_OK;
-    if (!o->ready) status = gn_cuda_dequantize(ctx, m, &rows, w, o->ld, GN_BF16);
+    gn_status status = gn_cuda_dequantize(ctx, m, &rows, o->weight, o->ld, GN_BF16);
     if (!status && o->extended)
-        status = gn_cuda_lora_extend(ctx, args, part, o->lora, n0 == 0 ? o->wide_x : NULL, w, n0, n,
-                                     o->ld);
-    return status ? status : multiply(ctx, &columns, o, w, beta);
+        status = gn_cuda_lora_extend(ctx, args, part, o->lora, n0 == 0 ? o->wide_x : NULL,
+                                     o->weight, n0, n, o->ld);
+    return status ? status : multiply(ctx, &columns, o, o->weight, beta);
 }
 
-/* A part's product: into y with beta. first: its row in weights that are ready. */
+/* A part's product: into y with beta. */
 static gn_status multiply_part(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
-                               int part, int64_t first, const gn_tensor *y, float beta) {
+                               int part, const gn_tensor *y, float beta) {
     const gn_matrix *m = args->part[part].w;
     const bf16 *stored = (const bf16 *)m->data;
     if (reads_stored(ctx, o, m, y->shape[0]))
         return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, o->x, stored, m->cols, beta)
                                   : multiply_stored<bf16>(ctx, y, o->x, stored, m->cols, beta);
     if (gn_cuda_is_stored(ctx, m) && o->ld == m->cols) return multiply(ctx, y, o, stored, beta);
-    bf16 *w = o->ready ? (bf16 *)o->ready + first * o->ld : o->weight;
-    const int64_t step = o->ready ? m->rows : gn_cuda_piece_rows(m->rows, o->ld);
+    const int64_t step = gn_cuda_piece_rows(m->rows, o->ld);
     gn_status status = GN_OK;
     for (int64_t n0 = 0; n0 < m->rows && !status; n0 += step)
-        status = multiply_piece(ctx, o, args, part, w, y, beta, n0,
+        status = multiply_piece(ctx, o, args, part, y, beta, n0,
                                 m->rows - n0 < step ? m->rows - n0 : step);
-    return status;
-}
-
-/* Whether the outputs are one matrix of all parts' columns. */
-static bool side_by_side(const gn_tensor *y, const gn_cuda_parts *parts) {
-    for (int i = 1; i < parts->n; i++)
-        if (y[i].dtype != y->dtype || y[i].ld != y->ld ||
-            y[i].data != (char *)y->data + parts->first[i] * (int64_t)gn_dtype_size(y->dtype))
-            return false;
-    return true;
-}
-
-/* All parts' products: into y, one a part, with beta. */
-static gn_status multiply_all(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
-                              const gn_tensor *y, const gn_cuda_parts *parts, float beta) {
-    if (o->ready && !o->extended && side_by_side(y, parts)) {
-        gn_tensor all = *y;
-        all.shape[1] = parts->first[parts->n];
-        return multiply(ctx, &all, o, o->ready, beta);
-    }
-    gn_status status = GN_OK;
-    for (int i = 0; i < parts->n && !status; i++)
-        status = multiply_part(ctx, o, args, i, parts->first[i], &y[i], beta);
     return status;
 }
 
@@ -160,13 +128,14 @@ static gn_status multiply_all(gn_ctx *ctx, const struct operands *o, const gn_li
 static gn_status multiply_into_sums(gn_ctx *ctx, const struct operands *o,
                                     const gn_linear_args *args, void *sums, gn_dtype dtype,
                                     const gn_cuda_parts *parts, float beta) {
-    gn_tensor y[GN_MAX_PARTS];
-    for (int i = 0; i < parts->n; i++) {
-        y[i] = gn_tensor_2d((char *)sums + parts->first[i] * (int64_t)gn_dtype_size(dtype), dtype,
-                            args->x.shape[0], args->part[i].w->rows);
-        y[i].ld = parts->first[parts->n];
+    gn_status status = GN_OK;
+    for (int i = 0; i < parts->n && !status; i++) {
+        gn_tensor y = gn_tensor_2d((char *)sums + parts->first[i] * (int64_t)gn_dtype_size(dtype),
+                                   dtype, args->x.shape[0], args->part[i].w->rows);
+        y.ld = parts->first[parts->n];
+        status = multiply_part(ctx, o, args, i, &y, beta);
     }
-    return multiply_all(ctx, o, args, y, parts, beta);
+    return status;
 }
 
 /* ---- epilogues ---- */
@@ -324,20 +293,11 @@ static gn_status multiply_and_finish(gn_ctx *ctx, const gn_linear_args *args,
     if (max_rank_of(args) > 0 && !o->extended)
         return add_to_lora(ctx, args, o, (float *)sums, parts);
     if (args->epilogue == GN_SWIGLU) return multiply_swiglu(ctx, args, o, sums, parts);
-    gn_tensor y[GN_MAX_PARTS];
-    for (int i = 0; i < args->n_parts; i++) y[i] = args->part[i].y;
-    return multiply_all(ctx, o, args, y, parts, args->epilogue == GN_ADD ? 1.0f : 0.0f);
-}
-
-/* On as many SMs; 0: on all. */
-static gn_status multiply_on(gn_ctx *ctx, int sms, const gn_linear_args *args,
-                             const struct operands *o, void *sums, const gn_cuda_parts *parts) {
-    if (sms == 0) return multiply_and_finish(ctx, args, o, sums, parts);
-    cublasHandle_t blas = ctx->cuda->blas;
-    if (cublasSetSmCountTarget(blas, sms) != CUBLAS_STATUS_SUCCESS) return GN_EDEVICE;
-    const gn_status status = multiply_and_finish(ctx, args, o, sums, parts);
-    const bool reset = cublasSetSmCountTarget(blas, 0) == CUBLAS_STATUS_SUCCESS;
-    return status || reset ? status : GN_EDEVICE;
+    const float beta = args->epilogue == GN_ADD ? 1.0f : 0.0f;
+    gn_status status = GN_OK;
+    for (int i = 0; i < args->n_parts && !status; i++)
+        status = multiply_part(ctx, o, args, i, &args->part[i].y, beta);
+    return status;
 }
 
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
@@ -362,11 +322,6 @@ gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
     o.weight = (bf16 *)carve(&at, (size_t)gn_cuda_piece_bound(N, o.ld) * sizeof(bf16));
     void *sums = carve(&at, (size_t)(sum_rows * columns) * sizeof(float));
     o.lora = at;
-    const void *ready;
-    gn_status status = gn_cuda_ahead_take(ctx, args, o.ld, &ready);
-    o.ready = (const bf16 *)ready;
-    if (!status) status = gn_cuda_ahead_begin(ctx, args, o.ld - K);
-    if (!status) status = make_operands(ctx, args, &o, x);
-    if (status) return status;
-    return multiply_on(ctx, gn_cuda_ahead_sms_left(ctx, T), args, &o, sums, &parts);
+    const gn_status status = make_operands(ctx, args, &o, x);
+    return status ? status : multiply_and_finish(ctx, args, &o, sums, &parts);
 }

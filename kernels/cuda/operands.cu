@@ -1,6 +1,7 @@
 /* operands.cu - rows converted to what products multiply: normalised, under a dropout mask, in the
  * compute dtype. A block a row; the floor is one read and one write. A norm reads its row twice,
- * the second time from cache; a mask costs about as much arithmetic as memory allows time for. */
+ * the second time from cache; a mask costs about as much arithmetic as memory allows time for.
+ * Twin, as far as they are only converted: cpu/convert.c. */
 #include "operands.h"
 #include "rows.cuh"
 
@@ -83,6 +84,10 @@ gn_status gn_cuda_operands(gn_ctx *ctx, const gn_tensor *to, const gn_tensor *x,
                            const gn_cuda_operands_args *args) {
     return run(ctx, operands_kernel<ROW_VECTOR>, operands_kernel<1>, operands_of(to, x, args),
                x->shape[0]);
+}
+
+gn_status gn_cuda_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x) {
+    return gn_cuda_operands(ctx, y, x, NULL);
 }
 
 gn_status gn_cuda_add_dropped(gn_ctx *ctx, const gn_tensor *y, const gn_tensor *x,

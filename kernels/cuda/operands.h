@@ -32,17 +32,6 @@ typedef struct gn_cuda_region {
 gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, const gn_cuda_region *r, void *to,
                              int64_t ld, gn_dtype dtype);
 
-/* The SMs that a stream beside the context's takes. */
-typedef struct gn_cuda_beside {
-    cudaStream_t stream;
-    int sms; /* even, at least 2 */
-} gn_cuda_beside;
-
-/* to (rows of all, ld) bf16 = the weights of a call, in tiles, one below the other; beside NULL: in
- * the context's stream. */
-gn_status gn_cuda_dequantize_product(gn_ctx *ctx, const gn_linear_weights *w, void *to, int64_t ld,
-                                     const gn_cuda_beside *beside);
-
 /* A weight that products multiply as it stands. */
 static inline bool gn_cuda_is_stored(const gn_ctx *ctx, const gn_matrix *m) {
     return m->qtype == GN_Q_NONE && m->dtype == ctx->compute;

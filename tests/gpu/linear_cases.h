@@ -594,26 +594,20 @@ static void free_outputs(outputs *o) {
     for (int i = 0; i < GN_MAX_PARTS; i++) free(o->y[i]);
 }
 
-/* why: what went wrong; or NULL, and the outputs are judged. */
-static void judge_problem(tally *tally, const problem *p, const outputs *got, const char *why) {
-    outputs product = make_outputs(p), error = make_outputs(p);
+static void check_problem(tally *tally, const problem *p) {
+    outputs got = make_outputs(p), product = make_outputs(p), error = make_outputs(p);
     verdict v = {0};
     snprintf(v.name, sizeof v.name, "%s", p->name);
+    const char *why = solve(p, 0, p->c.T, got.y);
     if (!why) {
         products_of(p, product.y);
         errors_of(p, error.y);
-        for (int i = 0; i < n_outputs(p); i++)
-            judge_output(&v, p, i, got->y[i], product.y, error.y);
+        for (int i = 0; i < n_outputs(p); i++) judge_output(&v, p, i, got.y[i], product.y, error.y);
     }
     settle(tally, &v, why);
+    free_outputs(&got);
     free_outputs(&product);
     free_outputs(&error);
-}
-
-static inline void check_problem(tally *tally, const problem *p) {
-    outputs got = make_outputs(p);
-    judge_problem(tally, p, &got, solve(p, 0, p->c.T, got.y));
-    free_outputs(&got);
 }
 
 #endif
