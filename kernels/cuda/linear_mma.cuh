@@ -59,13 +59,6 @@ static __device__ __forceinline__ void sync_cluster(void) {
 
 /* ---- copies in bulk: 16-byte aligned, of a multiple of 16 bytes ---- */
 
-static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t bytes,
-                                                 uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                 "%2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
 /* To the same place of every block in the mask, each counting at its own barrier. */
 static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to, const void *from,
                                                     uint32_t bytes, uint32_t barrier) {
@@ -73,19 +66,6 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
                  : "memory");
-}
-
-static __device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-}
-
-/* ---- registers: a warpgroup's share of the block's ---- */
-
-template <int N> static __device__ __forceinline__ void give_registers(void) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> static __device__ __forceinline__ void take_registers(void) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 /* ---- products of a warpgroup ---- */

@@ -5,18 +5,15 @@
 
 #include "linear_tiles.cuh"
 
-enum {
-    STEP = 2, /* 64-wide blocks of K in a stage */
-    PACK_THREADS = 512,
-};
+enum { PACK_THREADS = 256 };
 
 struct x_source {
     const void *x;
     int64_t ld;
     const float *norm;
     float eps;
-    int T, blocks;
-    bool in_pairs; /* everything is aligned to two values */
+    int T, blocks, all_blocks; /* of 64 columns; with those that fill the last step */
+    bool in_pairs;             /* everything is aligned to two values */
 };
 
 static __device__ __forceinline__ float2 two(const float *x, bool in_pairs) {
@@ -46,15 +43,14 @@ static __device__ __forceinline__ struct chunk load_chunk(const X *x, int i, boo
 }
 
 /* Row blockIdx.x by blocks of the grid's other dimension, or, where it is normalised, by one block;
- * those that fill the last tile too: they are zero, and so is the block that fills the last step.
+ * those that fill the last tile too: they are zero, and so are the blocks that fill the last step.
  * `dense` (T, K), if given, gets the same values in their own order. A thread's first chunk waits
  * in registers for the norm's factor. */
 template <typename X>
-static __global__ void __launch_bounds__(PACK_THREADS)
+static __global__ void __launch_bounds__(PACK_THREADS, 6)
     pack_kernel(uint4 *to, bf16 *dense, struct x_source s, int tile_tokens) {
     const int t = (int)blockIdx.x, tile = t / tile_tokens, row = t % tile_tokens;
-    const int blocks = (s.blocks + STEP - 1) / STEP * STEP,
-              first = blockIdx.y * PACK_THREADS + threadIdx.x;
+    const int first = blockIdx.y * PACK_THREADS + threadIdx.x;
     const int chunks = t < s.T ? s.blocks * 8 : 0, step = gridDim.y * PACK_THREADS;
     const X *x = (const X *)s.x + t * s.ld;
     struct chunk mine = {}, weights = {};
@@ -72,7 +68,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
         }
         factor = rsqrtf(block_sum(squares) / (float)(s.blocks * GN_BLOCK) + s.eps);
     }
-    for (int i = first; i < blocks * 8; i += step) {
+    for (int i = first; i < s.all_blocks * 8; i += step) {
         uint32_t pairs[4] = {};
         if (i < chunks) {
             const struct chunk a = i == first ? mine : load_chunk(x, i, s.in_pairs);
@@ -87,7 +83,7 @@ static __global__ void __launch_bounds__(PACK_THREADS)
                         pairs[c];
             }
         }
-        to[(((int64_t)tile * blocks + i / 8) * tile_tokens + row) * 8 + (i % 8 ^ row % 8)] =
+        to[(((int64_t)tile * s.all_blocks + i / 8) * tile_tokens + row) * 8 + (i % 8 ^ row % 8)] =
             make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
