@@ -41,7 +41,6 @@ template <int N> static __device__ void fill_tables(const struct product &p) {
         const struct matrix &m = p.swiglu ? p.part[0].m[i / 256] : p.part[i / 256].m[0];
         if (m.nested_code) *nested_at(i / 256, i % 256) = __ldg(m.nested_code + i % 256);
     }
-    __syncthreads();
 }
 
 /* ---- x ---- */
@@ -121,17 +120,16 @@ template <int STEP> struct step_weights {
     struct stored_scale scale[STEP / 2];
 };
 
-/* Block j of a step; past the last block, where x is zero, what was there. */
+/* Block j of a step, if the step exists; past the last block, where x is zero, what was there. */
 template <int STEP>
 static __device__ __forceinline__ void load_block(struct step_weights<STEP> &w,
                                                   const struct product &p, const struct source &s,
-                                                  int step, int j) {
-    const int k = step * STEP;
+                                                  int step, int j, bool exists = true) {
+    const int k = step * STEP, n = exists ? p.blocks - k - j : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++)
         load_once(w.block[j][h],
-                  s.tiles[h] + (int64_t)k * GN_CUDA_TILE_BYTES + j * GN_CUDA_TILE_BYTES,
-                  p.blocks - k - j);
+                  s.tiles[h] + (int64_t)k * GN_CUDA_TILE_BYTES + j * GN_CUDA_TILE_BYTES, n);
 }
 
 template <int STEP>
@@ -164,7 +162,7 @@ prefetch_tile(const struct product &p, const struct source &s, int step, int end
     for (int i = step * STEP * scale_bytes + lane % 16 * LINE; i < last * scale_bytes;
          i += 16 * LINE)
         prefetch_line(s.scales + i);
-    for (int i = 1; i < L2_STEPS; i++) prefetch_step<STEP>(s, step + i, last, lane);
+    for (int i = 1; i < L2_BLOCKS / STEP; i++) prefetch_step<STEP>(s, step + i, last, lane);
 }
 
 static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t lane4) {
@@ -224,11 +222,13 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
     load_scales(w, p, source, step, lane);
     prefetch_tile<STEP>(p, source, step, end, lane);
     fill_tables<N>(p);
+    sync_cluster(); /* tables and barriers are ready */
     pdl_wait();
     struct turn t = {0, 0};
     for (int i = 0; i < min(run.end - run.first, C::X_AHEAD); i++)
         if (threadIdx.x == 0) copy_x<N>(p, run.first + i, {i, 1}); /* all stages are empty */
     decode(a[0], w.block[0], lane4);
+    load_block(w, p, source, step + 1, 0, step + 1 < end);
 #pragma unroll 1
     for (int i = run.first; i < run.end; i++) {
         if (threadIdx.x == 0 && i + C::X_AHEAD < run.end)
@@ -238,7 +238,7 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
         for (int j = 0; j < STEP / 2; j++) scale[j] = decode_scale(source, w.scale[j]);
         const bool leaves = step + 1 == end;
         if (!leaves) {
-            prefetch_step<STEP>(source, ++step + L2_STEPS - 1, min(end * STEP, p.blocks), lane);
+            prefetch_step<STEP>(source, ++step + C::L2_STEPS - 1, min(end * STEP, p.blocks), lane);
         } else if (i + 1 < run.end) {
             step = 0;
             end = min(p.steps, run.end - i - 1);
@@ -246,8 +246,8 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
             keep(here);
             source = source_of<N>(p, (i + 1) / p.steps, warpgroup, here / WARP, here % WARP);
             prefetch_tile<STEP>(p, source, step, end, lane);
+            load_block(w, p, source, step, 0);
         } /* else: what was there, in vain */
-        load_block(w, p, source, step, 0);
         load_scales(w, p, source, step, lane);
         __syncwarp();
         barrier_wait(full_at(t.stage), t.parity);
@@ -258,7 +258,10 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
             const float top = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by),
                         bottom = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by + 16);
             decode(a[(j + 1) % 2], w.block[(j + 1) % STEP], lane4);
-            if (j + 1 < STEP) load_block(w, p, source, step, j + 1);
+            if (j + 1 < STEP)
+                load_block(w, p, source, step, j + 1);
+            else
+                load_block(w, p, source, step + 1, 0, step + 1 < end);
             add_up<N>(acc, c, top, bottom);
         }
         if (lane < PEERS) barrier_arrive_cluster(peer_empty + t.stage * 8);
@@ -290,7 +293,6 @@ static __global__ void __maxnreg__(cut<N>::REGISTERS)
         barrier_init(empty_at(threadIdx.x), PEERS * C::GROUPS * (GROUP_THREADS / WARP));
         barriers_ready();
     }
-    sync_cluster();
     int thread = threadIdx.x % GROUP_THREADS;
     keep(thread); /* or it is made again in each step */
     multiply_run<N>(p, run, warpgroup, thread);

@@ -18,7 +18,7 @@ enum {
     BARRIER_ENTRY = 3 * 256 / 32, /* first entry above those of the tables that decode scales */
     FIRST_BARRIER = 1,            /* of hardware, of a warpgroup */
     LINE = 128,                   /* of L2 */
-    L2_STEPS = 4,                 /* whose weights are in registers, or on their way to L2 */
+    L2_BLOCKS = 16,               /* of K, whose weights are in registers or on their way to L2 */
 };
 
 /* How a block is cut for tiles of N tokens. Few tokens leave the kernel before this one its room:
@@ -27,14 +27,17 @@ template <int N> struct cut {
     static constexpr bool FEW = N <= 64;
     static constexpr int GROUPS = FEW ? 3 : 2; /* what registers allow */
     static constexpr int TILES = GROUPS * GROUP_TILES;
-    static constexpr int STEP = FEW ? 4 : 2; /* 64-wide blocks of K in a stage */
+    static constexpr int STEP = N == 32 ? 4 : 2; /* 64-wide blocks of K in a stage */
+    static constexpr int L2_STEPS = L2_BLOCKS / STEP;
     static constexpr int X_BYTES = N * ROW_BYTES;
     static constexpr int STAGE_BYTES = STEP * X_BYTES;
-    static constexpr int STAGES = FEW ? 4 : (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
+    static constexpr int STAGES = N == 32   ? 4
+                                  : N == 64 ? 8
+                                            : (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
     static constexpr int SHARED_BYTES = TABLE_BYTES + STAGES * STAGE_BYTES;
     static constexpr int X_AHEAD = STAGES - 2; /* steps: two for warps to drift apart */
     static constexpr int THREADS = GROUPS * GROUP_THREADS;
-    static constexpr int REGISTERS = N == 32 ? 144 : FEW ? 168 : 240; /* of a thread */
+    static constexpr int REGISTERS = FEW ? 152 : 224; /* of a thread */
     static_assert(STAGES <= MAX_STAGES, "barriers stand above the table's entries");
     static_assert(X_BYTES % 1024 == 0, "whole swizzled eights");
     static_assert(STEP % PEERS == 0, "a block copies whole blocks of K for the cluster");

@@ -139,9 +139,8 @@ static __device__ __forceinline__ void leave(const struct product &p, float (&ac
             acc[j] = j + 4 * AT_ONCE < N / 2 ? acc[j + 4 * AT_ONCE] : 0.0f;
     }
     if (whole) return;
-    __threadfence();
     sync_warpgroup(warpgroup);
-    if (thread == 0) atomicAdd(counters_of(p, tile), 1u);
+    if (thread == 0) add_release(counters_of(p, tile), 1);
 }
 
 /* Of a tile that several clusters have a part of: finishes every n-th eight of its tokens, when all

@@ -5,7 +5,7 @@
 
 #include "linear_tiles.cuh"
 
-enum { PACK_THREADS = 256 };
+enum { PACK_THREADS = 128 };
 
 struct x_source {
     const void *x;
@@ -47,7 +47,7 @@ static __device__ __forceinline__ struct chunk load_chunk(const X *x, int i, boo
  * `dense` (T, K), if given, gets the same values in their own order. A thread's first chunk waits
  * in registers for the norm's factor. */
 template <typename X>
-static __global__ void __launch_bounds__(PACK_THREADS, 6)
+static __global__ void __launch_bounds__(PACK_THREADS, 9)
     pack_kernel(uint4 *to, bf16 *dense, struct x_source s, int tile_tokens) {
     const int t = (int)blockIdx.x, tile = t / tile_tokens, row = t % tile_tokens;
     const int first = blockIdx.y * PACK_THREADS + threadIdx.x;
