@@ -32,11 +32,16 @@
  * up. */
 template <int N> static __device__ void fill_tables(const struct product &p) {
     enum { THREADS = cut<N>::THREADS };
-    const float *code = p.part[0].m[0].code;
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
-        const uint32_t pair = pack(__ldg(code + i / 8 / 16), __ldg(code + i / 8 % 16));
-        *(uint4 *)(shared + i / 8 * ENTRY_BYTES + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+    static_assert(THREADS >= 256, "an entry a thread");
+    const int entry = threadIdx.x;
+    if (entry < 256) {
+        const float *code = p.part[0].m[0].code;
+        const uint32_t pair = pack(__ldg(code + entry / 16), __ldg(code + entry % 16));
+        for (int i = 0; i < 8; i++) /* turned, so that a warp's stores do not meet in a bank */
+            *(uint4 *)(shared + entry * ENTRY_BYTES + (i + entry) % 8 * 16) =
+                make_uint4(pair, pair, pair, pair);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < 256 * (p.swiglu ? 2 : p.n_parts); i += THREADS) {
         const struct matrix &m = p.swiglu ? p.part[0].m[i / 256] : p.part[i / 256].m[0];
         if (m.nested_code) *nested_at(i / 256, i % 256) = __ldg(m.nested_code + i % 256);
@@ -159,9 +164,11 @@ static __device__ __forceinline__ void
 prefetch_tile(const struct product &p, const struct source &s, int step, int end, int lane) {
     const int scale_bytes = GN_CUDA_TILE_ROWS * (s.nested_absmax ? 1 : (int)sizeof(float));
     const int last = min(end * STEP, p.blocks);
+#pragma unroll 1
     for (int i = step * STEP * scale_bytes + lane % 16 * LINE; i < last * scale_bytes;
          i += 16 * LINE)
         prefetch_line(s.scales + i);
+#pragma unroll 1
     for (int i = 1; i < L2_BLOCKS / STEP; i++) prefetch_step<STEP>(s, step + i, last, lane);
 }
 
@@ -183,11 +190,10 @@ static __device__ __forceinline__ void decode(uint32_t a[16], const uint2 codes[
     }
 }
 
-/* Starts c = a times a block of x. */
+/* Starts c = a times a block of x, as described. */
 template <int N>
 static __device__ __forceinline__ void start(float (&c)[N / 2], const uint32_t a[16],
-                                             const uint8_t *x) {
-    const uint64_t rows = describe_rows(shared_address(x));
+                                             uint64_t rows) {
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; j++) wgmma(c, a + 4 * j, rows + j * (32 >> 4), j > 0);
@@ -222,9 +228,11 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
     load_scales(w, p, source, step, lane);
     prefetch_tile<STEP>(p, source, step, end, lane);
     fill_tables<N>(p);
-    sync_cluster(); /* tables and barriers are ready */
+    __syncthreads();
+    wait_for_cluster(); /* its barriers are ready */
     pdl_wait();
     struct turn t = {0, 0};
+#pragma unroll 1
     for (int i = 0; i < min(run.end - run.first, C::X_AHEAD); i++)
         if (threadIdx.x == 0) copy_x<N>(p, run.first + i, {i, 1}); /* all stages are empty */
     decode(a[0], w.block[0], lane4);
@@ -249,11 +257,12 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
             load_block(w, p, source, step, 0);
         } /* else: what was there, in vain */
         load_scales(w, p, source, step, lane);
+        const uint64_t rows = describe_rows(shared_address(stage_at<N>(t.stage)));
         __syncwarp();
         barrier_wait(full_at(t.stage), t.parity);
 #pragma unroll
         for (int j = 0; j < STEP; j++) {
-            start<N>(c, a[j % 2], stage_at<N>(t.stage) + j * C::X_BYTES);
+            start<N>(c, a[j % 2], rows + j * (C::X_BYTES >> 4));
             const int by = lane / 4 * 2 + j / (STEP / 2);
             const float top = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by),
                         bottom = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by + 16);
@@ -293,6 +302,7 @@ static __global__ void __maxnreg__(cut<N>::REGISTERS)
         barrier_init(empty_at(threadIdx.x), PEERS * C::GROUPS * (GROUP_THREADS / WARP));
         barriers_ready();
     }
+    arrive_at_cluster();
     int thread = threadIdx.x % GROUP_THREADS;
     keep(thread); /* or it is made again in each step */
     multiply_run<N>(p, run, warpgroup, thread);

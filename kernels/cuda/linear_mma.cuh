@@ -51,10 +51,16 @@ static __device__ __forceinline__ uint32_t peer_address(uint32_t at, int rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(at), "r"(rank));
     return peer;
 }
+/* For what barriers_ready has made ready; nothing else that was written need be seen. */
+static __device__ __forceinline__ void arrive_at_cluster(void) {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+static __device__ __forceinline__ void wait_for_cluster(void) {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 static __device__ __forceinline__ void sync_cluster(void) {
-    asm volatile("barrier.cluster.arrive.release;\n"
-                 "barrier.cluster.wait.acquire;" ::
-                     : "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    wait_for_cluster();
 }
 
 /* ---- copies in bulk: 16-byte aligned, of a multiple of 16 bytes ---- */
@@ -66,6 +72,14 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
                  : "memory");
+}
+
+/* ---- global memory ---- */
+
+/* What the block's other threads wrote before they met this one at a barrier is seen by whoever
+ * sees the sum (load_acquire). */
+static __device__ __forceinline__ void add_release(uint32_t *at, uint32_t v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
 /* ---- products of a warpgroup ---- */

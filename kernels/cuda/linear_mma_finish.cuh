@@ -6,7 +6,10 @@
 #include "linear.cuh"
 #include "linear_mma_cut.cuh"
 
-enum { AT_ONCE = 2 }; /* eights of tokens that a thread finishes at once */
+enum {
+    AT_ONCE = 2,          /* eights of tokens that a thread finishes at once */
+    PARTIALS_AT_ONCE = 8, /* clusters whose sums it reads at once */
+};
 
 /* The outputs of a thread: of rows `row` and `row` + 8 of a part, for some tokens; or with SWIGLU
  * of one row, of which the second value is up's. */
@@ -40,45 +43,45 @@ static __device__ __forceinline__ struct outputs outputs_of(const struct product
 /* Sums of two rows of two tokens each, of n eights of tokens. */
 typedef float some_sums[AT_ONCE][2][2];
 
-/* Those of eights first, first + step, .... What is read is read before anything is written, so as
- * to wait once. */
+/* The first token of eights first, first + step, ... and the next; past the n-th, none. */
+static __device__ __forceinline__ int token_of(int first, int step, int n, int i) {
+    return i / 4 < n ? 8 * (first + i / 4 * step) + i % 2 : INT32_MAX;
+}
+
+/* What those eights' sums are added to: y as it is, what LoRA adds. */
+static __device__ __forceinline__ void read_addends(const struct product &p,
+                                                    const struct outputs &o, int first, int step,
+                                                    int n, some_sums &addends) {
+    float old[AT_ONCE][2][2] = {}, lora[AT_ONCE][2][2] = {};
+#pragma unroll
+    for (int i = 0; i < AT_ONCE * 4; i++) {
+        const int t = token_of(first, step, n, i), h = i / 2 % 2;
+        if (t >= o.tokens || !o.has[h]) continue;
+        if (p.add) old[i / 4][h][i % 2] = load_fresh((const float *)o.y + t * o.ld + h * 8);
+        if (p.lora) lora[i / 4][h][i % 2] = o.lora[h][t * (int)p.lora_ld];
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE * 4; i++)
+        addends[i / 4][i / 2 % 2][i % 2] =
+            old[i / 4][i / 2 % 2][i % 2] + lora[i / 4][i / 2 % 2][i % 2];
+}
+
+/* Those eights of y. */
 static __device__ __forceinline__ void finish(const struct product &p, const struct outputs &o,
-                                              int first, int step, int n, some_sums &sums) {
-    enum { VALUES = AT_ONCE * 4 };
+                                              int first, int step, int n, some_sums &sums,
+                                              const some_sums &addends) {
     const int second = p.swiglu ? 0 : 8;
-    int token[AT_ONCE][2];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE * 2; i++) {
-        token[i / 2][i % 2] = 8 * (first + i / 2 * step) + i % 2;
-        if (i / 2 >= n) token[i / 2][i % 2] = INT32_MAX;
-    }
-    if (p.add) {
-        float old[AT_ONCE][2][2] = {};
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            const int t = token[i / 4][i % 2], h = i / 2 % 2;
-            if (t < o.tokens && o.has[h])
-                old[i / 4][h][i % 2] = load_fresh((const float *)o.y + t * o.ld + h * 8);
-        }
-#pragma unroll
-        for (int i = 0; i < VALUES; i++)
-            sums[i / 4][i / 2 % 2][i % 2] += old[i / 4][i / 2 % 2][i % 2];
-    }
-    if (p.lora) {
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            const int t = token[i / 4][i % 2], h = i / 2 % 2;
-            if (t < o.tokens && o.has[h]) sums[i / 4][h][i % 2] += o.lora[h][t * (int)p.lora_ld];
-        }
-    }
+    for (int i = 0; i < AT_ONCE * 4; i++)
+        sums[i / 4][i / 2 % 2][i % 2] += addends[i / 4][i / 2 % 2][i % 2];
     if (p.swiglu) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE * 2; i++)
             sums[i / 2][0][i % 2] = silu(sums[i / 2][0][i % 2]) * sums[i / 2][1][i % 2];
     }
 #pragma unroll
-    for (int i = 0; i < VALUES; i++) {
-        const int t = token[i / 4][i % 2], h = i / 2 % 2;
+    for (int i = 0; i < AT_ONCE * 4; i++) {
+        const int t = token_of(first, step, n, i), h = i / 2 % 2;
         if (t >= o.tokens || !o.has[h] || (h > 0 && p.swiglu)) continue;
         const int at = t * o.ld + h * second;
         if (p.y_f32)
@@ -99,11 +102,10 @@ static __device__ __forceinline__ uint32_t *counters_of(const struct product &p,
 }
 
 /* Where a cluster leaves its sums of a tile: (N / 8) times a float4 of every thread. A run has two
- * such tiles at most, the one it begins in and the one it ends in. */
+ * such tiles at most, the one that it begins in (slot 0) and the one that it ends in. */
 template <int N>
 static __device__ __forceinline__ float4 *partials_at(const struct product &p, int cluster,
-                                                      int tile, int warpgroup) {
-    const int slot = run_of(p, cluster).first < tile * p.steps ? 1 : 0;
+                                                      int slot, int warpgroup) {
     const int block = cluster * PEERS + (int)blockIdx.x % PEERS;
     return p.partials +
            (int64_t)((block * 2 + slot) * cut<N>::GROUPS + warpgroup) * (N / 8 * GROUP_THREADS);
@@ -120,14 +122,15 @@ static __device__ __forceinline__ void leave(const struct product &p, float (&ac
     const int tile = last / p.steps;
     const bool whole = tile * p.steps >= run.first && (tile + 1) * p.steps == last + 1;
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
-    float4 *to = partials_at<N>(p, cluster, tile, warpgroup) + thread;
+    float4 *to = partials_at<N>(p, cluster, run.first < tile * p.steps, warpgroup) + thread;
 #pragma unroll 1
     for (int i = 0; i < N / 8; i += AT_ONCE) {
         if (whole) {
-            some_sums sums;
+            some_sums sums, addends;
+            read_addends(p, o, i, 1, AT_ONCE, addends);
 #pragma unroll
             for (int j = 0; j < AT_ONCE * 4; j++) sums[j / 4][j / 2 % 2][j % 2] = acc[j];
-            finish(p, o, i, 1, AT_ONCE, sums);
+            finish(p, o, i, 1, AT_ONCE, sums, addends);
         } else {
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++)
@@ -151,28 +154,43 @@ static __device__ __forceinline__ void finish_shared(const struct product &p, in
     const int first = cluster_of(p, tile * p.steps), last = cluster_of(p, (tile + 1) * p.steps - 1);
     const int n = last - first + 1;
     uint32_t *counters = counters_of(p, tile);
-    if (thread == 0)
-        while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
-    sync_warpgroup(warpgroup);
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
+    /* of the first cluster, and of the second, which begins in the tile, as all after it do */
+    const float4 *head =
+        partials_at<N>(p, first, run_of(p, first).first < tile * p.steps, warpgroup) + thread;
+    const float4 *rest = partials_at<N>(p, first + 1, 0, warpgroup) + thread;
+    const int64_t apart = PEERS * 2 * cut<N>::GROUPS * (N / 8 * GROUP_THREADS);
+    bool ready = false;
 #pragma unroll 1
     for (int i = (int)blockIdx.x / PEERS - first; i < N / 8; i += AT_ONCE * n) {
-        some_sums sums = {};
+        some_sums sums = {}, addends;
         const int some = min(AT_ONCE, (N / 8 - i + n - 1) / n);
-#pragma unroll 2
-        for (int cluster = first; cluster <= last; cluster++) {
-            const float4 *from = partials_at<N>(p, cluster, tile, warpgroup) + thread;
+        read_addends(p, o, i, n, some, addends);
+        if (!ready && thread == 0)
+            while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
+        sync_warpgroup(warpgroup);
+        ready = true;
+#pragma unroll 1
+        for (int begin = 0; begin < n; begin += PARTIALS_AT_ONCE) {
+            float4 v[PARTIALS_AT_ONCE][AT_ONCE] = {};
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (j >= some) continue;
-                const float4 v = __ldcg(from + (i + j * n) * GROUP_THREADS);
-                sums[j][0][0] += v.x;
-                sums[j][0][1] += v.y;
-                sums[j][1][0] += v.z;
-                sums[j][1][1] += v.w;
-            }
+            for (int c = 0; c < PARTIALS_AT_ONCE; c++)
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++)
+                    if (begin + c < n && j < some)
+                        v[c][j] = __ldcg((begin + c == 0 ? head : rest + (begin + c - 1) * apart) +
+                                         (i + j * n) * GROUP_THREADS);
+#pragma unroll
+            for (int c = 0; c < PARTIALS_AT_ONCE; c++)
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    sums[j][0][0] += v[c][j].x;
+                    sums[j][0][1] += v[c][j].y;
+                    sums[j][1][0] += v[c][j].z;
+                    sums[j][1][1] += v[c][j].w;
+                }
         }
-        finish(p, o, i, n, some, sums);
+        finish(p, o, i, n, some, sums, addends);
     }
     sync_warpgroup(warpgroup);
     if (thread == 0 && atomicAdd(counters + 1, 1u) == (uint32_t)(n * cut<N>::GROUPS) - 1) {
