@@ -3,7 +3,7 @@
  * Every tensor of the file must find its place in the base, and everything is copied into one
  * block, so the file can be replaced while the adapter is in use. For a device with memory of its
  * own the block is ready to be uploaded as it is: pinned, and in the dtype that its products use.
- */
+ * A block that had to leave comes back the same way; the hash says whether it is what it was. */
 #include "engine/adapter.h"
 
 #include <math.h>
@@ -28,7 +28,8 @@ typedef struct {
 typedef struct {
     const gn_config *config;
     const char *where, *dir;
-    gn_ctx *ctx; /* of a device with memory of its own; else NULL */
+    const gn_model *model;    /* NULL: malloc's memory, for the CPU */
+    const gn_adapter *before; /* what the folder must hold; NULL: any adapter */
     gn_error *err;
     gn_peft *peft;
     gn_tensor_file *file;
@@ -46,7 +47,7 @@ static gn_status open_weights(loader *l) {
             return gn_fail(l->err, GN_ENOMEM, "%s: out of memory", l->dir);
         if (access(path, F_OK) == 0)
             status = legacy ? gn_torch_open(&l->file, path, l->err)
-                            : gn_safetensors_open(&l->file, path, l->err);
+                            : gn_safetensors_read(&l->file, path, l->err);
         free(path);
     }
     if (status == GN_ENOENT)
@@ -170,7 +171,7 @@ static gn_status place_tensors(loader *l) {
 
 /* A and B of a pair share a dtype: the device's, or their own, or F32 when it is F16 or differs. */
 static gn_dtype pair_dtype(const loader *l, const halves *h) {
-    if (l->ctx) return gn_ctx_compute(l->ctx);
+    if (l->model && !gn_ctx_is_host(l->model->ctx)) return gn_ctx_compute(l->model->ctx);
     return h->a->dtype == h->b->dtype && h->a->dtype == GN_BF16 ? GN_BF16 : GN_F32;
 }
 
@@ -186,23 +187,19 @@ static gn_status allocate(loader *l) {
         if (!h->a) continue;
         total += aligned_bytes(h->a, pair_dtype(l, h)) + aligned_bytes(h->b, pair_dtype(l, h));
     }
-    l->adapter->ctx = l->ctx;
-    l->adapter->memory =
-        l->ctx ? gn_ctx_alloc_host(l->ctx, total) : aligned_alloc(ALIGNMENT, total);
+    gn_adapter_host *host = l->model ? l->model->adapters : NULL;
+    if (host && (int64_t)total > gn_adapter_host_budget(host))
+        return gn_fail(l->err, GN_ETOOBIG,
+                       "%s: the adapter takes %.1f MiB, and the host's memory for adapters is "
+                       "%.1f MiB",
+                       l->dir, (double)total / 0x1p20,
+                       (double)gn_adapter_host_budget(host) / 0x1p20);
+    l->adapter->host = host;
+    l->adapter->memory = host ? gn_adapter_host_take(host, total) : aligned_alloc(ALIGNMENT, total);
     if (!l->adapter->memory)
         return gn_fail(l->err, GN_ENOMEM, "%s: no memory for %zu bytes of weights", l->dir, total);
     l->adapter->bytes = total;
     return GN_OK;
-}
-
-static bool all_finite(const gn_tensor *t) {
-    const int64_t n = gn_tensor_numel(t);
-    const uint16_t *half = t->data;
-    const float *single = t->data;
-    bool finite = true;
-    for (int64_t i = 0; i < n; i++)
-        finite &= t->dtype == GN_BF16 ? (half[i] & 0x7f80) != 0x7f80 : isfinite(single[i]);
-    return finite;
 }
 
 static gn_status convert(gn_tensor *out, const gn_file_tensor *t) {
@@ -227,7 +224,7 @@ static gn_status copy(const loader *l, gn_tensor *out, const gn_file_tensor *t, 
     *free_memory += aligned_bytes(t, dtype);
     const gn_status status = convert(out, t);
     if (status) return gn_fail(l->err, status, "%s: out of memory for %s", t->path, t->name);
-    if (!all_finite(out))
+    if (gn_find_not_finite(out->data, out->dtype, gn_tensor_numel(out)) >= 0)
         return gn_fail(l->err, GN_EFORMAT, "%s: %s holds values that are not finite", t->path,
                        t->name);
     return GN_OK;
@@ -270,6 +267,14 @@ static gn_status copy_pairs(loader *l) {
     return GN_OK;
 }
 
+static gn_status check_same(const loader *l) {
+    if (!l->before || memcmp(l->before->hash, l->adapter->hash, sizeof l->adapter->hash) == 0)
+        return GN_OK;
+    return gn_fail(l->err, GN_EMISMATCH,
+                   "%s, or %s, is not what it was when the adapter was loaded; load it again",
+                   gn_tensor_file_at(l->file, 0)->path, gn_peft_path(l->peft));
+}
+
 /* ---- open and close ---- */
 
 static gn_status load(loader *l) {
@@ -277,7 +282,8 @@ static gn_status load(loader *l) {
     l->adapter = calloc(1, sizeof *l->adapter);
     l->found = calloc(layers, sizeof *l->found);
     if (l->adapter) l->adapter->pairs = calloc(layers, sizeof *l->adapter->pairs);
-    if (!l->found || !l->adapter || !l->adapter->pairs)
+    if (l->adapter) l->adapter->dir = strdup(l->dir);
+    if (!l->found || !l->adapter || !l->adapter->pairs || !l->adapter->dir)
         return gn_fail(l->err, GN_ENOMEM, "%s: out of memory", l->dir);
     atomic_init(&l->adapter->refs, 1);
     l->adapter->layers = l->config->layers;
@@ -286,6 +292,7 @@ static gn_status load(loader *l) {
     if (status == GN_OK) status = place_tensors(l);
     if (status == GN_OK) status = allocate(l);
     if (status == GN_OK) status = copy_pairs(l);
+    if (status == GN_OK) status = check_same(l);
     return status;
 }
 
@@ -309,8 +316,21 @@ gn_status gn_adapter_load(gn_adapter **out, const gn_config *config, const char 
 }
 
 gn_status gn_adapter_open(gn_adapter **out, const gn_model *model, const char *dir, gn_error *err) {
-    loader l = {.config = &model->config, .where = model->dir, .dir = dir, .err = err};
-    l.ctx = gn_ctx_is_host(model->ctx) ? NULL : model->ctx;
+    loader l = {
+        .config = &model->config, .where = model->dir, .dir = dir, .model = model, .err = err};
+    const gn_status status = run(&l, out);
+    if (status == GN_OK) gn_adapter_host_add(model->adapters, *out);
+    return status;
+}
+
+gn_status gn_adapter_read_again(gn_adapter **out, const gn_adapter *adapter, const gn_model *model,
+                                gn_error *err) {
+    loader l = {.config = &model->config,
+                .where = model->dir,
+                .dir = adapter->dir,
+                .model = model,
+                .before = adapter,
+                .err = err};
     return run(&l, out);
 }
 
@@ -321,11 +341,12 @@ gn_adapter *gn_adapter_ref(gn_adapter *adapter) {
 
 void gn_adapter_close(gn_adapter *adapter) {
     if (!adapter || atomic_fetch_sub_explicit(&adapter->refs, 1, memory_order_acq_rel) > 1) return;
-    if (adapter->ctx)
-        gn_ctx_free_host(adapter->ctx, adapter->memory);
-    else
-        free(adapter->memory);
+    if (adapter->host) gn_adapter_host_remove(adapter->host, adapter);
+    if (adapter->host && adapter->memory)
+        gn_adapter_host_give(adapter->host, adapter->memory, adapter->bytes);
+    if (!adapter->host) free(adapter->memory);
     free(adapter->pairs);
+    free(adapter->dir);
     free(adapter);
 }
 

@@ -3,7 +3,7 @@
  * An entry's memory holds the adapter's pairs and then a copy of its weights, which on the host are
  * one block already. The weights are uploaded beside the ops. The pairs, some KiB whose pointers
  * are known only here, are written in order with the ops; they are there before any op needs them.
- */
+ * An adapter used in place has an entry while it is used, which holds the host's copy. */
 #include "engine/adapter_memory.h"
 
 #include <stdlib.h>
@@ -15,10 +15,11 @@ typedef struct entry entry;
 struct entry {
     entry *next;         /* in the order of `memory`, in the block */
     gn_adapter *adapter; /* a reference, so that its address stays its own */
-    gn_lora_pair *pairs; /* (layers * GN_PROJ_COUNT), pointing into memory */
+    gn_lora_pair *pairs; /* (layers * GN_PROJ_COUNT), pointing into memory; NULL: used in place */
     char *memory;        /* on the device */
     int64_t bytes;
-    gn_upload *upload; /* NULL: it is there */
+    bool waits;        /* for the host's copy */
+    gn_upload *upload; /* NULL: it is there, or waits */
     int32_t users;
     uint64_t used; /* when it was last acquired */
 };
@@ -48,7 +49,9 @@ gn_status gn_adapter_memory_open(gn_adapter_memory **out, gn_ctx *ctx, int64_t b
 static void drop(gn_adapter_memory *m, entry **link) {
     entry *e = *link;
     *link = e->next;
+    const bool holds = e->waits || e->upload || !e->pairs;
     gn_upload_close(e->upload);
+    if (holds) gn_adapter_release(e->adapter);
     if (!m->block) gn_ctx_free(m->ctx, e->memory);
     gn_adapter_close(e->adapter);
     free(e->pairs);
@@ -84,6 +87,16 @@ int64_t gn_adapter_memory_bytes(const gn_adapter *adapter) {
     return aligned((int64_t)pairs_bytes(adapter)) + aligned((int64_t)adapter->bytes);
 }
 
+/* 0: no limit. */
+static int64_t limit(const gn_adapter_memory *m, const gn_adapter *adapter) {
+    if (!in_place(m)) return m->budget;
+    return adapter->host ? gn_adapter_host_budget(adapter->host) : 0;
+}
+
+static int64_t bytes_of(const gn_adapter_memory *m, const gn_adapter *adapter) {
+    return in_place(m) ? (int64_t)adapter->bytes : gn_adapter_memory_bytes(adapter);
+}
+
 /* ---- room ---- */
 
 /* Of those that nobody uses and that are not on their way. */
@@ -116,22 +129,41 @@ static gn_status allocate(gn_adapter_memory *m, int64_t bytes, char **memory, en
     }
 }
 
+static double mib(int64_t bytes) {
+    return bytes > 0 ? (double)bytes / 0x1p20 : 0;
+}
+
+gn_status gn_adapter_memory_check(int64_t budget, const gn_adapter *adapter, gn_error *err) {
+    const int64_t wanted = gn_adapter_memory_bytes(adapter);
+    if (wanted <= budget) return GN_OK;
+    return gn_fail(err, GN_ETOOBIG,
+                   "%s: the adapter takes %.1f MiB, and the device's memory for adapters is %.1f "
+                   "MiB",
+                   adapter->dir, mib(wanted), mib(budget));
+}
+
 /* Whether the n adapters fit beside what others use, so that nobody leaves in vain. */
-static gn_status check_room(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
-    if (m->budget == 0) return GN_OK;
+static gn_status check_room(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n,
+                            gn_error *err) {
+    const int64_t most = limit(m, uses[0].adapter);
     int64_t wanted = 0, taken = 0;
+    if (most == 0) return GN_OK;
     for (int32_t i = 0; i < n; i++) {
         int32_t first = 0;
         while (uses[first].adapter != uses[i].adapter) first++;
-        if (first == i) wanted += gn_adapter_memory_bytes(uses[i].adapter);
+        if (first == i) wanted += bytes_of(m, uses[i].adapter);
     }
     for (const entry *e = m->entries; e; e = e->next) {
         bool is_wanted = false;
         for (int32_t i = 0; i < n; i++) is_wanted |= uses[i].adapter == e->adapter;
         if (!is_wanted && (e->users > 0 || e->upload)) taken += e->bytes;
     }
-    if (wanted > m->budget) return GN_ETOOBIG;
-    return wanted + taken > m->budget ? GN_EBUSY : GN_OK;
+    if (wanted > most)
+        return gn_fail(err, GN_ETOOBIG,
+                       "the request's adapters take %.1f MiB, and the memory for adapters is %.1f "
+                       "MiB",
+                       mib(wanted), mib(most));
+    return wanted + taken > most ? GN_EBUSY : GN_OK;
 }
 
 /* ---- copying ---- */
@@ -155,24 +187,42 @@ static gn_status copy_adapter(gn_adapter_memory *m, entry *e) {
                   : gn_upload_begin(&e->upload, m->ctx, weights, adapter->memory, adapter->bytes);
 }
 
-static gn_status add(gn_adapter_memory *m, gn_adapter *adapter) {
-    const int64_t bytes = gn_adapter_memory_bytes(adapter);
-    entry *e = calloc(1, sizeof *e), **link = NULL;
-    gn_lora_pair *pairs = malloc(pairs_bytes(adapter));
-    char *memory = NULL;
-    gn_status status = e && pairs ? allocate(m, bytes, &memory, &link) : GN_ENOMEM;
+/* Goes on as soon as the host has its weights. */
+static gn_status poll_host(gn_adapter_memory *m, entry *e, gn_error *err) {
+    bool there;
+    gn_status status = gn_adapter_poll(e->adapter, &there, err);
+    if (status || !there) return status;
+    if (e->pairs) status = copy_adapter(m, e);
+    if (status)
+        return gn_fail(err, status, "cannot copy the adapter to the device: %s",
+                       gn_status_text(status));
+    e->waits = false;
+    return GN_OK;
+}
+
+static gn_status allocate_entry(gn_adapter_memory *m, entry *e, entry ***link) {
+    *link = &m->entries;
+    if (in_place(m)) return GN_OK;
+    e->pairs = malloc(pairs_bytes(e->adapter));
+    const gn_status status = e->pairs ? allocate(m, e->bytes, &e->memory, link) : GN_ENOMEM;
+    if (status) free(e->pairs);
+    return status;
+}
+
+static gn_status add(gn_adapter_memory *m, gn_adapter *adapter, gn_error *err) {
+    entry *e = calloc(1, sizeof *e), **link;
+    if (!e) return gn_fail(err, GN_ENOMEM, "out of memory");
+    *e = (entry){.adapter = adapter, .bytes = bytes_of(m, adapter), .waits = true};
+    gn_status status = allocate_entry(m, e, &link);
     if (status) {
-        free(pairs);
         free(e);
-        return status;
+        return gn_fail(err, status, "no room for the adapter: %s", gn_status_text(status));
     }
-    *e = (entry){.next = *link,
-                 .adapter = gn_adapter_ref(adapter),
-                 .pairs = pairs,
-                 .memory = memory,
-                 .bytes = bytes};
+    e->next = *link;
     *link = e;
-    status = copy_adapter(m, e);
+    gn_adapter_ref(adapter);
+    gn_adapter_hold(adapter);
+    status = poll_host(m, e, err);
     if (status) drop(m, link);
     return status;
 }
@@ -180,14 +230,23 @@ static gn_status add(gn_adapter_memory *m, gn_adapter *adapter) {
 /* ---- use ---- */
 
 /* Whether its upload is done, which then is forgotten. */
-static gn_status poll_entry(entry *e, bool *ready) {
-    *ready = true;
-    if (!e->upload) return GN_OK;
+static gn_status poll_upload(entry *e, bool *ready) {
     const gn_status status = gn_upload_poll(e->upload, ready);
     if (status || !*ready) return status;
     gn_upload_close(e->upload);
     e->upload = NULL;
+    gn_adapter_release(e->adapter);
     return GN_OK;
+}
+
+static gn_status poll_entry(gn_adapter_memory *m, entry *e, bool *ready, gn_error *err) {
+    gn_status status = e->waits ? poll_host(m, e, err) : GN_OK;
+    *ready = !e->waits && !e->upload;
+    if (status || !e->upload) return status;
+    status = poll_upload(e, ready);
+    return status ? gn_fail(err, status, "the adapter did not reach the device: %s",
+                            gn_status_text(status))
+                  : GN_OK;
 }
 
 /* Uploads that nobody waits for any more: their adapters may leave when they are done. */
@@ -195,12 +254,12 @@ static gn_status poll_unused(gn_adapter_memory *m) {
     gn_status status = GN_OK;
     bool ready;
     for (entry *e = m->entries; e && !status; e = e->next)
-        if (e->users == 0) status = poll_entry(e, &ready);
+        if (e->users == 0 && e->upload) status = poll_upload(e, &ready);
     return status;
 }
 
-static gn_status acquire(gn_adapter_memory *m, gn_adapter *adapter) {
-    const gn_status status = find(m, adapter) ? GN_OK : add(m, adapter);
+static gn_status acquire(gn_adapter_memory *m, gn_adapter *adapter, gn_error *err) {
+    const gn_status status = find(m, adapter) ? GN_OK : add(m, adapter, err);
     if (status) return status;
     entry *e = find(m, adapter);
     e->users++;
@@ -208,35 +267,42 @@ static gn_status acquire(gn_adapter_memory *m, gn_adapter *adapter) {
     return GN_OK;
 }
 
-gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
-    if (in_place(m) || n == 0) return GN_OK;
+gn_status gn_adapter_memory_acquire(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n,
+                                    gn_error *err) {
+    if (n == 0) return GN_OK;
     gn_status status = poll_unused(m);
-    if (!status) status = check_room(m, uses, n);
+    if (status) return gn_fail(err, status, "an upload failed: %s", gn_status_text(status));
+    status = check_room(m, uses, n, err);
     for (int32_t i = 0; i < n && !status; i++) {
-        status = acquire(m, uses[i].adapter);
+        status = acquire(m, uses[i].adapter, err);
         if (status) gn_adapter_memory_release(m, uses, i);
     }
     return status;
 }
 
+/* What nobody waits for or uses in place any more is not kept. */
+static void release(gn_adapter_memory *m, const gn_adapter *adapter) {
+    entry **link = &m->entries;
+    while (*link && (*link)->adapter != adapter) link = &(*link)->next;
+    entry *e = *link;
+    if (e && --e->users == 0 && (e->waits || !e->pairs)) drop(m, link);
+}
+
 void gn_adapter_memory_release(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
-    for (int32_t i = 0; i < n; i++) {
-        entry *e = find(m, uses[i].adapter);
-        if (e) e->users--;
-    }
+    for (int32_t i = 0; i < n; i++) release(m, uses[i].adapter);
 }
 
 bool gn_adapter_memory_holds(const gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n) {
     bool holds = true;
-    for (int32_t i = 0; i < n && !in_place(m); i++) holds &= find(m, uses[i].adapter) != NULL;
+    for (int32_t i = 0; i < n; i++) holds &= find(m, uses[i].adapter) != NULL;
     return holds;
 }
 
 gn_status gn_adapter_memory_poll(gn_adapter_memory *m, const gn_adapter_use *uses, int32_t n,
-                                 bool *ready) {
+                                 bool *ready, gn_error *err) {
     *ready = true;
-    for (int32_t i = 0; i < n && !in_place(m) && *ready; i++) {
-        const gn_status status = poll_entry(find(m, uses[i].adapter), ready);
+    for (int32_t i = 0; i < n && *ready; i++) {
+        const gn_status status = poll_entry(m, find(m, uses[i].adapter), ready, err);
         if (status) return status;
     }
     return GN_OK;
@@ -245,6 +311,6 @@ gn_status gn_adapter_memory_poll(gn_adapter_memory *m, const gn_adapter_use *use
 void gn_adapter_memory_find(const gn_adapter_memory *m, const gn_adapter *adapter,
                             const gn_lora_pair **pairs, const gn_lora_pair **placed) {
     const entry *e = find(m, adapter);
-    *pairs = e ? e->pairs : adapter->pairs[0];
-    *placed = e ? (const gn_lora_pair *)e->memory : adapter->pairs[0];
+    *pairs = e && e->pairs ? e->pairs : adapter->pairs[0];
+    *placed = e && e->pairs ? (const gn_lora_pair *)e->memory : adapter->pairs[0];
 }

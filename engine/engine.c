@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "engine/adapter_memory.h"
 #include "engine/memory_plan.h"
 #include "engine/step.h"
 
@@ -95,8 +96,11 @@ static gn_status plan_memory(gn_engine *e, gn_error *err) {
     const gn_forward_options limits = {.max_rows = e->options.max_batch_tokens,
                                        .max_seqs = e->options.max_seqs,
                                        .max_logits = e->options.max_seqs,
-                                       .context = e->options.context};
-    const gn_status status = gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
+                                       .context = e->options.context,
+                                       .kv_dtype = e->options.kv_dtype};
+    gn_status status = gn_memory_plan_model(&e->memory, e->model, &limits, &e->options, err);
+    for (int32_t i = 0; i < e->options.n_adapters && !status; i++)
+        status = gn_engine_check_adapter(e, e->options.adapters[i], err);
     e->options.adapters = NULL; /* borrowed */
     return status;
 }
@@ -118,6 +122,7 @@ static gn_status open_parts(gn_engine *e, gn_error *err) {
         .max_rows = e->options.max_batch_tokens,
         .kv_blocks = (int32_t)(e->memory.kv_tokens / GN_KV_BLOCK_TOKENS),
         .context = e->options.context,
+        .kv_dtype = e->options.kv_dtype,
         .adapter_bytes = adapter_bytes(e),
         .prefix_cache = !e->options.no_prefix_cache,
         /* On the host nothing would run meanwhile, and rows too many cost time. */
@@ -167,6 +172,11 @@ void gn_engine_close(gn_engine *e) {
 
 /* ---- calls from other threads ---- */
 
+gn_status gn_engine_check_adapter(const gn_engine *e, const gn_adapter *adapter, gn_error *err) {
+    if (gn_ctx_is_host(e->model->ctx)) return GN_OK;
+    return gn_adapter_memory_check(e->memory.adapters, adapter, err);
+}
+
 static void enqueue(gn_engine *e, gn_sequence *s) {
     s->id = ++e->last_id;
     s->older = e->newest;
@@ -210,8 +220,11 @@ void gn_engine_cancel(gn_engine *e, uint64_t id) {
 
 gn_engine_stats gn_engine_read_stats(gn_engine *e) {
     pthread_mutex_lock(&e->lock);
-    const gn_engine_stats stats = e->stats;
+    gn_engine_stats stats = e->stats;
     pthread_mutex_unlock(&e->lock);
+    const gn_adapter_host_stats host = gn_adapter_host_read_stats(e->model->adapters);
+    stats.adapter_host_bytes = host.bytes;
+    stats.adapter_reads = host.reads;
     return stats;
 }
 

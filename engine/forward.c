@@ -21,13 +21,13 @@ enum { PLANNED_RANK = 64 };
 struct gn_forward {
     gn_model *model;
     gn_forward_options limits;
-    gn_tensor x;             /* (max_rows, hidden) f32: the residual stream */
-    gn_tensor q, k, v, a, h; /* (max_rows, ...) activations */
-    gn_tensor cos, sin;      /* (max_rows, head_dim/2) */
-    gn_tensor last, logits;  /* (max_logits, hidden), (max_logits, vocab) */
-    gn_kv *kv;               /* one a layer */
-    gn_decoder *decoder;     /* NULL: this device has none */
-    float *host_logits;      /* (max_logits, vocab), where the device's are out of reach */
+    gn_tensor x;            /* (max_rows, hidden) f32: the residual stream */
+    gn_tensor qkv, a, h;    /* (max_rows, ...) activations; q, k and v side by side */
+    gn_tensor cos, sin;     /* (max_rows, head_dim/2) */
+    gn_tensor last, logits; /* (max_logits, hidden), (max_logits, vocab) */
+    gn_kv *kv;              /* one a layer */
+    gn_decoder *decoder;    /* NULL: this device has none */
+    float *host_logits;     /* (max_logits, vocab), where the device's are out of reach */
     gn_adapter_memory *adapters;
     gn_lora *terms;       /* (max_terms) */
     uint64_t *term_ranks; /* (max_terms) hashes of their ranks */
@@ -35,17 +35,22 @@ struct gn_forward {
     int rank; /* reserved for */
 };
 
-static gn_dtype kv_dtype(const gn_model *model) {
-    return gn_ctx_compute(model->ctx);
+static gn_dtype kv_dtype(const gn_model *model, gn_kv_dtype dtype) {
+    if (dtype == GN_KV_AUTO) return gn_ctx_compute(model->ctx);
+    return dtype == GN_KV_FP8 ? GN_F8 : GN_BF16;
 }
 
-static int64_t kv_block_numel(const gn_config *c) {
-    return (int64_t)c->kv_heads * GN_KV_BLOCK_TOKENS * c->head_dim;
+/* Rows of head_dim that a block has in each of a layer's tensors. */
+static int64_t kv_block_rows(const gn_config *c) {
+    return (int64_t)c->kv_heads * GN_KV_BLOCK_TOKENS;
 }
 
-size_t gn_forward_kv_block_bytes(const gn_model *model) {
+size_t gn_forward_kv_block_bytes(const gn_model *model, gn_kv_dtype option) {
     const gn_config *c = &model->config;
-    return 2 * (size_t)c->layers * (size_t)kv_block_numel(c) * gn_dtype_size(kv_dtype(model));
+    const gn_dtype dtype = kv_dtype(model, option);
+    const size_t scale = dtype == GN_F8 ? sizeof(float) : 0;
+    return 2 * (size_t)c->layers * (size_t)kv_block_rows(c) *
+           ((size_t)c->head_dim * gn_dtype_size(dtype) + scale);
 }
 
 static bool allocate(gn_ctx *ctx, gn_tensor *t, gn_dtype dtype, int64_t rows, int64_t cols) {
@@ -54,24 +59,32 @@ static bool allocate(gn_ctx *ctx, gn_tensor *t, gn_dtype dtype, int64_t rows, in
     return t->data != NULL;
 }
 
+/* (blocks, kv_heads, tokens) rows of `cols`; with `ndim` 3 of one, which is no dimension. */
+static bool allocate_rows(gn_forward *f, gn_tensor *t, gn_dtype dtype, int ndim, int64_t cols) {
+    const gn_config *c = &f->model->config;
+    if (!allocate(f->model->ctx, t, dtype, f->limits.kv_blocks, kv_block_rows(c) * cols))
+        return false;
+    t->ndim = ndim;
+    t->shape[1] = c->kv_heads;
+    t->shape[2] = GN_KV_BLOCK_TOKENS;
+    t->shape[3] = cols;
+    return true;
+}
+
 static bool allocate_cache(gn_forward *f) {
     const gn_config *c = &f->model->config;
+    const gn_dtype dtype = kv_dtype(f->model, f->limits.kv_dtype);
     f->kv = calloc((size_t)c->layers, sizeof *f->kv);
-    if (!f->kv) return false;
-    const int64_t blocks = f->limits.kv_blocks;
-    for (int i = 0; i < c->layers; i++) {
-        gn_tensor *both[] = {&f->kv[i].k, &f->kv[i].v};
-        for (int j = 0; j < 2; j++) {
-            gn_tensor *t = both[j];
-            if (!allocate(f->model->ctx, t, kv_dtype(f->model), blocks, kv_block_numel(c)))
-                return false;
-            t->ndim = 4;
-            t->shape[1] = c->kv_heads;
-            t->shape[2] = GN_KV_BLOCK_TOKENS;
-            t->shape[3] = c->head_dim;
-        }
+    bool is_there = f->kv != NULL;
+    for (int i = 0; i < c->layers && is_there; i++) {
+        gn_kv *kv = &f->kv[i];
+        is_there = allocate_rows(f, &kv->k, dtype, 4, c->head_dim) &&
+                   allocate_rows(f, &kv->v, dtype, 4, c->head_dim);
+        if (is_there && dtype == GN_F8)
+            is_there = allocate_rows(f, &kv->k_scales, GN_F32, 3, 1) &&
+                       allocate_rows(f, &kv->v_scales, GN_F32, 3, 1);
     }
-    return true;
+    return is_there;
 }
 
 static bool allocate_activations(gn_forward *f) {
@@ -85,8 +98,8 @@ static bool allocate_activations(gn_forward *f) {
         if (!f->host_logits) return false;
     }
     return allocate(ctx, &f->x, GN_F32, rows, c->hidden) &&
-           allocate(ctx, &f->q, dtype, rows, dim) && allocate(ctx, &f->k, dtype, rows, kv) &&
-           allocate(ctx, &f->v, dtype, rows, kv) && allocate(ctx, &f->a, dtype, rows, dim) &&
+           allocate(ctx, &f->qkv, dtype, rows, dim + 2 * kv) &&
+           allocate(ctx, &f->a, dtype, rows, dim) &&
            allocate(ctx, &f->h, dtype, rows, c->intermediate) &&
            allocate(ctx, &f->cos, GN_F32, rows, c->head_dim / 2) &&
            allocate(ctx, &f->sin, GN_F32, rows, c->head_dim / 2) &&
@@ -111,6 +124,16 @@ static size_t workspace_bytes(const gn_model *model, const gn_forward_options *l
     return linear > attention ? linear : attention;
 }
 
+/* Of a layer's 4-bit weights. */
+static int64_t values_of_layer(const gn_model *model) {
+    int64_t n = 0;
+    for (int i = 0; i < GN_PROJ_COUNT; i++) {
+        const gn_matrix *w = &model->layers[0].proj[i];
+        if (gn_qtype_is_4bit(w->qtype)) n += w->rows * w->cols;
+    }
+    return n;
+}
+
 size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options *limits) {
     const gn_config *c = &model->config;
     const size_t value = gn_dtype_size(gn_ctx_activation(model->ctx)), real = sizeof(float);
@@ -120,7 +143,8 @@ size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options 
                        (size_t)c->head_dim * real;
     const size_t output = (size_t)(c->hidden + c->vocab) * real;
     return (size_t)limits->max_rows * row + (size_t)limits->max_logits * output +
-           workspace_bytes(model, limits, PLANNED_RANK);
+           workspace_bytes(model, limits, PLANNED_RANK) +
+           gn_linear_ahead_bytes(model->ctx, limits->max_rows, values_of_layer(model));
 }
 
 static gn_status reserve(gn_forward *f, int rank) {
@@ -131,12 +155,15 @@ static gn_status reserve(gn_forward *f, int rank) {
     return status;
 }
 
-gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
+gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n, gn_error *err) {
     for (int32_t i = 0; i < n; i++) {
-        const gn_status status = reserve(f, uses[i].adapter->max_rank);
-        if (status) return status;
+        const int rank = uses[i].adapter->max_rank;
+        const gn_status status = reserve(f, rank);
+        if (status)
+            return gn_fail(err, status, "no working memory for an adapter of rank %d: %s", rank,
+                           gn_status_text(status));
     }
-    return gn_adapter_memory_acquire(f->adapters, uses, n);
+    return gn_adapter_memory_acquire(f->adapters, uses, n, err);
 }
 
 void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n) {
@@ -147,8 +174,9 @@ bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n
     return gn_adapter_memory_holds(f->adapters, uses, n);
 }
 
-gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready) {
-    return gn_adapter_memory_poll(f->adapters, uses, n, ready);
+gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n, bool *ready,
+                          gn_error *err) {
+    return gn_adapter_memory_poll(f->adapters, uses, n, ready, err);
 }
 
 /* All layers at once, where the device can. */
@@ -183,6 +211,8 @@ static gn_status open_parts(gn_forward *f) {
     if (!f->terms || !f->term_ranks || !allocate_cache(f) || !allocate_activations(f))
         return GN_ENOMEM;
     gn_status status = reserve(f, PLANNED_RANK);
+    if (!status)
+        status = gn_linear_reserve_ahead(ctx, f->limits.max_rows, values_of_layer(f->model));
     if (!status) status = gn_stage_reserve(ctx, &limits);
     if (!status) status = gn_adapter_memory_open(&f->adapters, ctx, f->limits.adapter_bytes);
     if (!status) status = open_decoder(f);
@@ -201,7 +231,8 @@ gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_op
         gn_forward_close(f);
         return gn_fail(err, status, "%s for activations of %d tokens and %d KV blocks (%.2f GiB)",
                        gn_status_text(status), options->max_rows, options->kv_blocks,
-                       (double)gn_forward_kv_block_bytes(model) * options->kv_blocks / 0x1p30);
+                       (double)gn_forward_kv_block_bytes(model, options->kv_dtype) *
+                           options->kv_blocks / 0x1p30);
     }
     *out = f;
     return GN_OK;
@@ -210,13 +241,14 @@ gn_status gn_forward_open(gn_forward **out, gn_model *model, const gn_forward_op
 void gn_forward_close(gn_forward *f) {
     if (!f) return;
     gn_ctx *ctx = f->model->ctx;
-    gn_tensor *tensors[] = {&f->x, &f->q,   &f->k,   &f->v,    &f->a,
-                            &f->h, &f->cos, &f->sin, &f->last, &f->logits};
+    gn_tensor *tensors[] = {&f->x, &f->qkv, &f->a, &f->h, &f->cos, &f->sin, &f->last, &f->logits};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
         gn_ctx_free(ctx, tensors[i]->data);
     for (int i = 0; f->kv && i < f->model->config.layers; i++) {
         gn_ctx_free(ctx, f->kv[i].k.data);
         gn_ctx_free(ctx, f->kv[i].v.data);
+        gn_ctx_free(ctx, f->kv[i].k_scales.data);
+        gn_ctx_free(ctx, f->kv[i].v_scales.data);
     }
     gn_decoder_close(f->decoder);
     gn_adapter_memory_close(f->adapters);
@@ -227,14 +259,19 @@ void gn_forward_close(gn_forward *f) {
     free(f);
 }
 
-/* The first `rows` rows, seen as (rows, cols) or as (rows, heads, dim). */
+/* The first `rows` rows; `cols` columns of them; rows seen as (rows, heads, dim). */
 static gn_tensor rows_of(const gn_tensor *t, int64_t rows) {
     return gn_tensor_2d(t->data, t->dtype, rows, t->shape[1]);
 }
 
-static gn_tensor heads_of(const gn_tensor *t, int64_t rows, int64_t heads) {
-    const gn_tensor view = {
-        t->data, t->dtype, 3, {rows, heads, t->shape[1] / heads, 1}, t->shape[1]};
+static gn_tensor columns_of(const gn_tensor *t, int64_t rows, int64_t first, int64_t cols) {
+    void *data = (char *)t->data + first * (int64_t)gn_dtype_size(t->dtype);
+    const gn_tensor view = {data, t->dtype, 2, {rows, cols, 1, 1}, t->ld};
+    return view;
+}
+
+static gn_tensor heads_of(gn_tensor t, int64_t heads) {
+    const gn_tensor view = {t.data, t.dtype, 3, {t.shape[0], heads, t.shape[1] / heads, 1}, t.ld};
     return view;
 }
 
@@ -264,20 +301,46 @@ static void gather_terms(gn_forward *f, const gn_batch *b) {
     }
 }
 
-/* Products of x with the projections first, first+1, ... first+n_parts-1 of a layer. */
-static gn_status project(gn_forward *f, int layer, gn_proj first, int n_parts, gn_tensor x,
-                         const gn_tensor *norm, gn_epilogue epilogue, const gn_tensor *y) {
+/* A layer's calls of gn_linear, in their order. */
+typedef enum product { QKV, O, GATE_UP, DOWN, PRODUCTS } product;
+
+static const struct {
+    gn_proj first; /* and those after it */
+    int n;
+} products[] = {
+    [QKV] = {GN_Q, 3}, [O] = {GN_O, 1}, [GATE_UP] = {GN_GATE, 2}, [DOWN] = {GN_DOWN, 1}};
+
+enum { AHEAD = 2 }; /* products that are announced to the ones before them */
+
+/* Those that follow a layer's product; how many. */
+static int find_next(const gn_model *model, int layer, product p, gn_linear_weights next[AHEAD]) {
+    int n = 0;
+    for (int at = layer * PRODUCTS + (int)p + 1; n < AHEAD && at < model->config.layers * PRODUCTS;
+         at++, n++) {
+        next[n].n = products[at % PRODUCTS].n;
+        for (int i = 0; i < next[n].n; i++)
+            next[n].w[i] =
+                &model->layers[at / PRODUCTS].proj[(int)products[at % PRODUCTS].first + i];
+    }
+    return n;
+}
+
+static gn_status project(gn_forward *f, int layer, product p, gn_tensor x, const gn_tensor *norm,
+                         gn_epilogue epilogue, const gn_tensor *y) {
+    gn_linear_weights next[AHEAD];
     gn_linear_args args = {.x = x,
                            .norm = norm,
                            .eps = f->model->config.rms_eps,
                            .epilogue = epilogue,
                            .lora = f->terms,
                            .n_lora = f->n_terms,
-                           .pair = layer * GN_PROJ_COUNT + (int)first,
-                           .n_parts = n_parts};
-    for (int i = 0; i < n_parts; i++) {
+                           .pair = layer * GN_PROJ_COUNT + (int)products[p].first,
+                           .n_parts = products[p].n,
+                           .next = next,
+                           .n_next = find_next(f->model, layer, p, next)};
+    for (int i = 0; i < args.n_parts; i++) {
         args.part[i].y = y[i];
-        args.part[i].w = &f->model->layers[layer].proj[(int)first + i];
+        args.part[i].w = &f->model->layers[layer].proj[(int)products[p].first + i];
     }
     return gn_linear(f->model->ctx, &args);
 }
@@ -287,20 +350,22 @@ static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
     gn_ctx *ctx = f->model->ctx;
     const gn_layer *layer = &f->model->layers[i];
     const int64_t n = b->rows;
+    const int64_t dim = (int64_t)c->heads * c->head_dim,
+                  kv_dim = (int64_t)c->kv_heads * c->head_dim;
     const gn_tensor x = rows_of(&f->x, n), a = rows_of(&f->a, n), h = rows_of(&f->h, n);
-    const gn_tensor qkv[] = {rows_of(&f->q, n), rows_of(&f->k, n), rows_of(&f->v, n)};
+    const gn_tensor qkv[] = {columns_of(&f->qkv, n, 0, dim), columns_of(&f->qkv, n, dim, kv_dim),
+                             columns_of(&f->qkv, n, dim + kv_dim, kv_dim)};
     const gn_tensor gate_up[] = {h, h};
-    gn_tensor q = heads_of(&f->q, n, c->heads), y = heads_of(&f->a, n, c->heads);
-    const gn_tensor k = heads_of(&f->k, n, c->kv_heads), v = heads_of(&f->v, n, c->kv_heads);
+    gn_tensor q = heads_of(qkv[0], c->heads), y = heads_of(a, c->heads);
+    const gn_tensor k = heads_of(qkv[1], c->kv_heads), v = heads_of(qkv[2], c->kv_heads);
     const gn_tensor cos = rows_of(&f->cos, n), sin = rows_of(&f->sin, n);
 
-    gn_status status = project(f, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
+    gn_status status = project(f, i, QKV, x, &layer->attn_norm, GN_STORE, qkv);
     if (status == GN_OK) status = gn_rope_store(ctx, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
     if (status == GN_OK) status = gn_attention(ctx, &y, &q, &f->kv[i], &b->seqs);
-    if (status == GN_OK) status = project(f, i, GN_O, 1, a, NULL, GN_ADD, &x);
-    if (status == GN_OK)
-        status = project(f, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
-    if (status == GN_OK) status = project(f, i, GN_DOWN, 1, h, NULL, GN_ADD, &x);
+    if (status == GN_OK) status = project(f, i, O, a, NULL, GN_ADD, &x);
+    if (status == GN_OK) status = project(f, i, GATE_UP, x, &layer->mlp_norm, GN_SWIGLU, gate_up);
+    if (status == GN_OK) status = project(f, i, DOWN, h, NULL, GN_ADD, &x);
     return status;
 }
 

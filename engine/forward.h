@@ -19,6 +19,7 @@ typedef struct gn_forward_options {
     int32_t max_logits; /* rows whose logits are asked for at once */
     int32_t kv_blocks;  /* of GN_KV_BLOCK_TOKENS tokens each */
     int32_t context;    /* tokens of the longest sequence */
+    gn_kv_dtype kv_dtype;
     /* Device memory for adapters, taken at once; 0: as they need; less: none, they cannot be used.
      */
     int64_t adapter_bytes;
@@ -29,7 +30,7 @@ GN_CHECKED gn_status gn_forward_open(gn_forward **out, gn_model *model,
 void gn_forward_close(gn_forward *f);
 
 /* Bytes of KV cache a block takes, over all layers. */
-size_t gn_forward_kv_block_bytes(const gn_model *model);
+size_t gn_forward_kv_block_bytes(const gn_model *model, gn_kv_dtype dtype);
 
 /* Bytes of device memory for activations and the ops' working memory; what else a gn_forward takes
  * beside its cache and adapters is some MiB. */
@@ -37,11 +38,12 @@ size_t gn_forward_scratch_bytes(const gn_model *model, const gn_forward_options 
 
 /* Adapters for batches: acquired, all n or none, and used when they are ready, until released. See
  * adapter_memory.h. */
-GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n);
+GN_CHECKED gn_status gn_forward_acquire(gn_forward *f, const gn_adapter_use *uses, int32_t n,
+                                        gn_error *err);
 void gn_forward_release(gn_forward *f, const gn_adapter_use *uses, int32_t n);
 bool gn_forward_holds(const gn_forward *f, const gn_adapter_use *uses, int32_t n);
 GN_CHECKED gn_status gn_forward_poll(gn_forward *f, const gn_adapter_use *uses, int32_t n,
-                                     bool *ready);
+                                     bool *ready, gn_error *err);
 
 typedef struct gn_batch {
     int32_t rows;

@@ -34,6 +34,9 @@ typedef struct gn_model_options {
     bool no_double_quant; /* keep float32 absmax (4-bit types made while loading) */
     int threads;          /* 0: all cores */
     const char *chat_template; /* file or built-in name; NULL: the folder's, else by model */
+    /* Of the host's memory for adapters' weights; those that find no room are read from their
+     * folders again when they are needed. 0: half of what is free. */
+    int64_t adapter_host_bytes;
     /* Progress while weights are made ready: done of total bytes. May be NULL. */
     void (*progress)(void *user, int64_t done, int64_t total);
     void *user;
@@ -95,6 +98,14 @@ int gn_adapter_max_rank(const gn_adapter *adapter);
 
 typedef struct gn_engine gn_engine;
 
+/* How keys and values are kept. FP8 (e4m3, a scale a token and head) takes half of BF16's memory;
+ * docs/performance.md says what it costs. */
+typedef enum gn_kv_dtype {
+    GN_KV_AUTO, /* as products are computed: float32 or bf16 */
+    GN_KV_BF16,
+    GN_KV_FP8
+} gn_kv_dtype;
+
 typedef struct gn_engine_options {
     int32_t max_seqs;         /* sequences in one batch; 0: 64 */
     int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 on a CPU,
@@ -106,6 +117,7 @@ typedef struct gn_engine_options {
     /* Of it the KV cache; 0: what remains, or 1 GiB where nothing bounds it. No more than max_seqs
      * contexts need. */
     int64_t kv_bytes;
+    gn_kv_dtype kv_dtype;
     /* Of it a GPU's adapters; 0: what those of `adapters` need, or an eighth if that is more; less:
      * none, and no request has any. A CPU uses adapters where they are. */
     int64_t adapter_bytes;
@@ -126,6 +138,10 @@ typedef struct gn_memory_plan {
 GN_CHECKED gn_status gn_engine_open(gn_engine **out, gn_model *model,
                                     const gn_engine_options *options, gn_error *err);
 void gn_engine_close(gn_engine *engine); /* cancels what runs, then waits for the thread */
+/* GN_ETOOBIG, with both sizes, when the device's memory for adapters is too small for this one, so
+ * that no request can have it. gn_engine_open refuses such `adapters` itself. */
+GN_CHECKED gn_status gn_engine_check_adapter(const gn_engine *engine, const gn_adapter *adapter,
+                                             gn_error *err);
 
 /* Copies the request and queues it. Refuses at once what can never run (GN_EINVAL, GN_ETOOBIG,
  * GN_EBUSY). After GN_OK exactly one event with a finish reason will come. */
@@ -141,6 +157,8 @@ typedef struct gn_engine_stats {
     int64_t steps;
     double model_seconds; /* spent in forward passes and sampling */
     int32_t context, max_seqs;
+    /* Of the model's adapters: bytes in the host's memory, and folders read again. */
+    int64_t adapter_host_bytes, adapter_reads;
 } gn_engine_stats;
 gn_engine_stats gn_engine_read_stats(gn_engine *engine);
 gn_memory_plan gn_engine_memory(const gn_engine *engine);

@@ -7,7 +7,6 @@
 #include "engine/adapter_memory.h"
 
 #define MIB           ((int64_t)1 << 20)
-#define CONTEXT_BYTES (512 * MIB) /* of a CUDA context with this program's kernels */
 #define MIN_MARGIN    (256 * MIB)
 #define HOST_KV_BYTES (1024 * MIB) /* where no budget says more */
 
@@ -92,7 +91,7 @@ static int64_t adapter_bytes(const gn_memory_needs *n, int64_t rest) {
 gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn_error *err) {
     const int64_t one = context_blocks(n); /* these two are blocks */
     const int64_t most = min_of(one * n->max_seqs, INT32_MAX);
-    const int64_t there = n->is_host ? n->free : n->free + n->weights + CONTEXT_BYTES;
+    const int64_t there = n->is_host ? n->free : n->free + n->weights + GN_CONTEXT_BYTES;
     const bool is_bound = n->budget > 0 || !n->is_host;
     gn_memory_plan p = {.scratch = n->scratch};
     gn_status status = check_budget(n, there, err);
@@ -102,7 +101,7 @@ gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn
         p.weights = n->weights;
         /* Whoever sets a budget knows of the other programs. */
         const int64_t share = n->budget > 0 ? 0 : n->total / MARGIN_SHARE;
-        p.reserve = CONTEXT_BYTES + max_of(MIN_MARGIN, share);
+        p.reserve = GN_CONTEXT_BYTES + max_of(MIN_MARGIN, share);
     }
     if (is_bound) p.budget = n->budget > 0 ? n->budget : there;
     int64_t rest = p.budget - p.weights - p.scratch - p.reserve;
@@ -133,7 +132,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
         .weights = model->owned_bytes,
         .scratch = (int64_t)gn_forward_scratch_bytes(model, limits),
         .row = (int64_t)sizeof(float) * (model->config.hidden + model->config.vocab),
-        .block = (int64_t)gn_forward_kv_block_bytes(model),
+        .block = (int64_t)gn_forward_kv_block_bytes(model, limits->kv_dtype),
         .budget = options->memory_bytes,
         .kv = options->kv_bytes,
         .adapters = options->adapter_bytes,
@@ -142,6 +141,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
     };
     for (int32_t i = 0; i < options->n_adapters; i++)
         n.present += gn_adapter_memory_bytes(options->adapters[i]);
+    if (is_host) n.present = min_of(n.present, gn_adapter_host_budget(model->adapters));
     return gn_memory_plan_make(plan, &n, err);
 }
 

@@ -9,6 +9,9 @@
 
 #include "engine/forward.h"
 
+/* Of a CUDA context with this program's kernels. */
+#define GN_CONTEXT_BYTES ((int64_t)512 << 20)
+
 /* Bytes, but for the last two lines. */
 typedef struct gn_memory_needs {
     bool is_host;

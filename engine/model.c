@@ -99,6 +99,7 @@ gn_status gn_model_new(gn_model **out, const char *dir, const gn_config *config,
 
 void gn_model_close(gn_model *m) {
     if (!m) return;
+    gn_adapter_host_close(m->adapters);
     for (size_t i = 0; i < m->n_owned; i++) gn_ctx_free(m->ctx, m->owned[i]);
     free(m->owned);
     free_staging(m);
@@ -117,7 +118,7 @@ static void count(gn_model *m, const gn_matrix *w) {
     m->weight_bytes += (int64_t)gn_matrix_bytes(w);
 }
 
-gn_status gn_model_finish(gn_model *m, gn_error *err) {
+gn_status gn_model_finish(gn_model *m, const gn_model_options *options, gn_error *err) {
     const gn_config *c = &m->config;
     float inv_freq[GN_MAX_HEAD_DIM / 2];
     gn_config_inv_freq(c, inv_freq);
@@ -132,7 +133,7 @@ gn_status gn_model_finish(gn_model *m, gn_error *err) {
     const int64_t norms = (2 * (int64_t)c->layers + 1) * c->hidden;
     m->parameters += norms;
     m->weight_bytes += norms * (int64_t)sizeof(float);
-    return GN_OK;
+    return gn_adapter_host_open(&m->adapters, m, options->adapter_host_bytes, err);
 }
 
 /* ---- from the folder ---- */
@@ -161,6 +162,16 @@ gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_tensor_file 
     shape_text(wanted, sizeof wanted, ndim, expected);
     return gn_fail(err, GN_EMISMATCH, "%s: tensor %s has shape %s, but config.json makes it %s",
                    t->path, name, found, wanted);
+}
+
+static bool ends_with(const char *s, const char *end) {
+    const size_t n = strlen(s), k = strlen(end);
+    return n >= k && !strcmp(s + n - k, end);
+}
+
+bool gn_model_is_redundant(const gn_config *config, const char *name) {
+    return ends_with(name, ".rotary_emb.inv_freq") ||
+           (config->tied_embeddings && !strcmp(name, "lm_head.weight"));
 }
 
 static void advance(loader *l, const gn_file_tensor *t) {
@@ -279,21 +290,10 @@ static gn_status load_layer(loader *l, int i) {
     return status;
 }
 
-static bool ends_with(const char *s, const char *end) {
-    const size_t n = strlen(s), k = strlen(end);
-    return n >= k && !strcmp(s + n - k, end);
-}
-
-/* A tensor that the model computes or copies itself. */
-static bool is_redundant(const gn_model *m, const char *name) {
-    return ends_with(name, ".rotary_emb.inv_freq") ||
-           (m->config.tied_embeddings && !strcmp(name, "lm_head.weight"));
-}
-
 static gn_status refuse_unused(loader *l) {
     for (size_t i = 0; i < gn_tensor_file_count(l->m->file); i++) {
         const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
-        if (!l->used[i] && !is_redundant(l->m, t->name))
+        if (!l->used[i] && !gn_model_is_redundant(&l->m->config, t->name))
             return gn_fail(l->err, GN_EFORMAT, "%s: tensor %s has no place in this model", t->path,
                            t->name);
     }
@@ -319,7 +319,7 @@ static gn_status load_weights(loader *l) {
     const size_t n = gn_tensor_file_count(l->m->file);
     for (size_t i = 0; i < n; i++) {
         const gn_file_tensor *t = gn_tensor_file_at(l->m->file, i);
-        if (!is_redundant(l->m, t->name)) l->total += (int64_t)t->bytes;
+        if (!gn_model_is_redundant(&l->m->config, t->name)) l->total += (int64_t)t->bytes;
     }
     l->used = calloc(n + 1, sizeof *l->used);
     status = l->used ? fill_places(l) : gn_fail(l->err, GN_ENOMEM, "out of memory");
@@ -333,7 +333,7 @@ static gn_status load(loader *l) {
     gn_status status = gn_tokenizer_open(&m->tokenizer, m->dir, m->config.vocab, l->err);
     if (!status) status = gn_chat_template_open(&m->chat, l->options.chat_template, m->dir, l->err);
     if (!status) status = load_weights(l);
-    return status ? status : gn_model_finish(m, l->err);
+    return status ? status : gn_model_finish(m, &l->options, l->err);
 }
 
 gn_status gn_model_open(gn_model **out, const char *dir, const gn_model_options *options,

@@ -2,6 +2,7 @@
 #ifndef GN_MODEL_H
 #define GN_MODEL_H
 
+#include "engine/adapter_host.h"
 #include "engine/chat.h"
 #include "engine/config.h"
 #include "engine/guanaco.h"
@@ -26,8 +27,9 @@ struct gn_model {
     gn_layer *layers;
     gn_tokenizer *tokenizer; /* NULL for a synthetic model */
     gn_chat_template *chat;  /* likewise */
-    gn_tensor_file *file;    /* keeps mapped weights alive */
-    void **owned;            /* allocations that weights point into */
+    gn_adapter_host *adapters;
+    gn_tensor_file *file; /* keeps mapped weights alive */
+    void **owned;         /* allocations that weights point into */
     size_t n_owned;
     int64_t owned_bytes;
     void **staging; /* host memory on its way to the device */

@@ -22,8 +22,11 @@ GN_CHECKED gn_status gn_model_place_vector(gn_model *model, gn_tensor *out, cons
 GN_CHECKED gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_tensor_file *file,
                                           const char *where, const char *name, int ndim,
                                           int64_t rows, int64_t cols, gn_error *err);
-/* Sets inv_freq, counts parameters and bytes, and frees what loading needed, once all weights are
- * in place. */
-GN_CHECKED gn_status gn_model_finish(gn_model *model, gn_error *err);
+/* A tensor of a folder that the model computes or copies itself. */
+bool gn_model_is_redundant(const gn_config *config, const char *name);
+/* Once all weights are in place: sets inv_freq, counts parameters and bytes, frees what loading
+ * needed, and makes room for adapters. */
+GN_CHECKED gn_status gn_model_finish(gn_model *model, const gn_model_options *options,
+                                     gn_error *err);
 
 #endif

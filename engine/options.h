@@ -74,4 +74,10 @@ char *gn_options_help(const gn_option *table, const char *usage);
 /* The word nearest to `word` when it is near enough to be a slip, else NULL. */
 const char *gn_nearest(const char *word, const char *const *words, int n);
 
+/* --kv-dtype: gn_kv_dtype's values in order. */
+#define GN_KV_CHOICES "auto|bf16|fp8"
+#define GN_KV_HELP                                                                                 \
+    "how to keep keys and values: auto is as products are computed, fp8 takes half of bf16's "     \
+    "memory, and precision"
+
 #endif

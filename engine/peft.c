@@ -276,10 +276,17 @@ int gn_peft_rank(const gn_peft *peft, const char *module) {
     return (int)look_up(&peft->ranks, module, peft->rank);
 }
 
+double gn_peft_alpha(const gn_peft *peft, const char *module) {
+    return look_up(&peft->alphas, module, peft->alpha);
+}
+
+bool gn_peft_is_rslora(const gn_peft *peft) {
+    return peft->rslora;
+}
+
 float gn_peft_scale(const gn_peft *peft, const char *module) {
     const double rank = gn_peft_rank(peft, module);
-    return (float)(look_up(&peft->alphas, module, peft->alpha) /
-                   (peft->rslora ? sqrt(rank) : rank));
+    return (float)(gn_peft_alpha(peft, module) / (peft->rslora ? sqrt(rank) : rank));
 }
 
 bool gn_peft_targets(const gn_peft *peft, const char *module) {

@@ -17,6 +17,8 @@ const char *gn_peft_path(const gn_peft *peft);
 /* For a module by its name in the base, such as "model.layers.0.self_attn.q_proj": its rank (of
  * rank_pattern, else r), and alpha/rank, or alpha/sqrt(rank) with rsLoRA. */
 int gn_peft_rank(const gn_peft *peft, const char *module);
+double gn_peft_alpha(const gn_peft *peft, const char *module);
+bool gn_peft_is_rslora(const gn_peft *peft);
 float gn_peft_scale(const gn_peft *peft, const char *module);
 /* False when target_modules is a list of names and none of them means this module. */
 bool gn_peft_targets(const gn_peft *peft, const char *module);

@@ -177,9 +177,9 @@ static gn_status add_file(gn_tensor_file *file, const char *path, gn_error *err)
     return status;
 }
 
-gn_status gn_safetensors_open(gn_tensor_file **out, const char *path, gn_error *err) {
+static gn_status open_file(gn_tensor_file **out, const char *path, bool reads, gn_error *err) {
     gn_tensor_file *file;
-    gn_status status = gn_tensor_file_new(&file, err);
+    gn_status status = gn_tensor_file_new(&file, reads, err);
     if (status) return status;
     status = add_file(file, path, err);
     if (!status) status = gn_tensor_file_seal(file, err);
@@ -188,6 +188,14 @@ gn_status gn_safetensors_open(gn_tensor_file **out, const char *path, gn_error *
     else
         *out = file;
     return status;
+}
+
+gn_status gn_safetensors_open(gn_tensor_file **out, const char *path, gn_error *err) {
+    return open_file(out, path, false, err);
+}
+
+gn_status gn_safetensors_read(gn_tensor_file **out, const char *path, gn_error *err) {
+    return open_file(out, path, true, err);
 }
 
 /* ---- shards ---- */
@@ -245,7 +253,7 @@ gn_status gn_safetensors_open_dir(gn_tensor_file **out, const char *dir, gn_erro
     if (!cJSON_IsObject(map))
         status = gn_fail(err, GN_EFORMAT, "%s: no weight_map", path);
     else
-        status = gn_tensor_file_new(&file, err);
+        status = gn_tensor_file_new(&file, false, err);
     if (!status) status = add_shards(file, dir, map, path, err);
     cJSON_Delete(index);
     if (status)

@@ -20,6 +20,23 @@ gn_status gn_text_write(const char *path, const char *text, gn_error *err) {
     return status;
 }
 
+gn_status gn_folder_make(const char *dir, gn_error *err) {
+    char *path = strdup(dir);
+    if (!path) return gn_fail(err, GN_ENOMEM, "out of memory");
+    gn_status status = GN_OK;
+    for (char *at = path + 1; !status; at++) {
+        const char c = *at;
+        if (c != '/' && c != 0) continue;
+        *at = 0;
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            status = gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
+        *at = c;
+        if (c == 0) break;
+    }
+    free(path);
+    return status;
+}
+
 gn_status gn_text_replace(const char *path, const char *text, gn_error *err) {
     char *temporary;
     if (asprintf(&temporary, "%s.partial", path) < 0)

@@ -23,6 +23,8 @@ void gn_save_folder_abort(gn_save_folder *f);
 
 /* Writes and syncs a file. */
 GN_CHECKED gn_status gn_text_write(const char *path, const char *text, gn_error *err);
+/* Makes a folder and those above it, where they are not there. */
+GN_CHECKED gn_status gn_folder_make(const char *path, gn_error *err);
 /* The same, in place of the file that stands there, whole or not at all. */
 GN_CHECKED gn_status gn_text_replace(const char *path, const char *text, gn_error *err);
 /* The files in a folder, then the folder; folders in it are left alone, and it with them. */

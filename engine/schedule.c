@@ -147,8 +147,8 @@ static gn_sequence *admit(gn_schedule *s) {
     if (s->n_running == s->max_seqs) return NULL;
     gn_sequence *q = s->next_waiting;
     while (q && !fetch(s, q)) q = q->next;
+    s->next_waiting = q ? q->next : NULL;
     if (!q) return NULL;
-    s->next_waiting = q->next;
     match_prefix(s, q);
     if (gn_kv_pool_free(s->pool) < blocks_for(q->n_tokens) - q->n_blocks) {
         give_blocks_back(s, q);
@@ -165,6 +165,12 @@ static int by_adapters(const void *a, const void *b) {
     const gn_sequence *p = *(gn_sequence *const *)a, *q = *(gn_sequence *const *)b;
     const int order = memcmp(&p->adapters, &q->adapters, sizeof p->adapters);
     return order ? order : (p->id > q->id) - (p->id < q->id);
+}
+
+/* Adapters of those that may be admitted next come while others still run. */
+static void prefetch(gn_schedule *s) {
+    gn_sequence *q = s->next_waiting;
+    for (int32_t i = 0; q && i < s->max_seqs; i++, q = q->next) fetch(s, q);
 }
 
 void gn_schedule_plan(gn_schedule *s, bool may_preempt) {
@@ -195,6 +201,7 @@ void gn_schedule_plan(gn_schedule *s, bool may_preempt) {
         if (!q) break;
         budget -= plan_rows(s, q, budget);
     }
+    prefetch(s);
     if (s->must_preempt) s->n_planned = 0;
     qsort(s->planned, (size_t)s->n_planned, sizeof *s->planned, by_adapters);
 }

@@ -4,7 +4,8 @@
  * prompts are prefilled in order of arrival with the rows that are left, in chunks, so that a
  * long prompt never stalls the replies of others. Sequences are admitted first come, first
  * served, as slots and KV blocks allow, except that those whose adapters are not on the device let
- * others pass. While adapters are on their way that is all. When there is no room for them, because
+ * others pass. Adapters of as many as can run at once are fetched while there is no slot yet. While
+ * adapters are on their way that is all. When there is no room for them, because
  * those of running sequences fill it, only sequences that need no more room may pass, and no more
  * of those with adapters than max_seqs: then the room empties, and nobody waits forever. When
  * blocks run out, the youngest sequence gives its own back and waits at the front of the queue to

@@ -16,21 +16,23 @@ struct gn_scorer {
     int32_t *blocks; /* the identity: one sequence has the cache to itself */
 };
 
-static gn_forward_options limits_for(int32_t context) {
+static gn_forward_options limits_for(int32_t context, gn_kv_dtype kv) {
     return (gn_forward_options){.max_rows = CHUNK_ROWS,
                                 .max_seqs = 1,
                                 .max_logits = LOGITS_ROWS,
                                 .kv_blocks =
                                     (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS,
-                                .context = context};
+                                .context = context,
+                                .kv_dtype = kv};
 }
 
-gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context, gn_error *err) {
+gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context, gn_kv_dtype kv,
+                         gn_error *err) {
     gn_scorer *s = calloc(1, sizeof *s);
     if (!s) return gn_fail(err, GN_ENOMEM, "out of memory");
     s->model = model;
     s->context = context;
-    const gn_forward_options limits = limits_for(context);
+    const gn_forward_options limits = limits_for(context, kv);
     s->max_blocks = limits.kv_blocks;
     s->blocks = malloc((size_t)s->max_blocks * sizeof *s->blocks);
     const gn_status status = s->blocks ? gn_forward_open(&s->forward, model, &limits, err)
@@ -51,9 +53,10 @@ void gn_scorer_close(gn_scorer *s) {
     free(s);
 }
 
-gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context, int64_t budget,
-                         gn_adapter *const *adapters, int32_t n_adapters, gn_error *err) {
-    const gn_forward_options limits = limits_for(context);
+gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context, gn_kv_dtype kv,
+                         int64_t budget, gn_adapter *const *adapters, int32_t n_adapters,
+                         gn_error *err) {
+    const gn_forward_options limits = limits_for(context, kv);
     gn_engine_options options = {
         .memory_bytes = budget, .adapters = adapters, .n_adapters = n_adapters};
     for (int32_t i = 0; i < n_adapters; i++)
@@ -101,10 +104,10 @@ gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_ad
     if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= s->model->config.vocab) return GN_EINVAL;
-    gn_status status = gn_forward_acquire(s->forward, uses, n_uses);
+    gn_status status = gn_forward_acquire(s->forward, uses, n_uses, NULL);
     if (status) return status;
     for (bool ready = false; !status && !ready;)
-        status = gn_forward_poll(s->forward, uses, n_uses, &ready);
+        status = gn_forward_poll(s->forward, uses, n_uses, &ready, NULL);
     if (!status) status = run_chunks(s, ids, n, uses, n_uses, on_row, user);
     gn_forward_release(s->forward, uses, n_uses);
     return status;

@@ -8,13 +8,13 @@ typedef struct gn_scorer gn_scorer;
 
 /* Scores sequences of up to `context` tokens. */
 GN_CHECKED gn_status gn_scorer_open(gn_scorer **out, gn_model *model, int32_t context,
-                                    gn_error *err);
+                                    gn_kv_dtype kv, gn_error *err);
 void gn_scorer_close(gn_scorer *s);
 /* What it takes, with these adapters, within `budget` bytes; 0: what there is. See memory_plan.h.
  */
 GN_CHECKED gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context,
-                                    int64_t budget, gn_adapter *const *adapters, int32_t n_adapters,
-                                    gn_error *err);
+                                    gn_kv_dtype kv, int64_t budget, gn_adapter *const *adapters,
+                                    int32_t n_adapters, gn_error *err);
 
 /* Runs ids (n) from position 0 and calls on_row once for each position, in order, with logits
  * (vocab) that say what follows it. uses may be NULL when n_uses is 0. */

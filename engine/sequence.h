@@ -31,10 +31,10 @@ struct gn_sequence {
 
     gn_adapter_use uses[GN_MAX_ADAPTERS];
     int32_t n_uses;
-    bool acquired;     /* its adapters have their room on the device */
-    int32_t passed;    /* sequences with adapters that went ahead while it had none */
-    gn_status failure; /* why its adapters cannot be had */
-    gn_hash adapters;  /* content of uses */
+    bool acquired;    /* its adapters have their room on the device */
+    int32_t passed;   /* sequences with adapters that went ahead while it had none */
+    gn_error failure; /* why its adapters cannot be had */
+    gn_hash adapters; /* content of uses */
 
     gn_sampler *sampler;
     int32_t counts;              /* of the device's sampler, or GN_SAMPLE_NO_COUNTS */

@@ -95,35 +95,31 @@ void gn_stepper_cancel(gn_stepper *e, bool all) {
 /* The room is released when the sequence ends. */
 static gn_fetch acquire_adapters(gn_stepper *e, gn_sequence *s, bool may_take) {
     if (!may_take && !gn_forward_holds(e->forward, s->uses, s->n_uses)) return GN_FETCH_FULL;
-    const gn_status status = gn_forward_acquire(e->forward, s->uses, s->n_uses);
-    if (status == GN_EBUSY) return GN_FETCH_FULL;
-    s->failure = status;
+    const gn_status status = gn_forward_acquire(e->forward, s->uses, s->n_uses, &s->failure);
+    s->failure.status = status == GN_EBUSY ? GN_OK : status;
     s->acquired = !status;
-    return status ? GN_FETCH_FAILED : GN_FETCH_COMING;
+    return status == GN_EBUSY ? GN_FETCH_FULL : GN_FETCH_COMING;
 }
 
 static gn_fetch fetch_adapters(void *user, gn_sequence *s, bool may_take) {
     gn_stepper *e = user;
+    gn_error *failure = &s->failure;
     bool ready = false;
-    gn_fetch fetched = s->failure ? GN_FETCH_FAILED : GN_FETCH_COMING;
-    if (!s->acquired && !s->failure) fetched = acquire_adapters(e, s, may_take);
-    if (fetched == GN_FETCH_COMING) {
-        s->failure = gn_forward_poll(e->forward, s->uses, s->n_uses, &ready);
-        if (s->failure) fetched = GN_FETCH_FAILED;
+    gn_fetch fetched = GN_FETCH_COMING;
+    if (!s->acquired && !failure->status) fetched = acquire_adapters(e, s, may_take);
+    if (s->acquired && !failure->status)
+        failure->status = gn_forward_poll(e->forward, s->uses, s->n_uses, &ready, failure);
+    if (failure->status) {
+        e->failed = true;
+        return GN_FETCH_FAILED;
     }
-    e->failed |= fetched == GN_FETCH_FAILED;
     return ready ? GN_FETCH_READY : fetched;
 }
 
 static void fail_waiting(gn_stepper *e) {
     for (gn_sequence *s = e->schedule.waiting, *next; s; s = next) {
         next = s->next;
-        if (!s->failure) continue;
-        gn_error error = {s->failure, ""};
-        snprintf(error.message, sizeof error.message, "cannot move the adapter to the device: %s",
-                 s->failure == GN_ETOOBIG ? "it is larger than the memory for adapters"
-                                          : gn_status_text(s->failure));
-        abort_sequence(e, s, GN_FINISH_ERROR, &error);
+        if (s->failure.status) abort_sequence(e, s, GN_FINISH_ERROR, &s->failure);
     }
     e->failed = false;
 }
@@ -352,6 +348,7 @@ static gn_status open_parts(gn_stepper *e, gn_error *err) {
                                        .max_logits = o->max_seqs,
                                        .kv_blocks = o->kv_blocks,
                                        .context = o->context,
+                                       .kv_dtype = o->kv_dtype,
                                        .adapter_bytes = o->adapter_bytes};
     gn_status status = gn_forward_open(&e->forward, e->model, &limits, err);
     if (status) return status;

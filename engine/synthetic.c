@@ -123,7 +123,8 @@ static gn_status ones(gn_model *m, gn_tensor *norm, gn_error *err) {
     return status;
 }
 
-static gn_status fill(gn_model *m, bool plain, bool nest, gn_error *err) {
+static gn_status fill(gn_model *m, const gn_model_options *options, gn_error *err) {
+    const bool plain = options->as_stored, nest = !options->no_double_quant;
     const gn_config *c = &m->config;
     uint64_t seed = 1;
     gn_status status = random_plain(m, &m->embed, c->vocab, c->hidden, seed++ << 40, err);
@@ -140,7 +141,7 @@ static gn_status fill(gn_model *m, bool plain, bool nest, gn_error *err) {
         }
     }
     m->quant = plain ? GN_Q_NONE : GN_Q_NF4;
-    return status ? status : gn_model_finish(m, err);
+    return status ? status : gn_model_finish(m, options, err);
 }
 
 gn_status gn_model_synthetic(gn_model **out, const char *shape, const gn_model_options *options,
@@ -155,7 +156,7 @@ gn_status gn_model_synthetic(gn_model **out, const char *shape, const gn_model_o
     gn_status status = config_of(&config, shape, err);
     if (!status) status = gn_model_new(&m, shape, &config, options, err);
     if (status) return status;
-    status = fill(m, options->as_stored, !options->no_double_quant, err);
+    status = fill(m, options, err);
     if (status)
         gn_model_close(m);
     else

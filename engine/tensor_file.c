@@ -9,9 +9,11 @@
 
 #include "engine/tensor_file_internal.h"
 
-gn_status gn_tensor_file_new(gn_tensor_file **out, gn_error *err) {
+gn_status gn_tensor_file_new(gn_tensor_file **out, bool reads, gn_error *err) {
     *out = calloc(1, sizeof **out);
-    return *out ? GN_OK : gn_fail(err, GN_ENOMEM, "out of memory");
+    if (!*out) return gn_fail(err, GN_ENOMEM, "out of memory");
+    (*out)->reads = reads;
+    return GN_OK;
 }
 
 void gn_tensor_file_close(gn_tensor_file *file) {
@@ -19,7 +21,10 @@ void gn_tensor_file_close(gn_tensor_file *file) {
     for (size_t i = 0; i < file->count; i++) free((char *)file->tensors[i].name);
     for (size_t i = 0; i < file->n_mappings; i++) {
         gn_mapping *m = &file->mappings[i];
-        if (m->data) munmap((void *)m->data, m->bytes);
+        if (file->reads)
+            free(m->data);
+        else if (m->data)
+            munmap(m->data, m->bytes);
         free(m->path);
     }
     free(file->tensors);
@@ -27,16 +32,35 @@ void gn_tensor_file_close(gn_tensor_file *file) {
     free(file);
 }
 
+static gn_status read_open_file(int fd, gn_mapping *m, gn_error *err) {
+    m->data = malloc(m->bytes);
+    if (!m->data) return gn_fail(err, GN_ENOMEM, "%s: no memory for %zu bytes", m->path, m->bytes);
+    size_t done = 0;
+    while (done < m->bytes) {
+        const ssize_t n = read(fd, m->data + done, m->bytes - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) break;
+        done += (size_t)n;
+    }
+    if (done == m->bytes) return GN_OK;
+    free(m->data);
+    return gn_fail(err, GN_EIO, "%s: %zu of %zu bytes can be read", m->path, done, m->bytes);
+}
+
 static gn_status map_open_file(int fd, gn_mapping *m, gn_error *err) {
+    void *data = mmap(NULL, m->bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) return gn_fail(err, GN_EIO, "%s: %s", m->path, strerror(errno));
+    m->data = data;
+    return GN_OK;
+}
+
+static gn_status take_open_file(int fd, bool reads, gn_mapping *m, gn_error *err) {
     struct stat st;
     if (fstat(fd, &st) != 0) return gn_fail(err, GN_EIO, "%s: %s", m->path, strerror(errno));
     if (!S_ISREG(st.st_mode)) return gn_fail(err, GN_EIO, "%s: not a regular file", m->path);
     m->bytes = (size_t)st.st_size;
     if (m->bytes == 0) return GN_OK;
-    void *data = mmap(NULL, m->bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (data == MAP_FAILED) return gn_fail(err, GN_EIO, "%s: %s", m->path, strerror(errno));
-    m->data = data;
-    return GN_OK;
+    return reads ? read_open_file(fd, m, err) : map_open_file(fd, m, err);
 }
 
 gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, gn_mapping *mapping,
@@ -50,7 +74,7 @@ gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, gn_mapping 
     const int reason = errno;
     gn_status status = fd < 0 ? gn_fail(err, reason == ENOENT ? GN_ENOENT : GN_EIO, "%s: %s", path,
                                         strerror(reason))
-                              : map_open_file(fd, &m, err);
+                              : take_open_file(fd, file->reads, &m, err);
     if (fd >= 0) close(fd);
     if (status) {
         free(m.path);

@@ -1,7 +1,8 @@
 /* tensor_file.h - named tensors in a file, whichever format it has.
  *
- * A gn_tensor_file is an immutable, memory-mapped set of named tensors. Every offset, length,
- * dtype, shape and overlap was checked when it was opened, so readers may trust what they find. */
+ * A gn_tensor_file is an immutable set of named tensors. Every offset, length, dtype, shape and
+ * overlap was checked when it was opened, so readers may trust what they find. Files are mapped, or
+ * read where others may write over them meanwhile: a mapping would end the program then. */
 #ifndef GN_TENSOR_FILE_H
 #define GN_TENSOR_FILE_H
 
@@ -14,18 +15,20 @@ typedef struct gn_file_tensor {
     gn_dtype dtype;
     int ndim; /* 0 (a scalar) to GN_MAX_DIMS */
     int64_t shape[GN_MAX_DIMS];
-    const void *data; /* in the mapping; may be unaligned */
+    const void *data; /* may be unaligned */
     size_t bytes;
     const char *path; /* the file it stands in, for messages */
 } gn_file_tensor;
 
-/* One .safetensors file. */
+/* One .safetensors file, mapped. */
 GN_CHECKED gn_status gn_safetensors_open(gn_tensor_file **out, const char *path, gn_error *err);
-/* A model folder: model.safetensors, or model.safetensors.index.json and its shards (each
+/* The same, read. */
+GN_CHECKED gn_status gn_safetensors_read(gn_tensor_file **out, const char *path, gn_error *err);
+/* A model folder, mapped: model.safetensors, or model.safetensors.index.json and its shards (each
  * tensor must stand in the shard the index names; shard names may not leave the folder). */
 GN_CHECKED gn_status gn_safetensors_open_dir(gn_tensor_file **out, const char *dir, gn_error *err);
 /* A file written by torch.save: a zip of storages and a pickle of a state dict. Only the
- * opcodes that rebuild tensors are understood; nothing in the file is ever run. */
+ * opcodes that rebuild tensors are understood; nothing in the file is ever run. It is read. */
 GN_CHECKED gn_status gn_torch_open(gn_tensor_file **out, const char *path, gn_error *err);
 void gn_tensor_file_close(gn_tensor_file *file);
 
@@ -34,7 +37,8 @@ const gn_file_tensor *gn_tensor_file_at(const gn_tensor_file *file, size_t index
 const gn_file_tensor *gn_tensor_file_find(const gn_tensor_file *file,
                                           const char *name); /* or NULL */
 
-/* Lets the tensor's pages leave memory, when it will not be read soon; reading brings them back. */
+/* Lets the pages of a mapped tensor leave memory, when it will not be read soon; reading brings
+ * them back. */
 void gn_file_tensor_release(const gn_file_tensor *tensor);
 
 /* Writes a .safetensors file tensor by tensor, under a temporary name until committed. */

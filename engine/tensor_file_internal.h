@@ -9,12 +9,13 @@
 #include "engine/tensor_file.h"
 
 typedef struct gn_mapping {
-    const unsigned char *data; /* NULL for an empty file */
+    unsigned char *data; /* NULL for an empty file */
     size_t bytes;
     char *path; /* owned */
 } gn_mapping;
 
 struct gn_tensor_file {
+    bool reads;              /* files, instead of mapping them */
     gn_file_tensor *tensors; /* sorted by name once sealed; each name is a malloc'ed copy */
     size_t count, capacity;
     gn_mapping *mappings;
@@ -22,8 +23,8 @@ struct gn_tensor_file {
 };
 
 /* An empty set; gn_tensor_file_close frees it at any stage. */
-GN_CHECKED gn_status gn_tensor_file_new(gn_tensor_file **out, gn_error *err);
-/* Maps a regular file read-only. *mapping is a copy, good until the set is closed. */
+GN_CHECKED gn_status gn_tensor_file_new(gn_tensor_file **out, bool reads, gn_error *err);
+/* Maps or reads a regular file. *mapping is a copy, good until the set is closed. */
 GN_CHECKED gn_status gn_tensor_file_map(gn_tensor_file *file, const char *path, gn_mapping *mapping,
                                         gn_error *err);
 /* Adds a copy of *tensor. Its name is copied; its data and path point into a mapping of this set

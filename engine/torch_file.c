@@ -137,7 +137,7 @@ static gn_status read_tensors(reader *r, gn_error *err) {
 gn_status gn_torch_open(gn_tensor_file **out, const char *path, gn_error *err) {
     *out = NULL;
     reader r = {0};
-    gn_status status = gn_tensor_file_new(&r.file, err);
+    gn_status status = gn_tensor_file_new(&r.file, true, err);
     if (status) return status;
     status = gn_tensor_file_map(r.file, path, &r.map, err);
     if (status == GN_OK) status = check_kind(&r.map, err);

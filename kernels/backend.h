@@ -27,6 +27,7 @@ extern "C" {
     X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))       \
     X(adamw, (gn_ctx *, const gn_adamw_args *))                                                    \
     X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))                                     \
+    X(convert, (gn_ctx *, gn_tensor *, const gn_tensor *))                                         \
     X(embed_bwd, (gn_ctx *, gn_tensor *, const gn_tensor *, const int32_t *ids))                   \
     X(rmsnorm_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,      \
                     const gn_tensor *, const gn_tensor *, float))                                  \
@@ -47,6 +48,8 @@ typedef struct gn_backend {
 #undef X
     size_t (*linear_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                int64_t max_rank, int max_terms);
+    size_t (*linear_ahead_bytes)(const gn_ctx *, int64_t rows, int64_t values);
+    gn_status (*linear_reserve_ahead)(gn_ctx *, int64_t rows, int64_t values);
     size_t (*attention_workspace)(const gn_ctx *, int64_t context);
     size_t (*linear_bwd_workspace)(const gn_ctx *, int64_t rows, int64_t max_k, int64_t max_n,
                                    int64_t max_rank);

@@ -1,6 +1,7 @@
-/* base.c - statuses, errors, dtypes and 16-bit floats. */
+/* base.c - statuses, errors, dtypes and small floats. */
 #include "base.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -92,9 +93,34 @@ uint16_t gn_f32_to_f16(float f) {
     return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+uint8_t gn_f32_to_f8(float f) {
+    const uint32_t u = bits_of_float(f), a = u & 0x7fffffffu;
+    const uint8_t sign = (uint8_t)((u >> 24) & 0x80u);
+    if (a > 0x7f800000u) return sign | 0x7f;
+    if (a >= 0x43e80000u) return sign | 0x7e; /* rounds past 448 */
+    if (a < 0x3c800000u) { /* subnormal: let float addition do the rounding, ulp 2^-9 */
+        const float magic = 0x1p14f;
+        return (uint8_t)(sign | (bits_of_float(float_of_bits(a) + magic) - bits_of_float(magic)));
+    }
+    const uint32_t rounded = a + 0x7ffffu + ((a >> 20) & 1u);
+    return (uint8_t)(sign | ((rounded - 0x3c000000u) >> 20));
+}
+
+static void widen_f8(float *dst, const uint8_t *codes, int64_t n) {
+    for (int64_t i = 0; i < n; i++) dst[i] = gn_f8_to_f32(codes[i]);
+}
+
+static void narrow_f8(uint8_t *codes, const float *src, int64_t n) {
+    for (int64_t i = 0; i < n; i++) codes[i] = gn_f32_to_f8(src[i]);
+}
+
 void gn_widen(float *dst, const void *src, gn_dtype dtype, int64_t n) {
     if (dtype == GN_F32) {
         memcpy(dst, src, (size_t)n * sizeof *dst);
+        return;
+    }
+    if (dtype == GN_F8) {
+        widen_f8(dst, src, n);
         return;
     }
     const char *bytes = src;
@@ -110,9 +136,28 @@ void gn_narrow(void *dst, gn_dtype dtype, const float *src, int64_t n) {
         memcpy(dst, src, (size_t)n * sizeof *src);
         return;
     }
+    if (dtype == GN_F8) {
+        narrow_f8(dst, src, n);
+        return;
+    }
     char *bytes = dst;
     for (int64_t i = 0; i < n; i++) {
         const uint16_t h = dtype == GN_BF16 ? gn_f32_to_bf16(src[i]) : gn_f32_to_f16(src[i]);
         memcpy(bytes + 2 * i, &h, sizeof h);
     }
+}
+
+int64_t gn_find_not_finite(const void *src, gn_dtype dtype, int64_t n) {
+    enum { PIECE = 1024 };
+    float values[PIECE];
+    const char *bytes = src;
+    for (int64_t at = 0; at < n; at += PIECE) {
+        const int64_t some = n - at < PIECE ? n - at : PIECE;
+        bool finite = true;
+        gn_widen(values, bytes + (size_t)at * gn_dtype_size(dtype), dtype, some);
+        for (int64_t i = 0; i < some; i++) finite &= isfinite(values[i]) != 0;
+        for (int64_t i = 0; !finite && i < some; i++)
+            if (!isfinite(values[i])) return at + i;
+    }
+    return -1;
 }

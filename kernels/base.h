@@ -63,6 +63,7 @@ gn_status gn_fail(gn_error *err, gn_status status, const char *fmt, ...) GN_PRIN
     X(F32, 4, "F32")                                                                               \
     X(F16, 2, "F16")                                                                               \
     X(BF16, 2, "BF16")                                                                             \
+    X(F8, 1, "F8_E4M3")                                                                            \
     X(I64, 8, "I64")                                                                               \
     X(I32, 4, "I32")                                                                               \
     X(I8, 1, "I8")                                                                                 \
@@ -131,10 +132,24 @@ static inline uint16_t gn_f32_to_bf16(float f) {
 float gn_f16_to_f32(uint16_t h);
 uint16_t gn_f32_to_f16(float f);
 
+/* e4m3: a sign, four bits of exponent, three of mantissa; from 2^-9 to 448. What is beyond becomes
+ * 448. NaN has a code, which counts as 480 on the way back. */
+#define GN_F8_MAX 448.0f
+static inline float gn_f8_to_f32(uint8_t code) {
+    union {
+        uint32_t u;
+        float f;
+    } v = {(uint32_t)(code & 0x80) << 24 | (uint32_t)(code & 0x7f) << 20};
+    return v.f * 0x1p120f; /* exponents are biased by 7 and 127 */
+}
+uint8_t gn_f32_to_f8(float f);
+
 /* dst[0..n) = src[0..n) as float32 / from float32; src and dst need no alignment.
- * dtype is one of F32, F16, BF16. */
+ * dtype is one of F32, F16, BF16, F8. */
 void gn_widen(float *dst, const void *src, gn_dtype dtype, int64_t n);
 void gn_narrow(void *dst, gn_dtype dtype, const float *src, int64_t n);
+/* The first of n values that is not finite, or -1. */
+int64_t gn_find_not_finite(const void *src, gn_dtype dtype, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -191,6 +191,10 @@ gn_status gn_ctx_read_memory(gn_ctx *ctx, gn_ctx_memory *memory) {
     return ctx->backend->read_memory(ctx, memory);
 }
 
+gn_status gn_ctx_read_host_memory(gn_ctx_memory *memory) {
+    return gn_cpu_backend.read_memory(NULL, memory);
+}
+
 bool gn_ctx_is_host(const gn_ctx *ctx) {
     return !ctx->cuda;
 }

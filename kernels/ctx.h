@@ -55,6 +55,7 @@ typedef struct gn_ctx_memory {
     int64_t free, total;
 } gn_ctx_memory;
 GN_CHECKED gn_status gn_ctx_read_memory(gn_ctx *ctx, gn_ctx_memory *memory);
+GN_CHECKED gn_status gn_ctx_read_host_memory(gn_ctx_memory *memory);
 
 /* Whether that memory is the host's own, to be read and written directly. */
 bool gn_ctx_is_host(const gn_ctx *ctx);

@@ -18,16 +18,21 @@ static int64_t inner_numel(const gn_tensor *t) {
     return n;
 }
 
-/* Memory, a known float dtype, `ndim` dimensions, rows that do not overlap, and a size in bytes
- * that a pointer difference can hold. Zero rows are fine, and then need no memory. */
-static bool is_tensor(const gn_tensor *t, int ndim) {
-    if (!t || t->ndim != ndim || !gn_dtype_is_float(t->dtype) || t->shape[0] < 0) return false;
+/* Memory, `ndim` dimensions, rows that do not overlap, and a size in bytes that a pointer
+ * difference can hold. Zero rows are fine, and then need no memory. */
+static bool is_array(const gn_tensor *t, int ndim) {
+    if (!t || t->ndim != ndim || t->shape[0] < 0) return false;
     const int64_t inner = inner_numel(t);
     int64_t bytes;
     if (inner < 0 || t->ld < inner || __builtin_mul_overflow(t->shape[0], t->ld, &bytes) ||
         bytes > PTRDIFF_MAX / 8)
         return false;
     return t->shape[0] == 0 || t->data;
+}
+
+/* Of a float dtype that ops compute with. */
+static bool is_tensor(const gn_tensor *t, int ndim) {
+    return is_array(t, ndim) && gn_dtype_is_float(t->dtype);
 }
 
 static bool is_f32(const gn_tensor *t, int ndim) {
@@ -114,6 +119,13 @@ static bool is_part(const gn_ctx *ctx, const gn_linear_args *args, int i) {
     return true;
 }
 
+static bool is_next(const gn_linear_weights *next) {
+    if (next->n < 1 || next->n > GN_MAX_PARTS) return false;
+    for (int i = 0; i < next->n; i++)
+        if (!is_matrix(next->w[i]) || next->w[i]->cols != next->w[0]->cols) return false;
+    return true;
+}
+
 static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
     if (!ctx || !args || !(args->norm ? is_f32(&args->x, 2) : is_activation(ctx, &args->x, 2)))
         return GN_EINVAL;
@@ -129,6 +141,9 @@ static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
         if (!is_term(&args->lora[i], T)) return GN_EINVAL;
     for (int i = 0; i < args->n_parts; i++)
         if (!is_part(ctx, args, i)) return GN_EINVAL;
+    if (args->n_next < 0 || (args->n_next > 0 && !args->next)) return GN_EINVAL;
+    for (int i = 0; i < args->n_next; i++)
+        if (!is_next(&args->next[i])) return GN_EINVAL;
     return swiglu && args->part[0].w->rows != args->part[1].w->rows ? GN_EINVAL : GN_OK;
 }
 
@@ -140,6 +155,15 @@ gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args) {
 size_t gn_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                            int64_t max_rank, int max_terms) {
     return ctx->backend->linear_workspace(ctx, rows, max_k, max_n, max_rank, max_terms);
+}
+
+size_t gn_linear_ahead_bytes(const gn_ctx *ctx, int64_t rows, int64_t values) {
+    return ctx->backend->linear_ahead_bytes(ctx, rows, values);
+}
+
+gn_status gn_linear_reserve_ahead(gn_ctx *ctx, int64_t rows, int64_t values) {
+    if (!ctx || rows < 0 || values < 0) return GN_EINVAL;
+    return ctx->backend->linear_reserve_ahead(ctx, rows, values);
 }
 
 /* Rows 0 ... T in order, and positions that fit in an int32. */
@@ -154,11 +178,22 @@ static bool is_seqs(const gn_seqs *seqs, int64_t T) {
     return true;
 }
 
+static bool is_scales(const gn_tensor *t, const gn_tensor *cache) {
+    if (!is_f32(t, 3) || t->ld != t->shape[1] * t->shape[2]) return false;
+    for (int i = 0; i < 3; i++)
+        if (t->shape[i] != cache->shape[i]) return false;
+    return true;
+}
+
 static bool is_kv(const gn_kv *kv, int64_t kv_heads, int64_t head_dim) {
-    if (!kv || !is_tensor(&kv->k, 4) || !is_tensor(&kv->v, 4)) return false;
-    if (kv->k.dtype != kv->v.dtype || kv->k.dtype == GN_F16) return false;
+    if (!kv || !is_array(&kv->k, 4) || !is_array(&kv->v, 4)) return false;
+    const gn_dtype dtype = kv->k.dtype;
+    if (kv->v.dtype != dtype || (dtype != GN_F32 && dtype != GN_BF16 && dtype != GN_F8))
+        return false;
     for (int i = 0; i < 4; i++)
         if (kv->k.shape[i] != kv->v.shape[i]) return false;
+    if (dtype == GN_F8 && (!is_scales(&kv->k_scales, &kv->k) || !is_scales(&kv->v_scales, &kv->v)))
+        return false;
     return kv->k.shape[1] == kv_heads && kv->k.shape[3] == head_dim && head_dim % 2 == 0 &&
            head_dim <= GN_MAX_HEAD_DIM;
 }
@@ -288,6 +323,15 @@ static bool same_shape(const gn_tensor *a, const gn_tensor *b) {
     for (int i = 0; i < a->ndim; i++)
         if (a->shape[i] != b->shape[i]) return false;
     return true;
+}
+
+static bool is_f32_or_bf16(const gn_tensor *t) {
+    return is_tensor(t, 2) && t->dtype != GN_F16 && is_aligned(t->data, gn_dtype_size(t->dtype));
+}
+
+gn_status gn_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x) {
+    if (!ctx || !is_f32_or_bf16(x) || !is_f32_or_bf16(y) || !same_shape(x, y)) return GN_EINVAL;
+    return x->shape[0] == 0 ? GN_OK : ctx->backend->convert(ctx, y, x);
 }
 
 gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy, const int32_t *ids) {

@@ -74,6 +74,12 @@ GN_CHECKED gn_status gn_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype typ
                                        bool double_quant, const void *src, gn_dtype dtype,
                                        int64_t rows, int64_t cols, void *memory, gn_error *err);
 
+/* The weights of one call of gn_linear. */
+typedef struct gn_linear_weights {
+    int n;
+    const gn_matrix *w[GN_MAX_PARTS];
+} gn_linear_weights;
+
 /* Up to three products of one x: q, k and v, or gate and up. */
 typedef struct gn_linear_args {
     gn_tensor x;           /* (T, K): f32 with a norm, else an activation */
@@ -90,6 +96,9 @@ typedef struct gn_linear_args {
                              * GN_SWIGLU only part 0's */
         const gn_matrix *w; /* (N_i, K), any type */
     } part[GN_MAX_PARTS];
+    const gn_linear_weights *next; /* the calls that follow, in their order, as far as they are
+                                    * known: work on their weights may begin beside this one */
+    int n_next;
 } gn_linear_args;
 
 /* Weights count as dequantized and rounded to w->dtype, then to the compute dtype; sums are
@@ -100,6 +109,11 @@ GN_CHECKED gn_status gn_linear(gn_ctx *ctx, const gn_linear_args *args);
  * which up to `max_terms` cover one row. */
 size_t gn_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                            int64_t max_rank, int max_terms);
+/* Room for what is made of the weights of `next`, for calls of up to `rows` rows; `values`: of all
+ * 4-bit weights that shall find room at a time. Without it `next` has no effect; where it would
+ * have none anyhow it takes 0 bytes. It only ever grows. */
+size_t gn_linear_ahead_bytes(const gn_ctx *ctx, int64_t rows, int64_t values);
+GN_CHECKED gn_status gn_linear_reserve_ahead(gn_ctx *ctx, int64_t rows, int64_t values);
 
 /* The rows of a flat batch, grouped by sequence: rows [row0[i], row0[i+1]) stand at positions
  * pos0[i], pos0[i]+1, ... of sequence i, whose KV cache is blocks[i*max_blocks + p/block_tokens]
@@ -123,11 +137,15 @@ GN_CHECKED gn_status gn_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *se
 
 enum { GN_MAX_HEAD_DIM = 256 };
 
-/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32 or BF16;
- * head_dim is even and at most GN_MAX_HEAD_DIM. */
+/* One layer of the paged KV cache. k, v: (blocks, kv_heads, block_tokens, head_dim), F32, BF16 or
+ * F8; head_dim is even and at most GN_MAX_HEAD_DIM. With F8 each row has a scale, by which its
+ * codes are to be multiplied, and with which the largest of them is 448. A row of nothing but
+ * magnitudes below 2^-100 counts as zeros. */
 typedef struct gn_kv {
     gn_tensor k, v;
+    gn_tensor k_scales, v_scales; /* with F8: (blocks, kv_heads, block_tokens) F32, contiguous */
 } gn_kv;
+#define GN_KV_LEAST 0x1p-100f
 
 /* Cosines and sines of the batch's positions: (T, head_dim/2) f32 each, from inv_freq
  * (head_dim/2) f32, computed as transformers does (float32 angle). */

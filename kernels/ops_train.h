@@ -17,6 +17,9 @@
 extern "C" {
 #endif
 
+/* y = x, in y's dtype. x, y: (T, C), each F32 or BF16; they do not overlap. */
+GN_CHECKED gn_status gn_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x);
+
 /* dtable[ids[t]] += dy[t]. dtable: (V, C) f32; dy: (T, C) f32. */
 GN_CHECKED gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy,
                                   const int32_t *ids);
@@ -38,7 +41,8 @@ typedef struct gn_linear_grads {
 } gn_linear_grads;
 
 /* The epilogue is GN_STORE or GN_ADD, and there is at most one LoRA term. dx passes through
- * weights of any type, and through the term: dx = sum over parts of W^T dy + s * A^T B^T dy. */
+ * weights of any type, and through the term: dx = sum over parts of W^T dy + s * A^T B^T dy. Of a
+ * single part dx may be x; where neither da, db nor dw is wanted of any part, x is not read. */
 GN_CHECKED gn_status gn_linear_bwd(gn_ctx *ctx, const gn_linear_args *args,
                                    const gn_linear_grads *grads);
 /* Working memory that gn_linear with dropout, gn_linear_bwd and gn_rmsnorm_bwd need; sizes as in

@@ -68,8 +68,8 @@ static void respond_text(gn_exchange *x, const char *name, const char *done) {
 
 static void read_files(uv_work_t *work) {
     load_job *job = work->data;
-    const gn_status status =
-        gn_adapter_open(&job->adapter, job->server->model, job->dir, &job->error);
+    gn_status status = gn_adapter_open(&job->adapter, job->server->model, job->dir, &job->error);
+    if (!status) status = gn_engine_check_adapter(job->server->engine, job->adapter, &job->error);
     job->error.status = status;
 }
 

@@ -25,7 +25,7 @@ typedef struct chat_options {
     settings sampling;
     const char *model, *chat_template, *device, *system;
     gn_strings adapters;
-    int quant, compute, threads, context;
+    int quant, compute, kv_dtype, threads, context;
     int64_t memory_budget;
     bool double_quant;
 } chat_options;
@@ -80,6 +80,8 @@ static const gn_option table[] = {
     {GN_OPT_SIZE, "memory-budget", offsetof(chat_options, memory_budget), .value = "SIZE",
      .help = "of the GPU's memory, for everything together; on a CPU for keys and values, adapters "
              "and activations, not for weights. Prints how it is divided"},
+    {GN_OPT_CHOICE, "kv-dtype", offsetof(chat_options, kv_dtype), .initial = "auto",
+     .choices = GN_KV_CHOICES, .value = "TYPE", .help = GN_KV_HELP},
     {GN_OPT_STRING, "chat-template", offsetof(chat_options, chat_template), .value = "NAME|FILE",
      .help = "guanaco, vicuna, alpaca, llama-2, llama-3, chatml, mistral, or a JSON file; default: "
              "the model's own"},
@@ -403,6 +405,7 @@ static gn_status open_engine(chat *c) {
     const gn_engine_options options = {.max_seqs = 1,
                                        .context = c->options.context,
                                        .memory_bytes = c->options.memory_budget,
+                                       .kv_dtype = (gn_kv_dtype)c->options.kv_dtype,
                                        .adapter_bytes = c->adapters.n > 0 ? 0 : -1,
                                        .adapters = adapters,
                                        .n_adapters = c->adapters.n};

@@ -190,6 +190,8 @@ static void fail(gn_generation *g, const gn_error *cause) {
     const gn_error *e = cause ? cause : &stopping;
     if (e->status == GN_ECANCELED || e->status == GN_ENOMEM)
         gn_http_fail_with(&error, "", e);
+    else if (e->status == GN_ETOOBIG)
+        gn_http_fail(&error, 400, "adapters_too_large", "adapters", "%s", e->message);
     else
         gn_http_fail(&error, 500, "engine_error", "", "%s", e->message);
     const bool streaming = x->status != 0;

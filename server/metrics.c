@@ -52,6 +52,10 @@ static void write_engine(gn_buffer *b, const gn_engine_stats *e) {
     write_metric(b, "engine_steps_total", "counter", "Forward passes.", (double)e->steps);
     write_metric(b, "engine_busy_seconds_total", "counter", "Time in forward passes and sampling.",
                  e->model_seconds);
+    write_metric(b, "adapter_host_bytes", "gauge", "Adapters in the host's memory.",
+                 (double)e->adapter_host_bytes);
+    write_metric(b, "adapter_reads_total", "counter", "Adapters read from their folders again.",
+                 (double)e->adapter_reads);
 }
 
 static void write_memory(gn_buffer *b, const gn_memory_plan *p) {

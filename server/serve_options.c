@@ -66,10 +66,15 @@ const gn_option gn_serve_option_table[] = {
     {GN_OPT_SIZE, "kv-memory", FIELD(kv_memory), .value = "SIZE",
      .help = "of it, for keys and values (default: what remains, at most what --max-seqs contexts "
              "need; on a CPU without --memory-budget 1GiB)"},
+    {GN_OPT_CHOICE, "kv-dtype", FIELD(kv_dtype), .initial = "auto", .choices = GN_KV_CHOICES,
+     .help = GN_KV_HELP},
     {GN_OPT_SIZE, "adapter-memory", FIELD(adapter_memory), .value = "SIZE",
      .help = "of it, for the adapters in use on a GPU; others wait in the host's memory (default: "
              "an eighth, or what those of --adapter take, up to half); on a CPU there is no such "
              "limit"},
+    {GN_OPT_SIZE, "adapter-host-memory", FIELD(adapter_host_memory), .value = "SIZE",
+     .help = "of the host's memory, for adapters; others are read from their folders when they are "
+             "needed (default: half of what is free)"},
     {GN_OPT_FLAG, "no-prefix-cache", FIELD(no_prefix_cache),
      .help = "compute every prompt from its beginning"},
     GN_OPTION_GROUP("Output"),
@@ -86,6 +91,7 @@ gn_model_options gn_serve_model_options(const gn_serve_options *o) {
                               .quant = quant,
                               .no_double_quant = !o->double_quant,
                               .threads = o->threads,
+                              .adapter_host_bytes = o->adapter_host_memory,
                               .chat_template = o->chat_template};
 }
 
@@ -96,6 +102,7 @@ gn_engine_options gn_serve_engine_options(const gn_serve_options *o) {
                                .max_queue = o->max_queue,
                                .memory_bytes = o->memory_budget,
                                .kv_bytes = o->kv_memory,
+                               .kv_dtype = (gn_kv_dtype)o->kv_dtype,
                                .adapter_bytes = has_adapters ? o->adapter_memory : -1,
                                .context = o->context,
                                .no_prefix_cache = o->no_prefix_cache};

@@ -17,12 +17,12 @@ typedef struct gn_serve_options {
     int max_connections;
 
     const char *device, *chat_template;
-    int compute, quant; /* indices into the choices */
+    int compute, quant, kv_dtype; /* indices into the choices */
     bool double_quant;
     int threads;
 
     int context, max_seqs, max_batch_tokens, max_queue;
-    int64_t memory_budget, kv_memory, adapter_memory;
+    int64_t memory_budget, kv_memory, adapter_memory, adapter_host_memory;
     bool no_prefix_cache;
 
     bool json, quiet, version;

@@ -31,7 +31,7 @@ struct gn_batcher {
     int64_t *scratch; /* (capacity) */
     int32_t *row_of;  /* (capacity) with packing: the row of each sample of the order */
     /* The micro-batch. */
-    int32_t *ids, *targets, *row0, *pos0;
+    int32_t *ids, *labels, *row0, *pos0;
     int64_t *samples;
 };
 
@@ -233,11 +233,11 @@ static gn_status allocate(gn_batcher *b, gn_error *err) {
     b->row_at = malloc((n + 1) * sizeof *b->row_at);
     b->row_of = malloc(n * sizeof *b->row_of);
     b->ids = malloc(rows * sizeof *b->ids);
-    b->targets = malloc(rows * sizeof *b->targets);
+    b->labels = malloc(rows * sizeof *b->labels);
     b->row0 = malloc((seqs + 1) * sizeof *b->row0);
     b->pos0 = calloc(seqs, sizeof *b->pos0);
     b->samples = malloc(seqs * sizeof *b->samples);
-    if (b->order && b->scratch && b->row_at && b->row_of && b->ids && b->targets && b->row0 &&
+    if (b->order && b->scratch && b->row_at && b->row_of && b->ids && b->labels && b->row0 &&
         b->pos0 && b->samples)
         return GN_OK;
     return gn_fail(err, GN_ENOMEM, "out of memory");
@@ -298,7 +298,7 @@ void gn_batcher_close(gn_batcher *b) {
     free(b->row_at);
     free(b->row_of);
     free(b->ids);
-    free(b->targets);
+    free(b->labels);
     free(b->row0);
     free(b->pos0);
     free(b->samples);
@@ -315,21 +315,19 @@ int64_t gn_batcher_epoch_batches(const gn_batcher *b) {
 
 /* ---- micro-batches ---- */
 
-static void add_sample(gn_batcher *b, gn_train_batch *batch, int64_t index) {
+static void add_sample(gn_batcher *b, gn_micro_batch *batch, int64_t index) {
     const gn_sample s = gn_dataset_sample(b->d, index);
-    int32_t *targets = b->targets + batch->rows;
     memcpy(b->ids + batch->rows, s.ids, (size_t)s.n * sizeof *s.ids);
-    memcpy(targets, s.labels + 1, (size_t)(s.n - 1) * sizeof *targets);
-    targets[s.n - 1] = GN_NOT_LEARNED;
-    for (int32_t i = 0; i < s.n; i++) batch->n_targets += targets[i] != GN_NOT_LEARNED;
+    memcpy(b->labels + batch->rows, s.labels, (size_t)s.n * sizeof *s.labels);
+    for (int32_t i = 1; i < s.n; i++) batch->n_learned += s.labels[i] != GN_NOT_LEARNED;
     b->samples[batch->n_seqs++] = index;
     batch->rows += s.n;
     b->row0[batch->n_seqs] = batch->rows;
 }
 
-gn_train_batch gn_batcher_next(gn_batcher *b) {
-    gn_train_batch batch = {.ids = b->ids,
-                            .targets = b->targets,
+gn_micro_batch gn_batcher_next(gn_batcher *b) {
+    gn_micro_batch batch = {.ids = b->ids,
+                            .labels = b->labels,
                             .row0 = b->row0,
                             .pos0 = b->pos0,
                             .samples = b->samples,

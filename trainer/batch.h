@@ -44,20 +44,20 @@ gn_batch_limits gn_batcher_limits(const gn_batcher *b);
 int64_t gn_batcher_epoch_batches(const gn_batcher *b);
 
 /* Borrowed until the next call. */
-typedef struct gn_train_batch {
+typedef struct gn_micro_batch {
     int32_t rows; /* tokens */
-    int32_t n_seqs, n_targets;
-    const int32_t *ids;     /* (rows) */
-    const int32_t *targets; /* (rows) what the row is to predict: the label of the token after it in
-                             * its sequence, or GN_NOT_LEARNED, n_targets of them learned */
-    const int32_t *row0; /* (n_seqs + 1) sequence i is rows [row0[i], row0[i+1]), as in gn_seqs */
-    const int32_t *pos0; /* (n_seqs) all 0, as in gn_seqs */
+    int32_t n_seqs, n_learned;
+    const int32_t *ids;    /* (rows) */
+    const int32_t *labels; /* (rows) as in gn_sample; n_learned of them are learned, those of first
+                            * tokens not counted, which nothing stands before */
+    const int32_t *row0;   /* (n_seqs + 1) sequence i is rows [row0[i], row0[i+1]), as in gn_seqs */
+    const int32_t *pos0;   /* (n_seqs) all 0, as in gn_seqs */
     const int64_t *samples; /* (n_seqs) of the data set */
     int64_t epoch;
     bool ends_epoch;
-} gn_train_batch;
+} gn_micro_batch;
 /* The next micro-batch; after an epoch's last comes the next epoch's first. Allocates nothing. */
-gn_train_batch gn_batcher_next(gn_batcher *b);
+gn_micro_batch gn_batcher_next(gn_batcher *b);
 
 /* Where a batcher stands, for a checkpoint. */
 typedef struct gn_batch_position {

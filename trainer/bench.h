@@ -13,9 +13,14 @@ typedef struct gn_bench {
     gn_adapter *adapter;         /* or NULL */
     gn_rates rates;              /* what the device can do at best */
     double peak_bytes;           /* of the device's memory; on a CPU, of what this process held */
-    int prompt, tokens, streams; /* tokens of a prompt and of a reply; requests at a time */
+    /* Tokens of a prompt and of a reply; requests at a time. In training a batch is `streams`
+     * sequences of `prompt` tokens. */
+    int prompt, tokens, streams;
+    int rank;      /* of the LoRA that is trained */
+    float dropout; /* likewise */
     int max_batch_tokens;        /* 0: the engine's default */
     int64_t memory;              /* a budget; 0: the engine's default */
+    gn_kv_dtype kv_dtype;
     bool json;
     gn_error *err;
 } gn_bench;
@@ -23,6 +28,7 @@ typedef struct gn_bench {
 GN_CHECKED gn_status gn_bench_decode(gn_bench *b);
 GN_CHECKED gn_status gn_bench_prefill(gn_bench *b);
 GN_CHECKED gn_status gn_bench_ops(gn_bench *b);
+GN_CHECKED gn_status gn_bench_train(gn_bench *b);
 
 /* `bench serve`, which loads no model itself. */
 int gn_bench_serve_command(int n, char *const *args);
@@ -36,8 +42,6 @@ void gn_bench_heading(const gn_bench *b);
 /* A report line with what all have in common; the caller adds its own and prints it. */
 cJSON *gn_bench_line(const gn_bench *b);
 
-/* The most memory that a process has held; 0 where that is not known. */
-double gn_resident_peak(int pid);
 /* Around a round: measures b->rates, then forgets the memory that took; and afterwards raises
  * b->peak_bytes to the most memory that the round held. */
 GN_CHECKED gn_status gn_round_begin(gn_bench *b);

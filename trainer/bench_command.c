@@ -5,7 +5,8 @@
 
 typedef struct bench_options {
     gn_model_choice model;
-    int prompt, tokens, streams, max_batch_tokens;
+    int prompt, tokens, streams, max_batch_tokens, rank;
+    float dropout;
     bool json;
 } bench_options;
 
@@ -29,6 +30,7 @@ typedef struct bench_options {
     }
 #define ENGINE_OPTIONS                                                                             \
     GN_ADAPTER_OPTION(bench_options), GN_MEMORY_OPTION(bench_options),                             \
+        GN_KV_OPTION(bench_options),                                                               \
         {GN_OPT_INT,                                                                               \
          "streams",                                                                                \
          FIELD(streams),                                                                           \
@@ -57,7 +59,10 @@ static int run(const gn_option *table, const char *usage, const char *kind,
                   .tokens = o.tokens,
                   .streams = o.streams,
                   .max_batch_tokens = o.max_batch_tokens,
+                  .rank = o.rank,
+                  .dropout = o.dropout,
                   .memory = o.model.memory,
+                  .kv_dtype = (gn_kv_dtype)o.model.kv_dtype,
                   .json = o.json,
                   .err = &err};
     gn_status status = gn_model_choice_open(&o.model, &b.model, &b.adapter, &err);
@@ -104,12 +109,31 @@ static int operations(int n, char *const *args) {
     return run(table, usage, "ops", gn_bench_ops, n, args);
 }
 
+static int train(int n, char *const *args) {
+    static const char usage[] =
+        USAGE("train", "Updates of LoRA on all projections: forward, backward and paged AdamW.\n");
+    static const gn_option table[] = {MODEL_OPTIONS,
+                                      GN_MEMORY_OPTION(bench_options),
+                                      {GN_OPT_INT, "batch", FIELD(streams), .initial = "16",
+                                       .min = 1, .max = 1024, .help = "sequences of an update"},
+                                      {GN_OPT_INT, "length", FIELD(prompt), .initial = "512",
+                                       .min = 2, .max = MAX_TOKENS,
+                                       .help = "tokens of each sequence"},
+                                      {GN_OPT_INT, "lora-r", FIELD(rank), .initial = "64", .min = 1,
+                                       .max = 1024, .help = "rank of LoRA"},
+                                      {GN_OPT_FLOAT, "lora-dropout", FIELD(dropout), .initial = "0",
+                                       .max = 0.9, .help = "dropout of LoRA"},
+                                      GN_OPTION_END};
+    return run(table, usage, "train", gn_bench_train, n, args);
+}
+
 int gn_bench_command(int n, char *const *args) {
     static const gn_command commands[] = {
         {"decode", decode, "tokens a second of one or several streams"},
         {"prefill", prefill, "tokens a second of a prompt"},
         {"serve", gn_bench_serve_command, "the server under load, over HTTP"},
         {"ops", operations, "the products of a layer, one by one"},
+        {"train", train, "tokens a second of QLoRA updates"},
         {0}};
     return gn_command_run(commands, "guanaco-trainer bench", n, args);
 }

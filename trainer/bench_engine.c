@@ -134,10 +134,11 @@ static gn_status measure_rounds(gn_bench *b, gn_engine *engine, load *l, speeds 
 static gn_status measure(gn_bench *b, speeds *s) {
     const int context = b->prompt + b->tokens;
     const int64_t blocks = (context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
+    const int64_t block = (int64_t)gn_forward_kv_block_bytes(b->model, b->kv_dtype);
     const gn_engine_options options = {.max_seqs = b->streams,
                                        .max_batch_tokens = b->max_batch_tokens,
-                                       .kv_bytes = b->streams * blocks *
-                                                   (int64_t)gn_forward_kv_block_bytes(b->model),
+                                       .kv_bytes = b->streams * blocks * block,
+                                       .kv_dtype = b->kv_dtype,
                                        .context = context,
                                        .memory_bytes = b->memory,
                                        .adapter_bytes = b->adapter ? 0 : -1,
@@ -174,7 +175,7 @@ typedef struct cost {
 
 static cost cost_of(const gn_bench *b) {
     const gn_model *m = b->model;
-    cost c = {.kv_bytes = (double)gn_forward_kv_block_bytes(m) / GN_KV_BLOCK_TOKENS};
+    cost c = {.kv_bytes = (double)gn_forward_kv_block_bytes(m, b->kv_dtype) / GN_KV_BLOCK_TOKENS};
     for (int layer = 0; layer < m->config.layers; layer++) {
         for (int p = 0; p < GN_PROJ_COUNT; p++) {
             const gn_matrix *w = &m->layers[layer].proj[p];

@@ -51,17 +51,6 @@ static void reset_peak(void) {
     close(fd);
 }
 
-double gn_resident_peak(int pid) {
-    char path[64], line[256];
-    double kib = 0;
-    snprintf(path, sizeof path, "/proc/%d/status", pid);
-    FILE *status = fopen(path, "r");
-    while (status && fgets(line, sizeof line, status))
-        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
-    if (status) fclose(status);
-    return kib * 1024;
-}
-
 gn_status gn_round_begin(gn_bench *b) {
     const gn_status status = gn_measure_rates(b->model->ctx, &b->rates);
     reset_peak();

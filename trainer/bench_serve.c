@@ -17,7 +17,7 @@
 enum { ROUNDS = 3, MAX_ARGS = 40, MAX_PAGE = 64 << 10, FIRST_ID = 3, N_IDS = 256 };
 
 typedef struct serve_bench {
-    const char *synthetic, *model, *quant, *compute, *device, *memory;
+    const char *synthetic, *model, *quant, *compute, *device, *memory, *kv_dtype;
     gn_strings adapters; /* NAME=DIR */
     int threads, max_batch_tokens;
     int streams, prompt, tokens;
@@ -106,6 +106,7 @@ static const char **write_args(const serve_bench *o, const char *path, char numb
     add_option(args, &n, "--compute-dtype", o->compute);
     add_option(args, &n, "--device", o->device);
     add_option(args, &n, "--memory-budget", o->memory);
+    add_option(args, &n, "--kv-dtype", o->kv_dtype);
     add_option(args, &n, "--kv-memory", o->memory ? NULL : "1024GiB");
     add_option(args, &n, "--max-seqs", numbers[0]);
     add_option(args, &n, "--context", numbers[1]);
@@ -439,6 +440,7 @@ static const gn_option table[] = {
     {GN_OPT_STRING, "device", FIELD(device), .value = "NAME", .help = "as the server takes it"},
     {GN_OPT_STRING, "memory-budget", FIELD(memory), .value = "SIZE",
      .help = "as the server takes it"},
+    {GN_OPT_STRING, "kv-dtype", FIELD(kv_dtype), .value = "TYPE", .help = "as the server takes it"},
     {GN_OPT_INT, "threads", FIELD(threads), .min = 0, .max = 1024, .help = "0: all cores"},
     {GN_OPT_INT, "max-batch-tokens", FIELD(max_batch_tokens), .min = 0, .max = 1 << 16,
      .help = "tokens of one forward pass; 0: the server's default"},

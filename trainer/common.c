@@ -106,14 +106,15 @@ void gn_show_memory(const gn_memory_plan *plan) {
 
 gn_status gn_model_choice_score(const gn_model_choice *choice, gn_scorer **out, gn_model *model,
                                 gn_adapter *adapter, int32_t context, gn_error *err) {
+    const gn_kv_dtype kv = (gn_kv_dtype)choice->kv_dtype;
     if (choice->memory > 0) {
         gn_memory_plan plan;
-        const gn_status status =
-            gn_scorer_plan(&plan, model, context, choice->memory, &adapter, adapter ? 1 : 0, err);
+        const gn_status status = gn_scorer_plan(&plan, model, context, kv, choice->memory, &adapter,
+                                                adapter ? 1 : 0, err);
         if (status) return status;
         gn_show_memory(&plan);
     }
-    return gn_scorer_open(out, model, context, err);
+    return gn_scorer_open(out, model, context, kv, err);
 }
 
 void gn_progress(const char *fmt, ...) {
@@ -124,6 +125,17 @@ void gn_progress(const char *fmt, ...) {
     vfprintf(stderr, fmt, args);
     va_end(args);
     fflush(stderr);
+}
+
+double gn_resident_peak(int pid) {
+    char path[64], line[256];
+    double kib = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    FILE *status = fopen(path, "r");
+    while (status && fgets(line, sizeof line, status))
+        if (strncmp(line, "VmHWM:", 6) == 0) kib = strtod(line + 6, NULL);
+    if (status) fclose(status);
+    return kib * 1024;
 }
 
 /* Drawn at most ten times a second. */

@@ -22,6 +22,7 @@ static const gn_option table[] = {
     GN_MODEL_OPTIONS(logits_options, "float32"),
     GN_ADAPTER_OPTION(logits_options),
     GN_MEMORY_OPTION(logits_options),
+    GN_KV_OPTION(logits_options),
     {GN_OPT_STRING, "ids", offsetof(logits_options, ids), .value = "FILE|LIST",
      .help = "token ids: 1,15,7 or a file of such numbers, or FILE.safetensors[:TENSOR] (default "
              "tensor: input_ids)"},

@@ -23,6 +23,7 @@ static const gn_option table[] = {
     GN_MODEL_OPTIONS(ppl_options, "float32"),
     GN_ADAPTER_OPTION(ppl_options),
     GN_MEMORY_OPTION(ppl_options),
+    GN_KV_OPTION(ppl_options),
     {GN_OPT_STRING, "text", offsetof(ppl_options, text), .value = "FILE",
      .help = "a JSON array of documents, a JSON object of such arrays (one result each), or plain "
              "text, which is scored in windows of the model's context"},

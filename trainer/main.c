@@ -11,6 +11,7 @@ static int eval_command(int n, char *const *args) {
 
 int main(int argc, char **argv) {
     static const gn_command commands[] = {
+        {"train", gn_train_command, "make an adapter, or train a whole model, from data sets"},
         {"quantize", gn_quantize_command, "write a 4-bit copy of a model folder"},
         {"merge", gn_merge_command, "add an adapter into its base's weights"},
         {"data", gn_data_command, "what training makes of data sets"},

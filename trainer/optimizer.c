@@ -1,6 +1,8 @@
 /* optimizer.c - where each kind of state lies in its page, and the sweep over the pages. */
 #include "trainer/optimizer.h"
 
+#include "trainer/gradients.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,6 +77,17 @@ static size_t lay_out(gn_optimizer *o) {
     return bytes;
 }
 
+static int64_t page_count(const gn_optimizer *o) {
+    return (o->total + o->stretch - 1) / o->stretch;
+}
+
+gn_optimizer_size gn_optimizer_measure(const gn_optimizer_options *options, int64_t total,
+                                       gn_dtype weights) {
+    gn_optimizer o = {.options = *options, .has_masters = weights == GN_BF16, .total = total};
+    const size_t page_bytes = lay_out(&o);
+    return (gn_optimizer_size){page_count(&o), page_bytes};
+}
+
 /* ---- open and close ---- */
 
 static gn_status copy_masters(gn_optimizer *o) {
@@ -104,7 +117,7 @@ static void clear_codes(gn_optimizer *o) {
 static gn_status open_state(gn_optimizer *o, const gn_page_device *device, gn_error *err) {
     gn_ctx *ctx = o->parameters->ctx;
     const size_t page_bytes = lay_out(o);
-    const int64_t n_pages = (o->total + o->stretch - 1) / o->stretch;
+    const int64_t n_pages = page_count(o);
     if (n_pages > INT32_MAX)
         return gn_fail(err, GN_EINVAL, "%lld parameters in pages of %zu bytes", (long long)o->total,
                        page_bytes);
@@ -163,11 +176,24 @@ gn_pages *gn_optimizer_pages(gn_optimizer *o) {
 
 /* ---- a step ---- */
 
+/* The squares of a group's gradients. */
+static gn_status add_squares(gn_optimizer *o, size_t group) {
+    gn_parameters *p = o->parameters;
+    gn_status status = gn_grads_acquire(p, group);
+    if (status) return status;
+    const int64_t first = gn_grads_first(p, group), end = gn_grads_first(p, group + 1);
+    const gn_tensor grads = gn_grads_piece(p, first, end - first);
+    if (group > 0) status = gn_grads_prefetch(p, group - 1);
+    if (!status) status = gn_sum_squares(p->ctx, o->sum, &grads);
+    const gn_status released = gn_grads_release(p, group, false);
+    return status ? status : released;
+}
+
 gn_status gn_optimizer_grad_norm(gn_optimizer *o, double *norm) {
     gn_ctx *ctx = o->parameters->ctx;
     double sum = 0;
     gn_status status = gn_ctx_zero(ctx, o->sum, sizeof *o->sum);
-    if (!status) status = gn_sum_squares(ctx, o->sum, &o->parameters->grads);
+    for (size_t i = gn_grads_groups(o->parameters); i-- > 0 && !status;) status = add_squares(o, i);
     if (!status) status = gn_ctx_read(ctx, &sum, o->sum, sizeof sum);
     *norm = sqrt(sum);
     return status;
@@ -184,23 +210,52 @@ gn_status gn_optimizer_prefetch(gn_optimizer *o) {
     return prefetch(o, 0);
 }
 
-/* n elements of a flat array, from `first` on. */
-static gn_tensor piece(const gn_tensor *array, int64_t first, int64_t n) {
-    return gn_tensor_1d((char *)array->data + (size_t)first * gn_dtype_size(array->dtype),
-                        array->dtype, n);
-}
-
+/* n elements of a moment, from element `at` of its page on. */
 static gn_moment moment(const gn_optimizer *o, char *page, gn_state values, gn_state absmax,
-                        int64_t n) {
-    return (gn_moment){
-        gn_tensor_1d(page + o->offset[values], gn_optimizer_state_dtype(o, values), n),
-        is_paged(o, absmax) ? (float *)(page + o->offset[absmax]) : NULL};
+                        int64_t at, int64_t n) {
+    char *first = page + o->offset[values] + state_bytes(o, values, at);
+    return (gn_moment){gn_tensor_1d(first, gn_optimizer_state_dtype(o, values), n),
+                       is_paged(o, absmax)
+                           ? (float *)(page + o->offset[absmax] + state_bytes(o, absmax, at))
+                           : NULL};
 }
 
-static gn_status update(const gn_optimizer *o, int i, char *page, double lr, float grad_scale) {
+/* What an update says of n parameters from `first` on, whose state stands in `page`, the i-th. */
+static gn_status update_piece(const gn_optimizer *o, gn_adamw_args *args, int i, char *page,
+                              int64_t first, int64_t n) {
     const gn_parameters *p = o->parameters;
-    const int64_t first = i * o->stretch;
-    const int64_t n = o->total - first < o->stretch ? o->total - first : o->stretch;
+    const int64_t at = first - i * o->stretch;
+    args->master = gn_tensor_piece(&p->weights, first, n);
+    args->grad = gn_grads_piece(p, first, n);
+    args->m = moment(o, page, GN_STATE_M, GN_STATE_M_ABSMAX, at, n);
+    args->v = moment(o, page, GN_STATE_V, GN_STATE_V_ABSMAX, at, n);
+    if (o->has_masters) {
+        args->weight = args->master;
+        args->master = gn_tensor_1d((float *)(page + o->offset[GN_STATE_MASTER]) + at, GN_F32, n);
+    }
+    return gn_adamw(p->ctx, args);
+}
+
+/* A page's parameters, those of each group by themselves. */
+static gn_status update(gn_optimizer *o, gn_adamw_args *args, int i, char *page) {
+    gn_parameters *p = o->parameters;
+    int64_t first = i * o->stretch;
+    const int64_t end = o->total - first < o->stretch ? o->total : first + o->stretch;
+    gn_status status = GN_OK;
+    while (first < end && !status) {
+        const size_t group = gn_grads_group(p, first);
+        const int64_t next = gn_grads_first(p, group + 1), to = next < end ? next : end;
+        status = gn_grads_acquire(p, group);
+        if (status) return status;
+        status = update_piece(o, args, i, page, first, to - first);
+        const gn_status released = gn_grads_release(p, group, false);
+        if (!status) status = released;
+        first = to;
+    }
+    return status;
+}
+
+gn_status gn_optimizer_step(gn_optimizer *o, double lr, float grad_scale) {
     gn_adamw_args args = {
         .lr = (float)lr,
         .beta1 = o->options.beta1,
@@ -209,25 +264,13 @@ static gn_status update(const gn_optimizer *o, int i, char *page, double lr, flo
         .weight_decay = o->options.weight_decay,
         .grad_scale = grad_scale,
         .step = o->steps + 1,
-        .master = piece(&p->weights, first, n),
-        .grad = piece(&p->grads, first, n),
-        .m = moment(o, page, GN_STATE_M, GN_STATE_M_ABSMAX, n),
-        .v = moment(o, page, GN_STATE_V, GN_STATE_V_ABSMAX, n),
     };
-    if (o->has_masters) {
-        args.weight = args.master;
-        args.master = gn_tensor_1d(page + o->offset[GN_STATE_MASTER], GN_F32, n);
-    }
-    return gn_adamw(p->ctx, &args);
-}
-
-gn_status gn_optimizer_step(gn_optimizer *o, double lr, float grad_scale) {
     for (int i = 0; i < o->n_pages; i++) {
         void *page;
         gn_status status = gn_pages_acquire(o->pages, i, &page);
         if (status) return status;
         status = prefetch(o, i + 1);
-        if (!status) status = update(o, i, page, lr, grad_scale);
+        if (!status) status = update(o, &args, i, page);
         const gn_status released = gn_pages_release(o->pages, i, true);
         if (status || released) return status ? status : released;
     }

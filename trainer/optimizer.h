@@ -25,6 +25,14 @@ GN_CHECKED gn_status gn_optimizer_open(gn_optimizer **out, gn_parameters *parame
                                        const gn_page_device *device, gn_error *err);
 void gn_optimizer_close(gn_optimizer *o);
 
+/* The pages of an optimizer over `total` elements (gn_parameters_total) of a dtype. */
+typedef struct gn_optimizer_size {
+    int64_t pages;
+    size_t page_bytes;
+} gn_optimizer_size;
+gn_optimizer_size gn_optimizer_measure(const gn_optimizer_options *options, int64_t total,
+                                       gn_dtype weights);
+
 /* The norm of all gradients; waits for them. */
 GN_CHECKED gn_status gn_optimizer_grad_norm(gn_optimizer *o, double *norm);
 /* Starts to fetch the first pages: to be called while the backward pass runs. */

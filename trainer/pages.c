@@ -7,8 +7,17 @@
 typedef struct page {
     int slot;    /* -1: only on the host */
     bool dirty;  /* the device's copy is newer */
+    bool empty;  /* holds nothing that is needed */
     bool in_use; /* between acquire and release */
 } page;
+
+/* A place on the device. */
+typedef struct slot {
+    char *memory; /* NULL: there is none */
+    bool lent;    /* memory of somebody else */
+    bool taken;   /* by a page */
+    bool recalled;
+} slot;
 
 struct gn_pages {
     const gn_page_device *device; /* NULL: pages are used where they are */
@@ -16,8 +25,8 @@ struct gn_pages {
     size_t page_bytes, budget;
     char *host;
     page *pages;
-    void **slots; /* (n) memory on the device; NULL: a free place */
-    int last;     /* acquired last */
+    slot *slots; /* (n) */
+    int last;    /* acquired last */
     gn_page_stats stats;
 };
 
@@ -27,6 +36,10 @@ static bool is_page(const gn_pages *p, int i) {
 
 void *gn_pages_host(gn_pages *p, int i) {
     return p->host + (size_t)i * p->page_bytes;
+}
+
+size_t gn_pages_page_bytes(const gn_pages *p) {
+    return p->page_bytes;
 }
 
 gn_page_stats gn_pages_read_stats(const gn_pages *p) {
@@ -61,7 +74,8 @@ gn_status gn_pages_open(gn_pages **out, const gn_page_device *device, int n, siz
 void gn_pages_close(gn_pages *p) {
     if (!p) return;
     for (int s = 0; p->slots && s < p->n; s++)
-        if (p->slots[s]) p->device->free(p->device->user, p->slots[s]);
+        if (p->slots[s].memory && !p->slots[s].lent)
+            p->device->free(p->device->user, p->slots[s].memory);
     if (p->device && p->host)
         p->device->free_host(p->device->user, p->host);
     else
@@ -77,7 +91,7 @@ static gn_status write_back(gn_pages *p, int i) {
     page *page = &p->pages[i];
     if (!page->dirty) return GN_OK;
     const gn_status status = p->device->download(p->device->user, page->slot, gn_pages_host(p, i),
-                                                 p->slots[page->slot], p->page_bytes);
+                                                 p->slots[page->slot].memory, p->page_bytes);
     if (status) return status;
     page->dirty = false;
     p->stats.downloaded += (int64_t)p->page_bytes;
@@ -89,11 +103,15 @@ static int distance(const gn_pages *p, int i) {
     return (i - p->last - 1 + p->n) % p->n;
 }
 
+static bool is_lent(const gn_pages *p, int page) {
+    return p->pages[page].slot >= 0 && p->slots[p->pages[page].slot].lent;
+}
+
 /* The resident page that is needed last, less those in use; -1: there is none. */
-static int farthest(const gn_pages *p) {
+static int farthest(const gn_pages *p, bool or_lent) {
     int found = -1;
     for (int i = 0; i < p->n; i++) {
-        if (p->pages[i].slot < 0 || p->pages[i].in_use) continue;
+        if (p->pages[i].slot < 0 || p->pages[i].in_use || (!or_lent && is_lent(p, i))) continue;
         if (found < 0 || distance(p, i) > distance(p, found)) found = i;
     }
     return found;
@@ -109,16 +127,19 @@ static gn_status evict(gn_pages *p, int i, int *slot) {
     return GN_OK;
 }
 
-static void free_slot(gn_pages *p, int slot) {
-    p->device->free(p->device->user, p->slots[slot]);
-    p->slots[slot] = NULL;
+static void free_slot(gn_pages *p, int i) {
+    slot *slot = &p->slots[i];
+    slot->taken = false;
+    if (slot->lent) return;
+    p->device->free(p->device->user, slot->memory);
+    slot->memory = NULL;
     p->stats.resident -= p->page_bytes;
 }
 
 static gn_status shrink(gn_pages *p) {
     while (p->stats.resident > p->budget) {
         int slot;
-        const int victim = farthest(p);
+        const int victim = farthest(p, false);
         if (victim < 0) return GN_OK;
         const gn_status status = evict(p, victim, &slot);
         if (status) return status;
@@ -129,25 +150,46 @@ static gn_status shrink(gn_pages *p) {
 
 /* ---- coming to the device ---- */
 
+static int free_place(const gn_pages *p) {
+    int i = 0;
+    while (i < p->n && p->slots[i].memory) i++;
+    return i < p->n ? i : -1;
+}
+
+/* A lent place that no page has; -1: there is none. */
+static int lent_slot(const gn_pages *p) {
+    for (int i = 0; i < p->n; i++) {
+        const slot *slot = &p->slots[i];
+        if (slot->lent && !slot->taken && !slot->recalled) return i;
+    }
+    return -1;
+}
+
 /* A new place within the budget; -1: there is none. */
-static int new_slot(gn_pages *p) {
+static int own_slot(gn_pages *p) {
     if (p->stats.resident > p->budget || p->page_bytes > p->budget - p->stats.resident) return -1;
-    int slot = 0;
-    while (slot < p->n && p->slots[slot]) slot++;
-    if (slot == p->n) return -1;
-    p->slots[slot] = p->device->alloc(p->device->user, p->page_bytes);
-    if (!p->slots[slot]) return -1;
+    const int i = free_place(p);
+    if (i < 0) return -1;
+    p->slots[i].memory = p->device->alloc(p->device->user, p->page_bytes);
+    if (!p->slots[i].memory) return -1;
     p->stats.resident += p->page_bytes;
     if (p->stats.resident > p->stats.peak) p->stats.peak = p->stats.resident;
-    return slot;
+    return i;
+}
+
+static int new_slot(gn_pages *p) {
+    int i = own_slot(p);
+    if (i < 0) i = lent_slot(p);
+    if (i >= 0) p->slots[i].taken = true;
+    return i;
 }
 
 /* A place for page i, made by an eviction if need be; for a hint only of a page needed later. */
 static gn_status find_slot(gn_pages *p, int i, bool hint, int *slot) {
     *slot = new_slot(p);
     if (*slot >= 0) return GN_OK;
-    const int victim = farthest(p);
-    if (victim < 0 || p->page_bytes > p->budget) return GN_ENOMEM;
+    const int victim = farthest(p, true);
+    if (victim < 0 || (p->page_bytes > p->budget && !is_lent(p, victim))) return GN_ENOMEM;
     if (hint && distance(p, victim) <= distance(p, i)) return GN_ENOMEM;
     return evict(p, victim, slot);
 }
@@ -156,14 +198,16 @@ static gn_status bring(gn_pages *p, int i, bool hint) {
     int slot;
     gn_status status = find_slot(p, i, hint, &slot);
     if (status) return hint && status == GN_ENOMEM ? GN_OK : status;
-    status = p->device->upload(p->device->user, slot, p->slots[slot], gn_pages_host(p, i),
-                               p->page_bytes);
-    if (status) {
-        free_slot(p, slot);
-        return status;
+    if (!p->pages[i].empty) {
+        status = p->device->upload(p->device->user, slot, p->slots[slot].memory,
+                                   gn_pages_host(p, i), p->page_bytes);
+        if (status) {
+            free_slot(p, slot);
+            return status;
+        }
+        p->stats.uploaded += (int64_t)p->page_bytes;
     }
     p->pages[i].slot = slot;
-    p->stats.uploaded += (int64_t)p->page_bytes;
     return GN_OK;
 }
 
@@ -184,9 +228,10 @@ gn_status gn_pages_acquire(gn_pages *p, int i, void **memory) {
         }
         if (!status) status = p->device->begin_use(p->device->user, page->slot);
         if (status) return status;
-        *memory = p->slots[page->slot];
+        *memory = p->slots[page->slot].memory;
     }
     page->in_use = true;
+    page->empty = false;
     p->last = i;
     return GN_OK;
 }
@@ -201,9 +246,88 @@ gn_status gn_pages_release(gn_pages *p, int i, bool written) {
     return status ? status : shrink(p);
 }
 
+gn_status gn_pages_discard(gn_pages *p, int i) {
+    if (!is_page(p, i) || p->pages[i].in_use) return GN_EINVAL;
+    p->pages[i].empty = true;
+    p->pages[i].dirty = false;
+    return GN_OK;
+}
+
 gn_status gn_pages_set_budget(gn_pages *p, size_t budget) {
     p->budget = budget;
     return p->device ? shrink(p) : GN_OK;
+}
+
+/* ---- lent memory ---- */
+
+/* Whether a page would have no place if the budget were used up. */
+static bool needs_lent(const gn_pages *p) {
+    size_t places = p->budget / p->page_bytes;
+    for (int i = 0; i < p->n; i++) places += p->slots[i].lent;
+    return places < (size_t)p->n;
+}
+
+gn_status gn_pages_lend(gn_pages *p, void *memory, size_t bytes) {
+    if (!p->device) return GN_OK;
+    for (size_t at = 0; bytes - at >= p->page_bytes && needs_lent(p); at += p->page_bytes) {
+        const int i = free_place(p);
+        if (i < 0) break;
+        const gn_status status = p->device->end_use(p->device->user, i);
+        if (status) return status;
+        p->slots[i] = (slot){.memory = (char *)memory + at, .lent = true};
+    }
+    for (int i = 1; i <= p->n; i++) {
+        const int next = (p->last + i) % p->n;
+        const gn_status status = gn_pages_prefetch(p, next);
+        if (status || p->pages[next].slot < 0) return status; /* it is full */
+    }
+    return GN_OK;
+}
+
+/* The page in a place; -1: none. */
+static int page_in(const gn_pages *p, int slot) {
+    int i = 0;
+    while (i < p->n && p->pages[i].slot != slot) i++;
+    return i < p->n ? i : -1;
+}
+
+/* The lent place, not yet recalled, of the lowest address; -1: none. */
+static int lowest_lent(const gn_pages *p) {
+    int found = -1;
+    for (int i = 0; i < p->n; i++) {
+        const slot *slot = &p->slots[i];
+        if (slot->lent && !slot->recalled && (found < 0 || slot->memory < p->slots[found].memory))
+            found = i;
+    }
+    return found;
+}
+
+/* In the order of addresses, in which they are returned, too. */
+gn_status gn_pages_recall(gn_pages *p) {
+    for (int i; (i = lowest_lent(p)) >= 0;) {
+        const int page = page_in(p, i);
+        int slot;
+        if (page >= 0 && p->pages[page].in_use) return GN_EINVAL;
+        const gn_status status = page >= 0 ? evict(p, page, &slot) : GN_OK;
+        if (status) return status;
+        p->slots[i].taken = false;
+        p->slots[i].recalled = true;
+    }
+    return GN_OK;
+}
+
+gn_status gn_pages_return(gn_pages *p, const void *memory, size_t bytes) {
+    const char *first = memory;
+    for (int i = 0; i < p->n; i++) {
+        slot *slot = &p->slots[i];
+        if (!slot->recalled || slot->memory >= first + bytes ||
+            slot->memory + p->page_bytes <= first)
+            continue;
+        const gn_status status = p->device->begin_use(p->device->user, i);
+        if (status) return status;
+        *slot = (struct slot){0};
+    }
+    return GN_OK;
 }
 
 gn_status gn_pages_flush(gn_pages *p) {

@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "engine/save_folder.h"
 #include "trainer/trainer.h"
 
 void gn_samples_free(gn_samples *s) {
@@ -187,24 +188,6 @@ gn_status gn_samples_read(gn_samples *s, const char *dir, const gn_hash *key, in
     return status;
 }
 
-/* Makes a folder and those above it. */
-static gn_status make_folder(const char *dir, gn_error *err) {
-    char *path = strdup(dir);
-    if (!path) return gn_fail(err, GN_ENOMEM, "out of memory");
-    gn_status status = GN_OK;
-    for (char *at = path + 1; !status; at++) {
-        const char c = *at;
-        if (c != '/' && c != 0) continue;
-        *at = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            status = gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
-        *at = c;
-        if (c == 0) break;
-    }
-    free(path);
-    return status;
-}
-
 static bool write_open(const gn_samples *s, FILE *file, const gn_hash *key) {
     const cache_header header = {magic, *key, s->n, s->n_tokens, s->counts};
     cache_part parts[CACHE_PARTS];
@@ -238,7 +221,7 @@ static gn_status write_file(const gn_samples *s, const char *path, char *tempora
 
 gn_status gn_samples_write(const gn_samples *s, const char *dir, const gn_hash *key,
                            gn_error *err) {
-    gn_status status = make_folder(dir, err);
+    gn_status status = gn_folder_make(dir, err);
     if (status) return status;
     char *path = cache_path(dir, key, ""), *temporary = cache_path(dir, key, ".XXXXXX");
     status = path && temporary ? write_file(s, path, temporary, key, err)

@@ -1,124 +1,88 @@
 /* step.c - forward, loss and backward, composed from ops.
  *
- * The forward pass writes each layer's input; the backward pass, from the last layer to the first,
- * computes a layer's inside again from its input and then goes back through it:
+ * A layer, on the residual stream S:
  *
- *   q, k, v = W norm(x); rotate q, k; a = attention; m = x + W_o a
- *   gate, up = W norm(m); h = silu(gate) * up; next x = m + W_d h
+ *   x = S;  q, k, v = W norm(S); rotate q, k; a = attention; S += W_o a
+ *   m = S;  gate, up = W norm(S); h = silu(gate) * up; S += W_d h
  *
- * The gradient of the residual stream is one tensor, dx, to which each half of a layer adds. */
+ * The forward pass keeps x of every layer, and of some layers more. The backward pass, from the
+ * last layer to the first, computes what is missing and then goes back through the layer. The
+ * gradient of the stream is one tensor, dstream, to which each half of a layer adds. */
 #include "trainer/step.h"
 
 #include <stdlib.h>
 
-/* What a layer's backward pass reads. */
-enum { X, Q, K, V, A, LSE, M, GATE, UP, H, ACTIVATIONS };
-/* Gradients on their way. */
-enum { DX, DNORM, DH, DA, DQ, DK, DV, GRADIENTS };
-
-typedef struct activations {
-    gn_tensor at[ACTIVATIONS];
-} activations;
+#include "trainer/activations.h"
 
 struct gn_train_step {
     gn_model *model;
     gn_train_limits limits;
-    activations *layers; /* views: X is each layer's own, the others are shared */
-    gn_tensor last;      /* (max_rows, hidden) f32: the last layer's output */
-    gn_tensor normed;    /* the same, normalised, and then its gradient */
-    gn_tensor loss;      /* (max_rows) f32 */
-    gn_tensor cos, sin;  /* (max_rows, head_dim/2) */
-    gn_tensor grads[GRADIENTS];
+    gn_activations act;
     float *host_loss; /* (max_rows) */
     int32_t *next;    /* (max_rows): the label that a row is to predict */
-    void **owned;     /* allocations on the device */
-    int n_owned;
     /* of the batch at hand */
     const gn_train_batch *batch;
     const gn_trained *trained;
     bool wants_grads;
     gn_lora term;
+    /* the inputs of the layers from lent_from on are lent to it; NULL: none are */
+    gn_pages *lodger;
+    int lent_from;
 };
 
-/* ---- memory ---- */
-
-static bool allocate(gn_train_step *s, gn_tensor *t, gn_dtype dtype, int64_t cols) {
-    const int64_t rows = s->limits.max_rows;
-    void *memory = gn_ctx_alloc(s->model->ctx, (size_t)(rows * cols) * gn_dtype_size(dtype));
-    *t = gn_tensor_2d(memory, dtype, rows, cols);
-    if (memory) s->owned[s->n_owned++] = memory;
-    return memory != NULL;
-}
-
-static bool allocate_all(gn_train_step *s, const int64_t *cols, const gn_dtype *dtypes,
-                         gn_tensor *tensors, int n) {
-    for (int i = 0; i < n; i++)
-        if (!allocate(s, &tensors[i], dtypes[i], cols[i])) return false;
-    return true;
-}
-
-static bool allocate_tensors(gn_train_step *s) {
-    const gn_config *c = &s->model->config;
-    const int64_t hidden = c->hidden, inter = c->intermediate, half = c->head_dim / 2;
-    const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    const gn_dtype act = gn_ctx_activation(s->model->ctx);
-    const int64_t cols[ACTIVATIONS] = {hidden,   dim,    kv,    kv,    dim,
-                                       c->heads, hidden, inter, inter, inter};
-    const gn_dtype dtypes[ACTIVATIONS] = {GN_F32, act,    act, act, act,
-                                          GN_F32, GN_F32, act, act, act};
-    const int64_t grad_cols[GRADIENTS] = {hidden, hidden, inter, dim, dim, kv, kv};
-    const gn_dtype grad_dtypes[GRADIENTS] = {GN_F32, GN_F32, act, act, act, act, act};
-    activations shared;
-    if (!allocate_all(s, cols, dtypes, shared.at, ACTIVATIONS)) return false;
-    for (int i = 0; i < c->layers; i++) {
-        s->layers[i] = shared;
-        if (i > 0 && !allocate(s, &s->layers[i].at[X], GN_F32, hidden)) return false;
-    }
-    return allocate_all(s, grad_cols, grad_dtypes, s->grads, GRADIENTS) &&
-           allocate(s, &s->last, GN_F32, hidden) && allocate(s, &s->normed, GN_F32, hidden) &&
-           allocate(s, &s->loss, GN_F32, 1) && allocate(s, &s->cos, GN_F32, half) &&
-           allocate(s, &s->sin, GN_F32, half);
-}
-
-static int64_t max_of(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static gn_status reserve(gn_train_step *s) {
-    const gn_config *c = &s->model->config;
-    gn_ctx *ctx = s->model->ctx;
-    const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    const int64_t max_k = max_of(max_of(c->hidden, c->intermediate), dim);
-    const int64_t max_n = max_of(max_of(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->hidden);
-    const int64_t rows = s->limits.max_rows;
-    const size_t bytes[] = {
-        gn_linear_bwd_workspace(ctx, rows, max_k, max_n, s->limits.max_rank),
-        gn_attention_train_workspace(ctx, rows, c->heads, c->head_dim, s->limits.context),
-        gn_cross_entropy_workspace(ctx, c->hidden, c->vocab),
-    };
-    size_t most = 0;
-    for (size_t i = 0; i < sizeof bytes / sizeof *bytes; i++)
-        most = bytes[i] > most ? bytes[i] : most;
-    const gn_stage_limits limits = {
-        .rows = s->limits.max_rows, .seqs = s->limits.max_seqs, .max_blocks = 1, .terms = 1};
-    const gn_status status = gn_ctx_reserve(ctx, most);
-    return status ? status : gn_stage_reserve(ctx, &limits);
-}
+/* ---- open and close ---- */
 
 static gn_status open_parts(gn_train_step *s) {
-    const size_t rows = (size_t)s->limits.max_rows, layers = (size_t)s->model->config.layers;
-    s->layers = calloc(layers, sizeof *s->layers);
-    s->owned = calloc(layers + ACTIVATIONS + GRADIENTS + 5, sizeof *s->owned);
+    const size_t rows = (size_t)s->limits.max_rows;
+    const gn_stage_limits limits = {
+        .rows = s->limits.max_rows, .seqs = s->limits.max_seqs, .max_blocks = 1, .terms = 1};
     s->host_loss = malloc(rows * sizeof *s->host_loss);
     s->next = malloc(rows * sizeof *s->next);
-    if (!s->layers || !s->owned || !s->host_loss || !s->next || !allocate_tensors(s))
-        return GN_ENOMEM;
-    return reserve(s);
+    if (!s->host_loss || !s->next) return GN_ENOMEM;
+    const gn_status status = gn_activations_open(&s->act, s->model, &s->limits);
+    return status ? status : gn_stage_reserve(s->model->ctx, &limits);
+}
+
+/* ---- memory that is lent ---- */
+
+/* Lends the input of a layer whose backward pass is over: as soon as it makes a page, with those of
+ * later layers, behind it, that did not. */
+static gn_status lend_input(gn_train_step *s, int i) {
+    gn_pages *pages = s->trained->lodger;
+    if (!pages || !s->batch->is_last) return GN_OK;
+    if (!s->lodger) s->lent_from = s->model->config.layers;
+    s->lodger = pages;
+    const gn_tensor x = gn_activations_at(&s->act, i, GN_ACT_X);
+    const size_t bytes = (size_t)(s->lent_from - i) * gn_activations_stride(&s->act, GN_ACT_X);
+    if (bytes < gn_pages_page_bytes(pages)) return GN_OK;
+    s->lent_from = i;
+    return gn_pages_lend(pages, x.data, bytes);
+}
+
+/* Before anything is written to the input of layer i. */
+static gn_status take_back(const gn_train_step *s, int i) {
+    if (!s->lodger) return GN_OK;
+    const gn_tensor x = gn_activations_at(&s->act, i, GN_ACT_X);
+    return gn_pages_return(s->lodger, x.data, gn_activations_stride(&s->act, GN_ACT_X));
+}
+
+static gn_status take_back_all(gn_train_step *s) {
+    gn_status status = s->lodger ? gn_pages_recall(s->lodger) : GN_OK;
+    for (int i = 0; !status && s->lodger && i < s->model->config.layers; i++)
+        status = take_back(s, i);
+    s->lodger = NULL;
+    return status;
+}
+
+static bool are_limits(const gn_train_limits *l, int32_t layers) {
+    for (int i = 0; i < GN_KEEP_COUNT; i++)
+        if (l->keep[i] < 0 || l->keep[i] >= layers) return false;
+    return l->max_rows >= 1 && l->max_seqs >= 1 && l->context >= 1 && l->max_rank >= 0;
 }
 
 gn_status gn_train_step_open(gn_train_step **out, gn_model *model, const gn_train_limits *limits,
                              gn_error *err) {
-    if (limits->max_rows < 1 || limits->max_seqs < 1 || limits->context < 1 || limits->max_rank < 0)
+    if (!are_limits(limits, model->config.layers))
         return gn_fail(err, GN_EINVAL, "a training step of %d rows, %d sequences", limits->max_rows,
                        limits->max_seqs);
     gn_train_step *s = calloc(1, sizeof *s);
@@ -137,9 +101,9 @@ gn_status gn_train_step_open(gn_train_step **out, gn_model *model, const gn_trai
 
 void gn_train_step_close(gn_train_step *s) {
     if (!s) return;
-    for (int i = 0; i < s->n_owned; i++) gn_ctx_free(s->model->ctx, s->owned[i]);
-    free(s->owned);
-    free(s->layers);
+    const gn_status status = take_back_all(s);
+    (void)status; /* the device has failed, and its pages are lost */
+    gn_activations_close(&s->act);
     free(s->host_loss);
     free(s->next);
     free(s);
@@ -157,22 +121,27 @@ static gn_tensor heads_of(const gn_train_step *s, const gn_tensor *t, int64_t he
     return view;
 }
 
-static gn_tensor act(const gn_train_step *s, int layer, int which) {
-    return rows_of(s, &s->layers[layer].at[which]);
+static gn_tensor act(const gn_train_step *s, int layer, gn_activation which) {
+    const gn_tensor t = gn_activations_at(&s->act, layer, which);
+    return rows_of(s, &t);
 }
 
-static gn_tensor grad(const gn_train_step *s, int which) {
-    return rows_of(s, &s->grads[which]);
+static gn_tensor act_heads(const gn_train_step *s, int layer, gn_activation which, int64_t heads) {
+    const gn_tensor t = gn_activations_at(&s->act, layer, which);
+    return heads_of(s, &t, heads);
+}
+
+static gn_tensor stream_of(const gn_train_step *s) {
+    return rows_of(s, &s->act.stream);
 }
 
 static gn_attention_rows attention_rows(const gn_train_step *s, int layer) {
     const gn_config *c = &s->model->config;
-    const gn_tensor *at = s->layers[layer].at;
-    return (gn_attention_rows){.q = heads_of(s, &at[Q], c->heads),
-                               .k = heads_of(s, &at[K], c->kv_heads),
-                               .v = heads_of(s, &at[V], c->kv_heads),
-                               .y = heads_of(s, &at[A], c->heads),
-                               .lse = rows_of(s, &at[LSE]),
+    return (gn_attention_rows){.q = act_heads(s, layer, GN_ACT_Q, c->heads),
+                               .k = act_heads(s, layer, GN_ACT_K, c->kv_heads),
+                               .v = act_heads(s, layer, GN_ACT_V, c->kv_heads),
+                               .y = act_heads(s, layer, GN_ACT_A, c->heads),
+                               .lse = act(s, layer, GN_ACT_LSE),
                                .seqs = &s->batch->seqs};
 }
 
@@ -201,25 +170,23 @@ static gn_linear_args product(const gn_train_step *s, int layer, gn_proj first, 
 }
 
 static gn_linear_args qkv_product(const gn_train_step *s, int i) {
-    const gn_tensor y[] = {act(s, i, Q), act(s, i, K), act(s, i, V)};
-    return product(s, i, GN_Q, 3, act(s, i, X), &s->model->layers[i].attn_norm, GN_STORE, y);
+    const gn_tensor y[] = {act(s, i, GN_ACT_Q), act(s, i, GN_ACT_K), act(s, i, GN_ACT_V)};
+    return product(s, i, GN_Q, 3, stream_of(s), &s->model->layers[i].attn_norm, GN_STORE, y);
 }
 
 static gn_linear_args o_product(const gn_train_step *s, int i) {
-    const gn_tensor m = act(s, i, M);
-    return product(s, i, GN_O, 1, act(s, i, A), NULL, GN_ADD, &m);
+    const gn_tensor y = stream_of(s);
+    return product(s, i, GN_O, 1, act(s, i, GN_ACT_A), NULL, GN_ADD, &y);
 }
 
-static gn_linear_args gate_up_product(const gn_train_step *s, int i) {
-    const gn_tensor y[] = {act(s, i, GATE), act(s, i, UP)};
-    return product(s, i, GN_GATE, 2, act(s, i, M), &s->model->layers[i].mlp_norm, GN_STORE, y);
+static gn_linear_args gate_up_product(const gn_train_step *s, int i, gn_tensor m) {
+    const gn_tensor y[] = {act(s, i, GN_ACT_GATE), act(s, i, GN_ACT_UP)};
+    return product(s, i, GN_GATE, 2, m, &s->model->layers[i].mlp_norm, GN_STORE, y);
 }
 
-/* Into the next layer's input. */
 static gn_linear_args down_product(const gn_train_step *s, int i) {
-    const bool is_last = i + 1 == s->model->config.layers;
-    const gn_tensor y = is_last ? rows_of(s, &s->last) : act(s, i + 1, X);
-    return product(s, i, GN_DOWN, 1, act(s, i, H), NULL, GN_ADD, &y);
+    const gn_tensor y = stream_of(s);
+    return product(s, i, GN_DOWN, 1, act(s, i, GN_ACT_H), NULL, GN_ADD, &y);
 }
 
 /* Gradients of such a product, from dy of each part into dx (data NULL: nobody wants it). */
@@ -240,102 +207,167 @@ static gn_status product_bwd(const gn_train_step *s, const gn_linear_args *args,
     return gn_linear_bwd(s->model->ctx, args, &grads);
 }
 
-/* ---- forward ---- */
+/* ---- the parts of a layer ---- */
 
-/* y = x, to be added to. */
-static gn_status copy_rows(const gn_train_step *s, const gn_tensor *y, const gn_tensor *x) {
-    return gn_ctx_copy(s->model->ctx, y->data, x->data,
-                       (size_t)gn_tensor_numel(x) * gn_dtype_size(x->dtype));
+/* The stream becomes the layer's input, as it is kept. */
+static gn_status load_input(const gn_train_step *s, int i) {
+    gn_tensor stream = stream_of(s);
+    const gn_tensor x = act(s, i, GN_ACT_X);
+    return gn_convert(s->model->ctx, &stream, &x);
 }
 
-/* From a layer's input to all that its backward pass reads. */
-static gn_status fill_layer(const gn_train_step *s, int i) {
-    gn_ctx *ctx = s->model->ctx;
-    const gn_linear_args qkv = qkv_product(s, i), o = o_product(s, i), gu = gate_up_product(s, i);
-    gn_attention_rows attention = attention_rows(s, i);
-    const gn_tensor cos = rows_of(s, &s->cos), sin = rows_of(s, &s->sin);
-    const gn_tensor x = act(s, i, X), m = act(s, i, M), gate = act(s, i, GATE), up = act(s, i, UP);
-    gn_tensor h = act(s, i, H);
+/* Keeps the stream as the layer's input, and rounds it to what is kept. */
+static gn_status store_input(const gn_train_step *s, int i) {
+    const gn_tensor stream = stream_of(s);
+    gn_tensor x = act(s, i, GN_ACT_X);
+    const gn_status status = gn_convert(s->model->ctx, &x, &stream);
+    return status || x.dtype == GN_F32 ? status : load_input(s, i);
+}
 
+static gn_status run_qkv(const gn_train_step *s, int i) {
+    gn_ctx *ctx = s->model->ctx;
+    const gn_linear_args qkv = qkv_product(s, i);
+    const gn_tensor cos = rows_of(s, &s->act.cos), sin = rows_of(s, &s->act.sin);
+    gn_attention_rows rows = attention_rows(s, i);
     gn_status status = gn_linear(ctx, &qkv);
-    if (!status) status = gn_rope(ctx, &attention.q, &cos, &sin);
-    if (!status) status = gn_rope(ctx, &attention.k, &cos, &sin);
-    if (!status) status = gn_attention_train(ctx, &attention);
-    if (!status) status = copy_rows(s, &m, &x);
-    if (!status) status = gn_linear(ctx, &o);
-    if (!status) status = gn_linear(ctx, &gu);
-    if (!status) status = gn_swiglu(ctx, &h, &gate, &up);
+    if (!status) status = gn_rope(ctx, &rows.q, &cos, &sin);
+    if (!status) status = gn_rope(ctx, &rows.k, &cos, &sin);
     return status;
+}
+
+static gn_status run_attention(const gn_train_step *s, int i) {
+    const gn_attention_rows rows = attention_rows(s, i);
+    return gn_attention_train(s->model->ctx, &rows);
+}
+
+static gn_status add_attention(const gn_train_step *s, int i) {
+    const gn_linear_args o = o_product(s, i);
+    return gn_linear(s->model->ctx, &o);
+}
+
+static gn_status run_gate_up(const gn_train_step *s, int i, gn_tensor m) {
+    const gn_linear_args gate_up = gate_up_product(s, i, m);
+    return gn_linear(s->model->ctx, &gate_up);
+}
+
+static gn_status run_swiglu(const gn_train_step *s, int i) {
+    const gn_tensor gate = act(s, i, GN_ACT_GATE), up = act(s, i, GN_ACT_UP);
+    gn_tensor h = act(s, i, GN_ACT_H);
+    return gn_swiglu(s->model->ctx, &h, &gate, &up);
+}
+
+/* ---- forward ---- */
+
+static gn_status keep_residual(const gn_train_step *s, int i) {
+    gn_tensor m = act(s, i, GN_ACT_M);
+    const gn_tensor stream = stream_of(s);
+    return m.data == stream.data ? GN_OK : gn_convert(s->model->ctx, &m, &stream);
 }
 
 static gn_status run_layer(const gn_train_step *s, int i) {
     const gn_linear_args down = down_product(s, i);
-    const gn_tensor m = act(s, i, M);
-    gn_status status = fill_layer(s, i);
-    if (!status) status = copy_rows(s, &down.part[0].y, &m);
+    gn_status status = take_back(s, i);
+    if (!status) status = store_input(s, i);
+    if (!status) status = run_qkv(s, i);
+    if (!status) status = run_attention(s, i);
+    if (!status) status = add_attention(s, i);
+    if (!status) status = keep_residual(s, i);
+    if (!status) status = run_gate_up(s, i, stream_of(s));
+    if (!status) status = run_swiglu(s, i);
     if (!status) status = gn_linear(s->model->ctx, &down);
     return status;
 }
 
-static gn_status forward(const gn_train_step *s) {
+static gn_status forward(gn_train_step *s) {
     const gn_train_batch *b = s->batch;
     const gn_model *model = s->model;
-    gn_tensor x = act(s, 0, X), cos = rows_of(s, &s->cos), sin = rows_of(s, &s->sin);
-    gn_status status = gn_stage(model->ctx, b->ids, &b->seqs, &s->term, s->term.pairs != NULL);
+    gn_tensor x = stream_of(s), cos = rows_of(s, &s->act.cos), sin = rows_of(s, &s->act.sin);
+    gn_status status = s->lodger ? gn_pages_recall(s->lodger) : GN_OK;
+    if (!status) status = gn_stage(model->ctx, b->ids, &b->seqs, &s->term, s->term.pairs != NULL);
     if (!status) status = gn_embed(model->ctx, &x, &model->embed, b->ids, NULL, 0);
     if (!status) status = gn_rope_table(model->ctx, &cos, &sin, &model->inv_freq, &b->seqs);
     for (int i = 0; !status && i < model->config.layers; i++) status = run_layer(s, i);
+    if (!status) s->lodger = NULL;
     return status;
 }
 
 /* ---- loss ---- */
 
-/* The losses, and where gradients are wanted the last layer's output's, in DX. */
+/* The losses, and where gradients are wanted the stream's, in dstream: which until then holds the
+ * normalised stream, and then its gradient. */
 static gn_status find_loss(const gn_train_step *s) {
+    gn_ctx *ctx = s->model->ctx;
     const gn_model *model = s->model;
     const gn_trained *t = s->trained;
     const float eps = model->config.rms_eps;
-    const gn_tensor x = rows_of(s, &s->last);
-    gn_tensor normed = rows_of(s, &s->normed), dx = grad(s, DX);
-    gn_cross_entropy_args args = {.x = normed,
-                                  .lm_head = &model->lm_head,
-                                  .labels = s->next,
-                                  .scale = s->batch->scale,
-                                  .loss = gn_tensor_1d(s->loss.data, GN_F32, s->batch->rows)};
+    const gn_tensor x = stream_of(s);
+    gn_tensor dx = rows_of(s, &s->act.dstream), dy = rows_of(s, &s->act.dnorm), dw = t->norm;
+    gn_cross_entropy_args args = {
+        .x = dx,
+        .lm_head = &model->lm_head,
+        .labels = s->next,
+        .scale = s->batch->scale,
+        .loss = gn_tensor_1d(s->act.loss.data, GN_F32, s->batch->rows),
+    };
     if (s->wants_grads) {
-        args.dx = normed;
+        args.dx = dx;
         args.dw = t->lm_head;
     }
-    gn_status status = gn_rmsnorm(model->ctx, &normed, &x, &model->norm, eps);
-    if (!status) status = gn_cross_entropy(model->ctx, &args);
-    if (!status && s->wants_grads) {
-        gn_tensor dw = t->norm;
-        status = gn_rmsnorm_bwd(model->ctx, &dx, &dw, &normed, NULL, &x, &model->norm, eps);
-    }
+    gn_status status = gn_rmsnorm(ctx, &dx, &x, &model->norm, eps);
+    if (!status) status = gn_cross_entropy(ctx, &args);
+    if (status || !s->wants_grads) return status;
+    status = gn_convert(ctx, &dy, &dx);
+    if (!status) status = gn_rmsnorm_bwd(ctx, &dx, &dw, &dy, NULL, &x, &model->norm, eps);
     return status;
 }
 
 /* ---- backward ---- */
 
-/* Back through norm(x), in front of products: DX += the gradient DNORM leaves in x. */
+/* All that the layer's backward pass reads, but for what was kept and, of the last layer, what its
+ * forward pass left. Then *m is the residual stream after attention. */
+static gn_status fill_layer(const gn_train_step *s, int i, gn_tensor *m) {
+    const gn_activations *a = &s->act;
+    const bool is_last = i + 1 == s->model->config.layers;
+    const bool has_qkv = is_last || gn_activations_keeps(a, i, GN_ACT_Q);
+    const bool has_attention = is_last || gn_activations_keeps(a, i, GN_ACT_A);
+    const bool has_residual = gn_activations_keeps(a, i, GN_ACT_M);
+    const bool has_gate_up = is_last || gn_activations_keeps(a, i, GN_ACT_GATE);
+    const bool has_swiglu = is_last || gn_activations_keeps(a, i, GN_ACT_H);
+    gn_status status = has_qkv && has_residual ? GN_OK : load_input(s, i);
+    if (!status && !has_qkv) status = run_qkv(s, i);
+    if (!status && !has_attention) status = run_attention(s, i);
+    if (!status && !has_residual) status = add_attention(s, i);
+    *m = act(s, i, GN_ACT_M);
+    if (!status && !has_gate_up) status = run_gate_up(s, i, *m);
+    if (!status && !has_swiglu) status = run_swiglu(s, i);
+    return status;
+}
+
+/* Back through norm(x), in front of products: dstream += the gradient that dnorm leaves in x. */
 static gn_status norm_bwd(const gn_train_step *s, gn_tensor dw, const gn_tensor *x,
                           const gn_tensor *norm) {
-    gn_tensor dx = grad(s, DX);
-    const gn_tensor dy = grad(s, DNORM);
+    gn_tensor dx = rows_of(s, &s->act.dstream);
+    const gn_tensor dy = rows_of(s, &s->act.dnorm);
     return gn_rmsnorm_bwd(s->model->ctx, &dx, &dw, &dy, &dx, x, norm, s->model->config.rms_eps);
 }
 
-static gn_status mlp_bwd(const gn_train_step *s, int i) {
-    gn_ctx *ctx = s->model->ctx;
-    const gn_linear_args down = down_product(s, i), gu = gate_up_product(s, i);
-    const gn_tensor dx = grad(s, DX), dh = grad(s, DH), m = act(s, i, M);
-    gn_tensor gate_up[] = {act(s, i, GATE), act(s, i, UP)}; /* and their gradients */
+/* The gradient of h takes its place. */
+static gn_status down_bwd(const gn_train_step *s, int i) {
+    const gn_linear_args down = down_product(s, i);
+    const gn_tensor dy = rows_of(s, &s->act.dstream);
+    return product_bwd(s, &down, down.x, &dy);
+}
+
+static gn_status mlp_bwd(const gn_train_step *s, int i, gn_tensor m) {
+    const gn_linear_args gate_up = gate_up_product(s, i, m);
+    const gn_tensor dh = act(s, i, GN_ACT_H);
+    gn_tensor gate = act(s, i, GN_ACT_GATE), up = act(s, i, GN_ACT_UP); /* and their gradients */
     const gn_tensor dw = s->trained->layers ? s->trained->layers[i].mlp_norm : (gn_tensor){0};
 
-    gn_status status = product_bwd(s, &down, dh, &dx);
-    if (!status)
-        status = gn_swiglu_bwd(ctx, &gate_up[0], &gate_up[1], &dh, &gate_up[0], &gate_up[1]);
-    if (!status) status = product_bwd(s, &gu, grad(s, DNORM), gate_up);
+    gn_status status = down_bwd(s, i);
+    if (!status) status = gn_swiglu_bwd(s->model->ctx, &gate, &up, &dh, &gate, &up);
+    const gn_tensor dy[] = {gate, up};
+    if (!status) status = product_bwd(s, &gate_up, rows_of(s, &s->act.dnorm), dy);
     if (!status) status = norm_bwd(s, dw, &m, &s->model->layers[i].mlp_norm);
     return status;
 }
@@ -343,37 +375,48 @@ static gn_status mlp_bwd(const gn_train_step *s, int i) {
 static gn_status attention_bwd(const gn_train_step *s, int i) {
     gn_ctx *ctx = s->model->ctx;
     const gn_config *c = &s->model->config;
+    const gn_activations *a = &s->act;
     const gn_linear_args qkv = qkv_product(s, i), o = o_product(s, i);
-    const gn_attention_rows attention = attention_rows(s, i);
-    const gn_tensor dx = grad(s, DX), x = act(s, i, X);
-    const gn_tensor cos = rows_of(s, &s->cos), sin = rows_of(s, &s->sin);
-    const gn_tensor da = heads_of(s, &s->grads[DA], c->heads);
-    gn_tensor dq = heads_of(s, &s->grads[DQ], c->heads);
-    gn_tensor dk = heads_of(s, &s->grads[DK], c->kv_heads);
-    gn_tensor dv = heads_of(s, &s->grads[DV], c->kv_heads);
-    const gn_tensor dqkv[] = {grad(s, DQ), grad(s, DK), grad(s, DV)};
+    const gn_attention_rows rows = attention_rows(s, i);
+    const gn_tensor dx = rows_of(s, &a->dstream), x = stream_of(s);
+    const gn_tensor cos = rows_of(s, &a->cos), sin = rows_of(s, &a->sin);
+    const gn_tensor da = heads_of(s, &a->da, c->heads);
+    gn_tensor dq = heads_of(s, &a->dq, c->heads), dk = heads_of(s, &a->dk, c->kv_heads);
+    gn_tensor dv = heads_of(s, &a->dv, c->kv_heads);
+    const gn_tensor dy[] = {rows_of(s, &a->dq), rows_of(s, &a->dk), rows_of(s, &a->dv)};
     const bool ends_here = i == 0 && !s->trained->layers; /* the embedding is frozen */
+    const gn_tensor dnorm = ends_here ? (gn_tensor){0} : rows_of(s, &a->dnorm);
     const gn_tensor dw = s->trained->layers ? s->trained->layers[i].attn_norm : (gn_tensor){0};
 
-    gn_status status = product_bwd(s, &o, grad(s, DA), &dx);
-    if (!status) status = gn_attention_bwd(ctx, &dq, &dk, &dv, &da, &attention);
+    gn_status status = product_bwd(s, &o, rows_of(s, &a->da), &dx);
+    if (!status) status = gn_attention_bwd(ctx, &dq, &dk, &dv, &da, &rows);
     if (!status) status = gn_rope_bwd(ctx, &dq, &cos, &sin);
     if (!status) status = gn_rope_bwd(ctx, &dk, &cos, &sin);
-    if (!status) status = product_bwd(s, &qkv, ends_here ? (gn_tensor){0} : grad(s, DNORM), dqkv);
+    if (!status) status = load_input(s, i);
+    if (!status) status = product_bwd(s, &qkv, dnorm, dy);
     if (!status && !ends_here) status = norm_bwd(s, dw, &x, &s->model->layers[i].attn_norm);
     return status;
 }
 
-static gn_status backward(const gn_train_step *s) {
+static gn_status layer_bwd(gn_train_step *s, int i) {
+    const gn_trained *t = s->trained;
+    gn_tensor m;
+    gn_status status = fill_layer(s, i, &m);
+    if (!status && t->begin_layer) status = t->begin_layer(t->user, i);
+    if (status) return status;
+    status = mlp_bwd(s, i, m);
+    if (!status) status = attention_bwd(s, i);
+    const gn_status ended = t->begin_layer ? t->end_layer(t->user, i) : GN_OK;
+    if (!status) status = ended;
+    return status ? status : lend_input(s, i);
+}
+
+static gn_status backward(gn_train_step *s) {
     gn_status status = GN_OK;
-    for (int i = s->model->config.layers - 1; !status && i >= 0; i--) {
-        status = fill_layer(s, i);
-        if (!status) status = mlp_bwd(s, i);
-        if (!status) status = attention_bwd(s, i);
-    }
+    for (int i = s->model->config.layers - 1; !status && i >= 0; i--) status = layer_bwd(s, i);
     if (status || !s->trained->embed.data) return status;
     gn_tensor dtable = s->trained->embed;
-    const gn_tensor dx = grad(s, DX);
+    const gn_tensor dx = rows_of(s, &s->act.dstream);
     return gn_embed_bwd(s->model->ctx, &dtable, &dx, s->batch->ids);
 }
 
@@ -396,8 +439,8 @@ int64_t gn_train_count(const gn_train_batch *b) {
 
 static gn_status sum_loss(const gn_train_step *s, double *loss) {
     const int32_t rows = s->batch->rows;
-    const gn_status status =
-        gn_ctx_read(s->model->ctx, s->host_loss, s->loss.data, (size_t)rows * sizeof *s->host_loss);
+    const gn_status status = gn_ctx_read(s->model->ctx, s->host_loss, s->act.loss.data,
+                                         (size_t)rows * sizeof *s->host_loss);
     *loss = 0;
     for (int32_t t = 0; t < rows; t++) *loss += s->host_loss[t];
     return status;

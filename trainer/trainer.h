@@ -28,6 +28,7 @@ int gn_eval_ppl_command(int n, char *const *args);
 int gn_eval_logits_command(int n, char *const *args);
 int gn_bench_command(int n, char *const *args);
 int gn_data_command(int n, char *const *args);
+int gn_train_command(int n, char *const *args);
 
 /* Parses args and deals with --help and mistakes; false: end with *exit_status. */
 GN_CHECKED bool gn_command_options(const gn_option *table, void *fields, const char *usage, int n,
@@ -40,6 +41,7 @@ typedef struct gn_model_choice {
     const char *dir, *synthetic; /* synthetic: a shape's name, used without dir */
     const char *adapter;         /* folder or NULL */
     int quant, compute;          /* gn_qtype (NONE: as stored), gn_compute */
+    int kv_dtype;                /* gn_kv_dtype */
     bool double_quant;
     const char *device;
     int threads;
@@ -59,13 +61,17 @@ typedef struct gn_model_choice {
                  "int8; none uses them as stored"},                                                \
         {GN_OPT_BOOL, "double-quant", offsetof(type, model.double_quant), .initial = "true",       \
          .help = "quantize the scales of 4-bit types, too"},                                       \
-        {GN_OPT_CHOICE,                                                                            \
-         "compute-dtype",                                                                          \
-         offsetof(type, model.compute),                                                            \
-         .initial = compute_default,                                                               \
-         .choices = "auto|float32|bfloat16",                                                       \
-         .value = "TYPE",                                                                          \
-         .help = "what products multiply: float32, bfloat16, or auto for the faster one"},         \
+        GN_COMPUTE_OPTIONS(type, compute_default)
+
+/* Those of them that say how to compute. */
+#define GN_COMPUTE_OPTIONS(type, compute_default)                                                  \
+    {GN_OPT_CHOICE,                                                                                \
+     "compute-dtype",                                                                              \
+     offsetof(type, model.compute),                                                                \
+     .initial = compute_default,                                                                   \
+     .choices = "auto|float32|bfloat16",                                                           \
+     .value = "TYPE",                                                                              \
+     .help = "what products multiply: float32, bfloat16, or auto for the faster one"},             \
         {GN_OPT_STRING,                                                                            \
          "device",                                                                                 \
          offsetof(type, model.device),                                                             \
@@ -83,6 +89,11 @@ typedef struct gn_model_choice {
             .help = "of the GPU's memory, for everything together; on a CPU for keys and values, " \
                     "adapters and activations, not for weights. Prints how it is divided, or "     \
                     "says what is missing"                                                         \
+    }
+#define GN_KV_OPTION(type)                                                                         \
+    {                                                                                              \
+        GN_OPT_CHOICE, "kv-dtype", offsetof(type, model.kv_dtype),                                 \
+            .initial = "auto", .choices = GN_KV_CHOICES, .value = "TYPE", .help = GN_KV_HELP       \
     }
 #define GN_ADAPTER_OPTION(type)                                                                    \
     {                                                                                              \
@@ -103,6 +114,8 @@ GN_CHECKED gn_status gn_model_choice_score(const gn_model_choice *choice, gn_sco
 /* A line on stderr that is drawn again and again, when stderr is a terminal; "" clears it. */
 void gn_progress(const char *fmt, ...) GN_PRINTF(1, 2);
 
+/* The most memory that a process has held; 0 where that is not known. */
+double gn_resident_peak(int pid);
 /* A bar on that line, for the progress of work on files; `user` is a gn_bytes_bar that begins now.
  */
 typedef struct gn_bytes_bar {

@@ -22,6 +22,7 @@ enum { LANES = ATTENTION_LANES, MAX_GROUPS = GN_MAX_HEAD_DIM / LANES, ABREAST = 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t word_lanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef uint16_t half_lanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint8_t byte_lanes __attribute__((vector_size(LANES)));
 typedef float four __attribute__((vector_size(4 * sizeof(float))));
 
 /* A query, an output, a key or a value: groups of LANES dimensions, padded with zeros. */
@@ -38,12 +39,25 @@ static int groups_of(const gn_attention_item *item) {
     return (int)(gn_cpu_round_up(item->q->shape[2], LANES) / LANES);
 }
 
-/* dst = D floats or bfloat16s, widened. */
+/* As gn_f8_to_f32. */
+static lanes widen_codes(const char *src) {
+    byte_lanes codes;
+    lanes v;
+    memcpy(&codes, src, sizeof codes);
+    const word_lanes wide = __builtin_convertvector(codes, word_lanes);
+    const word_lanes bits = (wide & 0x80) << 24 | (wide & 0x7f) << 20;
+    memcpy(&v, &bits, sizeof v);
+    return v * 0x1p120f;
+}
+
+/* dst = D floats, bfloat16s or codes, widened. */
 static void widen_row(row *dst, const char *src, gn_dtype dtype, int64_t D) {
     const int64_t whole = D / LANES;
     for (int64_t g = 0; g < whole; g++) {
         if (dtype == GN_F32) {
             memcpy(&dst->v[g], src + g * (int64_t)sizeof(lanes), sizeof(lanes));
+        } else if (dtype == GN_F8) {
+            dst->v[g] = widen_codes(src + g * LANES);
         } else {
             half_lanes h;
             memcpy(&h, src + g * (int64_t)sizeof h, sizeof h);
@@ -60,14 +74,17 @@ static void widen_row(row *dst, const char *src, gn_dtype dtype, int64_t D) {
 
 /* Positions [p0, p0+n) of the item's kv head; zeros for the rest. */
 static void load_positions(row out[LANES], const gn_attention_item *item, const gn_tensor *cache,
-                           int64_t p0, int n) {
+                           const gn_tensor *scales, int64_t p0, int n) {
     const int64_t tokens = cache->shape[2], D = cache->shape[3];
     for (int i = 0; i < n; i++) {
-        const int64_t p = p0 + i;
-        const int64_t at =
-            item->blocks[p / tokens] * cache->ld + (item->kv_head * tokens + p % tokens) * D;
+        const int64_t p = p0 + i, block = item->blocks[p / tokens];
+        const int64_t in_block = item->kv_head * tokens + p % tokens;
+        const int64_t at = block * cache->ld + in_block * D;
         widen_row(&out[i], (const char *)cache->data + (size_t)at * gn_dtype_size(cache->dtype),
                   cache->dtype, D);
+        if (cache->dtype != GN_F8) continue;
+        const float scale = ((const float *)scales->data)[block * scales->ld + in_block];
+        for (int g = 0; g < groups_of(item); g++) out[i].v[g] *= scale;
     }
     for (int i = n; i < LANES; i++) memset(&out[i], 0, sizeof(lanes) * (size_t)groups_of(item));
 }
@@ -179,7 +196,8 @@ void ATTENTION_NAME(const gn_attention_item *item) {
         memset(&outputs[i], 0, sizeof outputs[i]);
     }
     for (int64_t p0 = 0; p0 < end; p0 += LANES) {
-        load_positions(cached, item, &item->kv->k, p0, end - p0 < LANES ? (int)(end - p0) : LANES);
+        load_positions(cached, item, &item->kv->k, &item->kv->k_scales, p0,
+                       end - p0 < LANES ? (int)(end - p0) : LANES);
         turn(&keys, cached, groups);
         score_positions(item, queries, &keys, p0);
     }
@@ -187,7 +205,8 @@ void ATTENTION_NAME(const gn_attention_item *item) {
         over_sum[i] =
             softmax(item->scores + i * item->score_stride, item->position0 + i / item->n_heads + 1);
     for (int64_t p0 = 0; p0 < end; p0 += LANES) {
-        load_positions(cached, item, &item->kv->v, p0, end - p0 < LANES ? (int)(end - p0) : LANES);
+        load_positions(cached, item, &item->kv->v, &item->kv->v_scales, p0,
+                       end - p0 < LANES ? (int)(end - p0) : LANES);
         add_values(item, outputs, cached, p0);
     }
     for (int i = 0; i < n_queries; i++) {

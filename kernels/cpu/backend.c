@@ -30,6 +30,16 @@ static gn_status cpu_stage(gn_ctx *ctx, const int32_t *ids, const gn_seqs *seqs,
     return GN_OK;
 }
 
+static size_t cpu_linear_ahead_bytes(const gn_ctx *ctx, int64_t rows, int64_t values) {
+    (void)ctx, (void)rows, (void)values;
+    return 0;
+}
+
+static gn_status cpu_linear_reserve_ahead(gn_ctx *ctx, int64_t rows, int64_t values) {
+    (void)ctx, (void)rows, (void)values;
+    return GN_OK;
+}
+
 static void cpu_trim(gn_ctx *ctx) {
     (void)ctx;
 }
@@ -43,6 +53,8 @@ const gn_backend gn_cpu_backend = {
     GN_BACKEND_OPS(X)
 #undef X
         .linear_workspace = gn_cpu_linear_workspace,
+    .linear_ahead_bytes = cpu_linear_ahead_bytes,
+    .linear_reserve_ahead = cpu_linear_reserve_ahead,
     .attention_workspace = gn_cpu_attention_workspace,
     .linear_bwd_workspace = gn_cpu_linear_bwd_workspace,
     .attention_train_workspace = gn_cpu_attention_train_workspace,

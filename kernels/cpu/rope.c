@@ -34,13 +34,26 @@ static void rotate(float *y, const float *x, const float *c, const float *s, int
     }
 }
 
-/* Where `head` at `position` of sequence `seq` lies in one of the cache's tensors. */
-static void *cache_row(const gn_tensor *cache, const gn_seqs *seqs, int32_t seq, int32_t position,
-                       int64_t head) {
+/* Codes of D values; returns what they are to be multiplied by. */
+static float store_f8(uint8_t *codes, const float *x, int64_t D) {
+    float top = 0;
+    for (int64_t i = 0; i < D; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    const float over_scale = top < GN_KV_LEAST ? 0 : GN_F8_MAX / top;
+    for (int64_t i = 0; i < D; i++) codes[i] = gn_f32_to_f8(x[i] * over_scale);
+    return top < GN_KV_LEAST ? 0 : top / GN_F8_MAX;
+}
+
+/* To where a head's row at `position` of sequence `seq` lies in one of the cache's tensors. */
+static void store_row(const gn_tensor *cache, const gn_tensor *scales, const gn_seqs *seqs,
+                      int32_t seq, int32_t position, int64_t head, const float *x) {
     const int64_t tokens = cache->shape[2], D = cache->shape[3];
     const int64_t block = seqs->blocks[(int64_t)seq * seqs->max_blocks + position / tokens];
-    const int64_t at = block * cache->ld + (head * tokens + position % tokens) * D;
-    return (char *)cache->data + (size_t)at * gn_dtype_size(cache->dtype);
+    const int64_t row = head * tokens + position % tokens, at = block * cache->ld + row * D;
+    void *to = (char *)cache->data + (size_t)at * gn_dtype_size(cache->dtype);
+    if (cache->dtype == GN_F8)
+        ((float *)scales->data)[block * scales->ld + row] = store_f8(to, x, D);
+    else
+        gn_narrow(to, cache->dtype, x, D);
 }
 
 static void rope_row(const struct rope *op, int64_t t, int32_t seq) {
@@ -54,8 +67,8 @@ static void rope_row(const struct rope *op, int64_t t, int32_t seq) {
     for (int64_t h = 0; h < heads; h++) rotate(q + h * D, q + h * D, c, s, D / 2);
     for (int64_t h = 0; h < kv_heads; h++) {
         rotate(rotated, k + h * D, c, s, D / 2);
-        gn_narrow(cache_row(&op->kv->k, op->seqs, seq, position, h), op->kv->k.dtype, rotated, D);
-        gn_narrow(cache_row(&op->kv->v, op->seqs, seq, position, h), op->kv->v.dtype, v + h * D, D);
+        store_row(&op->kv->k, &op->kv->k_scales, op->seqs, seq, position, h, rotated);
+        store_row(&op->kv->v, &op->kv->v_scales, op->seqs, seq, position, h, v + h * D);
     }
 }
 

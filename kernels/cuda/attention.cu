@@ -9,7 +9,8 @@
  * GQA group, the rows of a short chunk); a block takes one tile and kv head, its warps take cache
  * blocks of 16 positions in turn, straight from global memory into matrix fragments. Keys are the A
  * operand of S' = K Q' (16 positions by 8 queries), with the dimensions in the order in which a
- * lane reads 8 at once; values, two positions zipped, are the A operand of O' = V' P'. What the
+ * lane reads 8 at once; values, two positions zipped, are the A operand of O' = V' P'. An F8
+ * cache's scales multiply scores after the product, and weights before theirs. What the
  * matrix units waste on absent queries costs nothing here, and a lane's running maximum belongs to
  * the columns of its own accumulators. The next keys are under way while values are multiplied.
  *
@@ -39,7 +40,8 @@ static __device__ float block_max(float x) {
 template <typename T, typename C>
 static __global__ void __launch_bounds__(EXACT_THREADS)
     exact_kernel(const gn_cuda_attention_args a) {
-    __shared__ float query[GN_MAX_HEAD_DIM], weight[EXACT_THREADS];
+    __shared__ float query[GN_MAX_HEAD_DIM],
+        weight[EXACT_THREADS]; /* weight: by the value's scale */
     __shared__ int64_t value_at[EXACT_THREADS];
     pdl_trigger();
     const int row = blockIdx.x / a.heads, head = blockIdx.x % a.heads, D = a.D;
@@ -55,19 +57,20 @@ static __global__ void __launch_bounds__(EXACT_THREADS)
     float top = -INFINITY, sum = 0.0f, out[MAX_OWN_DIMS] = {0.0f};
     for (int p0 = 0; p0 < length; p0 += EXACT_THREADS) {
         const int p = p0 + thread, n = min(EXACT_THREADS, length - p0);
-        float score = -INFINITY;
+        float score = -INFINITY, value_scale = 0.0f;
         if (thread < n) {
             const int64_t block = blocks[p / a.tokens];
             const int64_t in_block = (int64_t)(kv_head * a.tokens + p % a.tokens) * D;
             const C *key = keys + block * a.k_ld + in_block;
             score = 0.0f;
             for (int d = 0; d < D; d++) score += query[d] * to_float(key[d]);
-            score *= a.scale;
+            score *= a.scale * scale_of<C>(a, a.k_scales, block, kv_head, p % a.tokens);
+            value_scale = scale_of<C>(a, a.v_scales, block, kv_head, p % a.tokens);
             value_at[thread] = block * a.v_ld + in_block;
         }
         const float new_top = fmaxf(top, block_max(score));
         const float shrink = expf(top - new_top), e = expf(score - new_top);
-        weight[thread] = e;
+        weight[thread] = e * value_scale;
         sum = sum * shrink + block_sum(e); /* its barriers publish weight and value_at */
         top = new_top;
         for (int i = 0; i < MAX_OWN_DIMS; i++) {
@@ -91,6 +94,7 @@ static gn_status attend_exactly(gn_ctx *ctx, const gn_cuda_attention_args *args,
     if (grid > INT_MAX) return GN_EINVAL;
     const dim3 blocks((unsigned)grid), threads(EXACT_THREADS);
     GN_FOR_FLOAT(dtype, {
+        if (cache == GN_F8) return launch(ctx, exact_kernel<T, f8>, blocks, threads, 0, *args);
         return cache == GN_F32 ? launch(ctx, exact_kernel<T, float>, blocks, threads, 0, *args)
                                : launch(ctx, exact_kernel<T, bf16>, blocks, threads, 0, *args);
     });
@@ -142,8 +146,28 @@ static __device__ __forceinline__ int64_t query_at(const gn_cuda_attention_args 
     return (row0 + i / group) * ld + (int64_t)(kv_head * group + i % group) * a.D;
 }
 
-/* grid: tiles, kv heads, splits. */
-template <int P, int WARPS>
+/* Those of positions g and g + 8 of a cache block; of the first n. */
+template <typename C>
+static __device__ __forceinline__ void load_scales(float scale[2], const gn_cuda_attention_args &a,
+                                                   const float *scales, int64_t block, int kv_head,
+                                                   int n) {
+    const int g = threadIdx.x % WARP / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        scale[i] = g + 8 * i < n ? scale_of<C>(a, scales, block, kv_head, g + 8 * i) : 0.0f;
+}
+
+/* scores[i] of position g + i/2 * 8. */
+template <typename C>
+static __device__ __forceinline__ void apply_scales(float scores[4], const float scale[2]) {
+    if constexpr (is_f8<C>) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) scores[i] *= scale[i / 2];
+    }
+}
+
+/* grid: tiles, kv heads, splits. C: what the cache holds. */
+template <int P, int WARPS, typename C>
 static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCKS_PER_SM : 1)
     decode_kernel(const gn_cuda_attention_args a, float *partials, uint32_t *counters) {
     extern __shared__ float records[]; /* one a warp */
@@ -171,18 +195,26 @@ static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCK
     const int n_blocks = (longest + TOKENS - 1) / TOKENS;
     const int32_t *table = a.batch.blocks + (int64_t)tile.seq * a.max_blocks;
     const int64_t head_at = (int64_t)kv_head * TOKENS * D;
-    const bf16 *keys_of_head = (const bf16 *)a.k + head_at;
-    const bf16 *values_of_head = (const bf16 *)a.v + head_at;
+    const C *keys_of_head = (const C *)a.k + head_at;
+    const C *values_of_head = (const C *)a.v + head_at;
     const int64_t mine = first + (int64_t)lane * step;
     int32_t entries = mine < n_blocks ? table[mine] : 0;
     int64_t block = __shfl_sync(0xffffffffu, entries, 0);
 
     /* Only positions from pos0 on are written by kernels that may still run. */
-    uint4 query[P / 32], keys[P / 32][2], values[P / 64][4];
+    uint4 query[P / 32];
+    typename eight_of<C>::type keys[P / 32][2], values[P / 64][4];
+    float key_scale[2], value_scale[2];
     const bool is_settled = (first + 1) * TOKENS <= pos0;
-    if (is_settled) load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+    if (is_settled) {
+        load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+        load_scales<C>(key_scale, a, a.k_scales, block, kv_head, TOKENS);
+    }
     pdl_wait();
-    if (!is_settled && first < n_blocks) load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+    if (!is_settled && first < n_blocks) {
+        load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+        load_scales<C>(key_scale, a, a.k_scales, block, kv_head, TOKENS);
+    }
     const bf16 *q = (const bf16 *)a.q + query_at(a, a.q_ld, row0, kv_head, tile.first + g);
 #pragma unroll
     for (int s = 0; s < P / 32; s++) {
@@ -196,15 +228,20 @@ static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCK
     for (int b = first, i = 0; b < n_blocks; b += step) {
         const int p0 = b * TOKENS;
         load_values<P>(values, values_of_head + block * a.v_ld, longest - p0, D);
+        load_scales<C>(value_scale, a, a.v_scales, block, kv_head, longest - p0);
         float score[4];
         multiply_keys<P>(score, keys, query);
+        apply_scales<C>(score, key_scale);
         if (++i == WARP) {
             const int64_t next = b + (lane + 1) * (int64_t)step;
             entries = next < n_blocks ? table[next] : 0;
             i = 0;
         }
         block = __shfl_sync(0xffffffffu, entries, i);
-        if (b + step < n_blocks) load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+        if (b + step < n_blocks) {
+            load_keys<P>(keys, keys_of_head + block * a.k_ld, D);
+            load_scales<C>(key_scale, a, a.k_scales, block, kv_head, TOKENS);
+        }
 
         float shrink[2];
 #pragma unroll
@@ -224,6 +261,7 @@ static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCK
         }
 #pragma unroll
         for (int x = 0; x < P / 64 * 16; x++) out[x / 16][x / 4 % 4][x % 4] *= shrink[x % 2];
+        apply_scales<C>(score, value_scale);
         multiply_values<P>(out, values, score);
     }
 
@@ -291,7 +329,7 @@ static int64_t max_records(const gn_ctx *ctx) {
     return (int64_t)ctx->cuda->sms * BLOCKS_PER_SM;
 }
 
-template <int P, int WARPS>
+template <int P, int WARPS, typename C>
 static gn_status launch_decode(gn_ctx *ctx, const gn_cuda_attention_args *args, int64_t bucket) {
     const int64_t tiles = decode_tiles(args), units = tiles * args->kv_heads;
     const int64_t resident = WARPS == FEW_WARPS ? max_records(ctx) : ctx->cuda->sms;
@@ -300,19 +338,20 @@ static gn_status launch_decode(gn_ctx *ctx, const gn_cuda_attention_args *args, 
     if (splits < 1) splits = 1;
     const size_t record = RECORD<P> * sizeof(float);
     if (splits > 1 && (size_t)(units * splits) * record > ctx->workspace_bytes) return GN_ENOMEM;
-    return launch(ctx, decode_kernel<P, WARPS>,
+    return launch(ctx, decode_kernel<P, WARPS, C>,
                   dim3((unsigned)tiles, (unsigned)args->kv_heads, (unsigned)splits),
                   dim3(WARPS * WARP), WARPS * record, *args, (float *)ctx->workspace,
                   ctx->cuda->counters);
 }
 
+template <typename C>
 static gn_status decode(gn_ctx *ctx, const gn_cuda_attention_args *args, int64_t bucket) {
     const bool many = decode_tiles(args) * args->kv_heads > ctx->cuda->sms;
     if (args->D <= 64)
-        return many ? launch_decode<64, FEW_WARPS>(ctx, args, bucket)
-                    : launch_decode<64, MANY_WARPS>(ctx, args, bucket);
-    return many ? launch_decode<128, FEW_WARPS>(ctx, args, bucket)
-                : launch_decode<128, MANY_WARPS>(ctx, args, bucket);
+        return many ? launch_decode<64, FEW_WARPS, C>(ctx, args, bucket)
+                    : launch_decode<64, MANY_WARPS, C>(ctx, args, bucket);
+    return many ? launch_decode<128, FEW_WARPS, C>(ctx, args, bucket)
+                : launch_decode<128, MANY_WARPS, C>(ctx, args, bucket);
 }
 
 size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context) {
@@ -329,7 +368,7 @@ static bool is_aligned(const void *p, int64_t ld) {
 static bool is_fast(const gn_ctx *ctx, const gn_cuda_attention_args *args, const gn_tensor *q,
                     const gn_kv *kv) {
     const int D = args->D;
-    return ctx->compute == GN_BF16 && q->dtype == GN_BF16 && kv->k.dtype == GN_BF16 &&
+    return ctx->compute == GN_BF16 && q->dtype == GN_BF16 && kv->k.dtype != GN_F32 &&
            args->tokens == GN_CUDA_KV_TOKENS && (D == 64 || D == 80 || D == 96 || D == 128) &&
            args->heads <= 0xffff && is_aligned(args->y, args->y_ld) &&
            is_aligned(args->q, args->q_ld) && is_aligned(args->k, args->k_ld) &&
@@ -343,6 +382,8 @@ gn_status gn_cuda_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const
     args.q = q->data;
     args.k = kv->k.data;
     args.v = kv->v.data;
+    args.k_scales = (const float *)kv->k_scales.data;
+    args.v_scales = (const float *)kv->v_scales.data;
     args.y_ld = y->ld;
     args.q_ld = q->ld;
     args.k_ld = kv->k.ld;
@@ -365,7 +406,10 @@ gn_status gn_cuda_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const
         has_long |= rows > GN_CUDA_DECODE_ROWS;
     }
     gn_status status = GN_OK;
-    if (has_short) status = decode(ctx, &args, gn_cuda_context_bucket(seqs));
-    if (has_long && !status) status = gn_cuda_attention_prefill(ctx, &args);
+    const int64_t bucket = gn_cuda_context_bucket(seqs);
+    const bool has_codes = kv->k.dtype == GN_F8;
+    if (has_short)
+        status = has_codes ? decode<f8>(ctx, &args, bucket) : decode<bf16>(ctx, &args, bucket);
+    if (has_long && !status) status = gn_cuda_attention_prefill(ctx, &args, has_codes);
     return status;
 }

@@ -7,7 +7,7 @@
 #ifndef GN_CUDA_ATTENTION_H
 #define GN_CUDA_ATTENTION_H
 
-#include "common.cuh"
+#include "f8.cuh"
 
 enum {
     GN_CUDA_KV_TOKENS = 16,    /* of a cache block, on the fast ways */
@@ -21,7 +21,8 @@ static const float LOG2_E = 1.44269504f; /* exponentials are powers of two */
 typedef struct gn_cuda_attention_args {
     void *y;
     const void *q, *k, *v;
-    int64_t y_ld, q_ld, k_ld, v_ld; /* of a row; of a cache block */
+    const float *k_scales, *v_scales; /* (blocks, kv_heads, tokens), of an F8 cache */
+    int64_t y_ld, q_ld, k_ld, v_ld;   /* of a row; of a cache block */
     int rows, heads, kv_heads, D;
     int tokens; /* of a cache block */
     int n_seqs, max_blocks;
@@ -29,8 +30,10 @@ typedef struct gn_cuda_attention_args {
     float scale;
 } gn_cuda_attention_args;
 
-/* attention_prefill.cu: the sequences with more than GN_CUDA_DECODE_ROWS rows. */
-gn_status gn_cuda_attention_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args);
+/* attention_prefill.cu: the sequences with more than GN_CUDA_DECODE_ROWS rows. has_codes: the cache
+ * is F8, else BF16. */
+gn_status gn_cuda_attention_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args,
+                                    bool has_codes);
 
 /* The longest context after this batch, rounded up to a power of two: what a grid may know about
  * positions. */
@@ -77,6 +80,14 @@ static __device__ __forceinline__ tile_of_seq find_tile(const int32_t *row0, int
         index -= __shfl_sync(0xffffffffu, end, WARP - 1);
     }
     return {-1, 0, 0};
+}
+
+/* What position `at` of a cache block is multiplied by, for one kv head. */
+template <typename C>
+static __device__ __forceinline__ float
+scale_of(const gn_cuda_attention_args &a, const float *scales, int64_t block, int kv_head, int at) {
+    if constexpr (is_f8<C>) return __ldcg(scales + (block * a.kv_heads + kv_head) * a.tokens + at);
+    return 1.0f;
 }
 
 /* Two floats as a register of a matrix fragment, `low` first. */

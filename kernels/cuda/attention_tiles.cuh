@@ -143,10 +143,12 @@ static __device__ __forceinline__ void soften(float score[KEYS / 8][4], float ou
 
 /* The block's rows, which stand at position0 and on, over n_tiles of keys and values. `memory`: the
  * shared memory that SHARED counts, into which copies of the queries are under way.
- * copy_tiles(keys, values, j) starts copying tile j. */
-template <int D, int M, typename C>
+ * copy_tiles(keys, values, j) starts copying tile j. scale_scores(score, j, are_weights) multiplies
+ * scores by what tile j's keys are to be multiplied by, or weights by what its values are. */
+template <int D, int M, typename C, typename S>
 static __device__ __forceinline__ void attend(attended<D, M> &a, uint32_t memory, int position0,
-                                              int n_tiles, float scale, C copy_tiles) {
+                                              int n_tiles, float scale, C copy_tiles,
+                                              S scale_scores) {
     const uint32_t keys = memory + ROWS<M> * STEP<D>, values = keys + 2 * KEYS * STEP<D>;
     copy_tiles(keys, values, 0);
     const int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16 * M;
@@ -162,6 +164,7 @@ static __device__ __forceinline__ void attend(attended<D, M> &a, uint32_t memory
         if (j * KEYS > position0 + warp_row + 16 * M - 1) continue; /* all after the warp's rows */
         float score[M][KEYS / 8][4] = {};
         multiply_turned<D, M, KEYS / 16>(score, memory + warp_row * STEP<D>, keys + now);
+        scale_scores(score, j, false);
         if ((j + 1) * KEYS - 1 > position0 + warp_row) {
 #pragma unroll
             for (int x = 0; x < M * KEYS / 8 * 4; x++) {
@@ -176,6 +179,7 @@ static __device__ __forceinline__ void attend(attended<D, M> &a, uint32_t memory
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 soften<D>(score[m], a.out[m], half, &a.top[m][half], &a.sum[m][half], scale);
+        scale_scores(score, j, true);
         multiply_values<D, M>(a.out, score, values + now);
     }
 #pragma unroll
@@ -184,6 +188,14 @@ static __device__ __forceinline__ void attend(attended<D, M> &a, uint32_t memory
         for (int half = 0; half < 2; half++)
             for (int by = 1; by < 4; by *= 2)
                 a.sum[m][half] += __shfl_xor_sync(0xffffffffu, a.sum[m][half], by);
+}
+
+/* The same of keys and values as they are. */
+template <int D, int M, typename C>
+static __device__ __forceinline__ void attend(attended<D, M> &a, uint32_t memory, int position0,
+                                              int n_tiles, float scale, C copy_tiles) {
+    attend(a, memory, position0, n_tiles, scale, copy_tiles,
+           [](float(*)[KEYS / 8][4], int, bool) {});
 }
 
 /* Weighted values over their sum, as the first n of the block's rows at y; by way of the warp's own

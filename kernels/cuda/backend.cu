@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "linear_ahead.h"
 #include "place.cuh"
 
 enum { BLAS_WORKSPACE = 32 << 20 };
@@ -23,6 +24,7 @@ static void *cuda_alloc(gn_ctx *ctx, size_t bytes) {
 }
 
 static void cuda_free(gn_ctx *ctx, void *memory) {
+    (void)gn_cuda_ahead_drop(ctx->cuda); /* it may be of weights there */
     (void)cudaStreamSynchronize(ctx->cuda->stream);
     if (memory == ctx->workspace) gn_cuda_graphs_close(ctx->cuda); /* they know its address */
     (void)cudaFree(memory);
@@ -70,6 +72,7 @@ static void cuda_close(gn_ctx *ctx) {
     if (!cuda) return;
     if (cuda->stream) (void)cudaStreamSynchronize(cuda->stream);
     gn_cuda_graphs_close(cuda);
+    gn_cuda_ahead_close(cuda);
     gn_cuda_stage_close(cuda);
     gn_cuda_upload_close(cuda);
     if (cuda->blas) (void)cublasDestroy(cuda->blas);
@@ -86,6 +89,8 @@ static const gn_backend cuda_backend = {
     GN_BACKEND_OPS(X)
 #undef X
         .linear_workspace = gn_cuda_linear_workspace,
+    .linear_ahead_bytes = gn_cuda_linear_ahead_bytes,
+    .linear_reserve_ahead = gn_cuda_linear_reserve_ahead,
     .attention_workspace = gn_cuda_attention_workspace,
     .linear_bwd_workspace = gn_cuda_linear_bwd_workspace,
     .attention_train_workspace = gn_cuda_attention_train_workspace,
@@ -130,6 +135,8 @@ static gn_status open_parts(struct gn_cuda *cuda) {
     if (!status)
         status = gn_cuda_status(cudaMemsetAsync(
             cuda->counters, 0, GN_CUDA_COUNTERS * sizeof *cuda->counters, cuda->stream));
+    if (status) return status;
+    status = gn_cuda_ahead_open(cuda);
     if (status) return status;
     gn_cuda_linear_mma_open(cuda);
     if (cublasCreate(&cuda->blas) != CUBLAS_STATUS_SUCCESS ||

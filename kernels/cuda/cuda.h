@@ -1,9 +1,10 @@
 /* cuda.h - the CUDA backend's state and the calls between its files; for kernels/cuda only.
  *
- * One stream runs every op in order. Working memory is ctx->workspace, carved anew by each op.
- * Kernels that a step of decoding uses are chained by programmatic dependent launch: a kernel may
- * start while the one before drains, and waits (gn_pdl_wait) before it touches anything that an
- * earlier kernel wrote. Weights, tables and staged batches never change under it.
+ * One stream runs every op in order; linear_ahead.cu has one beside it. Working memory is
+ * ctx->workspace, carved anew by each op. Kernels that a step of decoding uses are chained by
+ * programmatic dependent launch: a kernel may start while the one before drains, and waits
+ * (gn_pdl_wait) before it touches anything that an earlier kernel wrote. Weights, tables and staged
+ * batches never change under it.
  *
  * Weights of a 4-bit type whose columns are a multiple of 64 stand in tiles (GN_CUDA_TILE_ROWS
  * rows by a block of 64 columns), the order in which mma.m16n8k16 wants its A operand. Rows are
@@ -54,6 +55,7 @@ struct gn_cuda {
     struct gn_cuda_stage *stage;   /* stage.cu */
     struct gn_cuda_graphs *graphs; /* graph.cu */
     struct gn_cuda_upload *upload; /* place.cu */
+    struct gn_cuda_ahead *ahead;   /* linear_ahead.cu */
 };
 
 #define X(name, parameters) gn_status gn_cuda_##name parameters;
@@ -63,9 +65,12 @@ GN_BACKEND_OPS(X)
 void gn_cuda_linear_mma_open(struct gn_cuda *cuda); /* sets mma_clusters */
 size_t gn_cuda_linear_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                 int64_t max_rank, int max_terms);
+size_t gn_cuda_linear_ahead_bytes(const gn_ctx *ctx, int64_t rows, int64_t values);
+gn_status gn_cuda_linear_reserve_ahead(gn_ctx *ctx, int64_t rows, int64_t values);
 size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context);
 size_t gn_cuda_linear_bwd_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                     int64_t max_rank);
+size_t gn_cuda_rmsnorm_bwd_bytes(int64_t rows); /* of working memory, when there is a dw */
 size_t gn_cuda_attention_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t heads,
                                          int64_t head_dim, int64_t context);
 size_t gn_cuda_cross_entropy_workspace(const gn_ctx *ctx, int64_t max_c, int64_t vocab);

@@ -11,9 +11,10 @@
  *     part of x in registers, as the mma's B operand: rows of x are the mma's columns, of which
  *     there are 8; unused ones are zero and cost nothing.
  *   - A step is a group by up to 256 columns, 2 KiB. A warp loads the next one's blocks into the
- *     registers of those that it has multiplied, also across barriers, and has those after it
- *     fetched into L2. (Through shared memory, cp.async would cost as much of its bandwidth as
- *     all lookups; that bandwidth bounds this kernel.)
+ *     registers of those that it has multiplied, and has the first ones of the next phase fetched
+ *     into L2 before it waits for the others. (cp.async into shared memory would cost as much of
+ *     its bandwidth as all lookups; loads into registers across a barrier would be waited for
+ *     before it.)
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
  *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
  *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
@@ -44,7 +45,7 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
     }
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
-        while (load_acquire(&p.sync[0]) < meetings * gridDim.x) {
+        while (load_relaxed(&p.sync[0]) < meetings * gridDim.x) {
         }
         __threadfence();
     }
@@ -71,13 +72,10 @@ template <int MOST> static __device__ __forceinline__ void note_positions(const 
     }
 }
 
-/* A lane's part of phase i, on its way to its place. */
-static __device__ __forceinline__ uint4 load_phase(const struct program &p, int i, int lane) {
-    if (i >= p.n_phases || lane >= (int)sizeof(struct phase) / 16) return make_uint4(0, 0, 0, 0);
-    return __ldg((const uint4 *)(p.phases + i) + lane);
-}
-static __device__ __forceinline__ void store_phase(int i, uint4 part, int lane) {
-    if (lane < (int)sizeof(struct phase) / 16) ((uint4 *)phase_at(i))[lane] = part;
+/* Asks for phase i, by a warp. */
+static __device__ __forceinline__ void load_phase(const struct program &p, int i, int lane) {
+    if (i < p.n_phases && lane < (int)sizeof(struct phase) / 16)
+        copy_async<16>((uint4 *)phase_at(i) + lane, (const uint4 *)(p.phases + i) + lane);
 }
 
 template <int MOST, bool DQ, bool LORA>
@@ -88,14 +86,13 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     int lane = threadIdx.x % WARP;
     keep(lane);
     const bool helps = LORA && warp >= WARPS;
-    struct step step = {};
     struct cursor cur = {};
     cur.at = -1;
-    for (int i = warp; i < min(PHASES - 1, p.n_phases); i += WARPS)
-        store_phase(i, load_phase(p, i, lane), lane);
+    if (warp < PHASES - 1) load_phase(p, warp, lane);
+    wait_for_all_copies();
     __syncthreads();
     if (!helps) {
-        load_step<DQ>(&step, &cur, p, 0, warp, lane);
+        look_ahead(&cur, p, 0, warp, lane);
         fill_tables(p);
     }
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
@@ -107,23 +104,22 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     for (int i = 0; i < p.n_phases; i++) {
         if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const enum kind kind = phase_at(i)->kind;
-        const int coming = i + PHASES - 1;
-        uint4 phase;
-        if (warp == 0) phase = load_phase(p, coming, lane);
-        if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
+        if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (kind == ATTEND) {
-            if (!helps && next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
+            struct cursor *saved = (struct cursor *)(shared + CURSORS_AT) + warp;
+            if (!helps) look_ahead(&cur, p, i, warp, lane);
+            if (!helps && lane == 0) *saved = cur;
+            __syncwarp();
             attend(p, *phase_at(i), warp, lane);
-            step = {};
-            if (!helps) load_step<DQ>(&step, &cur, p, i, warp, lane);
+            if (!helps) cur = *saved;
         } else if (kind == PREPARE && !helps) {
             prepare<MOST, LORA>(p, *phase_at(i));
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         } else if (kind != PREPARE) {
-            multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
+            multiply<MOST, DQ, LORA>(p, i, &cur, warp, lane);
         }
-        if (warp == 0) store_phase(coming, phase, lane);
+        if (warp == 0) wait_for_all_copies();
     }
     leave(p);
 }

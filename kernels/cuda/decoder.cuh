@@ -11,7 +11,7 @@ enum {
     THREADS = WARPS * WARP,
     HELPERS = 2, /* warps beside them, for LoRA */
     UNITS = 4,   /* blocks of 64 columns in a step */
-    AHEAD = 2,   /* steps of a warp that are on their way into L2 */
+    AHEAD = 2,   /* steps of a warp that are on their way into L2, after the next one */
     MAX_T = GN_DECODER_MAX_ROWS,
     MAX_D = 128,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
@@ -87,14 +87,15 @@ struct slot {
 /* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
     NESTED_AT = 0,
-    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
-    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
-    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
+    SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float),          /* (MAX_T, WARPS) */
+    SLOTS_AT = SQUARES_AT + MAX_T * WARPS * (int)sizeof(float), /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot),    /* (MAX_T, MAX_D / 2) */
     PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
     PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
     LAST_AT = ITEM_AT + 32,                                   /* likewise */
-    LOW_BYTES = LAST_AT + 32,
+    CURSORS_AT = LAST_AT + 32,                                /* (WARPS) during attention */
+    LOW_BYTES = CURSORS_AT + WARPS * 64,
     TABLE = 1 << 16,   /* its address */
     ENTRY_BYTES = 256, /* of which it fills half */
     TABLE_BYTES = 256 * ENTRY_BYTES,
@@ -161,18 +162,19 @@ struct step {
 };
 
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
- * blocks of columns, for each group. The cursor is at the step after the one that registers hold,
- * also across barriers. */
-struct cursor {
+ * blocks of columns, for each group. The cursor is at the step after the one that registers hold;
+ * between phases, at the next one's first. All lanes have the same. */
+struct alignas(16) cursor {
     int at; /* phase */
-    int batch_begin, batch_end, group, block, units;
-    bool holds; /* registers hold a step */
+    int batch_begin, batch_end, group, block;
+    int left; /* blocks of the warp from this one on; UNITS of them are the step's */
     /* Offsets, in shared memory, of its halves' weights. The first half's blocks begin with
-     * tile_block, the second's `apart` further; the lane's scales are, in the file's order, 8 times
-     * that plus in_file. The next group's blocks are `stride` further, for `run` groups with this
-     * one; 0: to be found out. */
-    int weight, other, tile_block, apart, in_file, stride, run;
+     * tile_block, the second's `apart` further, where a row has row_blocks. The next group's are
+     * `stride` further, for `run` groups with this one; 0: to be found out. */
+    int weight, other, tile_block, apart, row_blocks, stride, run;
 };
+
+static_assert(sizeof(struct cursor) == 64, "as there is room for");
 
 static __device__ __forceinline__ void begin_batch(struct cursor *cur, const struct program &p,
                                                    struct range groups, struct range blocks,
@@ -180,23 +182,22 @@ static __device__ __forceinline__ void begin_batch(struct cursor *cur, const str
     cur->batch_begin = cur->group = group;
     cur->batch_end = min(group + p.batch_groups, groups.end);
     cur->block = blocks.begin;
-    cur->units = min(UNITS, blocks.end - blocks.begin);
+    cur->left = blocks.end - blocks.begin;
 }
 
-/* From the end of a batch's groups to its next blocks, the next batch, or the next phase; false:
- * nothing for this warp. It does not look beyond attention, which needs the registers. */
+/* From the end of a batch's groups to its next blocks, the next batch, or the next phase up to
+ * `last`; false: nothing for this warp. */
 static __device__ __forceinline__ bool find_step(struct cursor *cur, const struct program &p,
-                                                 int current, int warp) {
+                                                 int last, int warp) {
     if (cur->batch_begin < cur->batch_end) {
         const struct phase &ph = *phase_at(cur->at);
         const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
         cur->group = cur->batch_begin;
         cur->block += UNITS;
-        cur->units = min(UNITS, blocks.end - cur->block);
-        if (cur->units > 0) return true;
+        cur->left -= UNITS;
+        if (cur->left > 0) return true;
         begin_batch(cur, p, groups, blocks, cur->batch_end);
     }
-    const int last = phase_at(current)->kind == QKV ? current : min(current + 1, p.n_phases - 1);
     while (cur->group == cur->batch_end && cur->at < last) {
         const struct phase &ph = *phase_at(++cur->at);
         const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
@@ -220,16 +221,29 @@ static __device__ __forceinline__ int block_of(const struct cursor *cur, int h) 
     return cur->tile_block + h * cur->apart;
 }
 
-/* The step that is `later` groups after the cursor's, on its way into L2: 8 lanes for each half. */
-static __device__ __forceinline__ void prefetch_step(const struct cursor *cur, int later,
-                                                     int lane) {
+/* The step that is `groups` groups and `blocks` blocks after the cursor's, on its way into L2: 8
+ * lanes for each half. */
+static __device__ __forceinline__ void prefetch_step(const struct cursor *cur, int groups,
+                                                     int blocks, int lane) {
     const int h = lane / 8 % 2, line = lane % 8 * 128;
-    const int block = block_of(cur, h) + later * cur->stride;
-    if (line < cur->units * GN_CUDA_TILE_BYTES)
+    const int block = block_of(cur, h) + groups * cur->stride + blocks;
+    if (line < min(UNITS, cur->left - blocks) * GN_CUDA_TILE_BYTES)
         prefetch_line(weight_of(cur, h).tiles + (int64_t)block * GN_CUDA_TILE_BYTES + line);
 }
 
-static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p,
+/* Up to AHEAD steps after the cursor's, in the batch's first blocks, and on into the next ones. */
+static __device__ __forceinline__ void prefetch_steps(const struct cursor *cur, int lane) {
+    int groups = 1 + lane / 16, blocks = 0;
+    for (int i = groups; i <= AHEAD; i += 2, groups += 2) {
+        while (groups >= cur->run) {
+            groups -= cur->run;
+            blocks += UNITS;
+        }
+        prefetch_step(cur, groups, blocks, lane);
+    }
+}
+
+static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p, int warp,
                                              int lane) {
     const struct phase &ph = *phase_at(cur->at);
     int tile = 2 * cur->group, w = 0, other = 0;
@@ -254,26 +268,32 @@ static __device__ __forceinline__ void point(struct cursor *cur, const struct pr
     cur->weight = (int)((const uint8_t *)&ph.w[w] - shared);
     cur->other = (int)((const uint8_t *)&ph.w[other] - shared);
     cur->tile_block = tile * ph.blocks + cur->block;
-    cur->in_file = lane / 4 * ph.blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
-    const int later = 1 + lane / 16;
-    if (later <= AHEAD && later < cur->run) prefetch_step(cur, later, lane);
+    cur->row_blocks = ph.blocks;
+    if (cur->block == blocks_of(ph, warp).begin) prefetch_steps(cur, lane);
 }
 
 static __device__ __forceinline__ void advance(struct cursor *cur, int lane) {
     cur->group++;
     cur->tile_block += cur->stride;
     cur->run--;
-    if (lane < 16 && cur->run > AHEAD) prefetch_step(cur, AHEAD, lane);
+    if (lane < 16 && cur->run > AHEAD) prefetch_step(cur, AHEAD, 0, lane);
 }
 
-/* Blocks of the cursor's step; 0: there is none yet. */
+/* Blocks of the cursor's step, up to phase `last`; 0: there is none. */
 static __device__ __forceinline__ int next_units(struct cursor *cur, const struct program &p,
-                                                 int current, int warp, int lane) {
+                                                 int last, int warp, int lane) {
     if (cur->run <= 0) {
-        if (cur->group == cur->batch_end && !find_step(cur, p, current, warp)) return 0;
-        point(cur, p, lane);
+        if (cur->group == cur->batch_end && !find_step(cur, p, last, warp)) return 0;
+        point(cur, p, warp, lane);
     }
-    return cur->units;
+    return min(UNITS, cur->left);
+}
+
+/* The first weights after phase `current`, if the next one has some, on their way into L2. */
+static __device__ __forceinline__ void look_ahead(struct cursor *cur, const struct program &p,
+                                                  int current, int warp, int lane) {
+    if (next_units(cur, p, min(current + 1, p.n_phases - 1), warp, lane) > 0 && lane < 16)
+        prefetch_step(cur, 0, 0, lane);
 }
 
 /* Where a lane's codes of both halves of the cursor's step are. */
@@ -286,7 +306,9 @@ template <bool DQ>
 static __device__ __forceinline__ struct halves
 load_scales(struct step *s, const struct cursor *cur, int n, int lane) {
     struct halves codes;
-    const int missing = n - lane % 4;
+    const int exists = n - lane % 4;
+    const int in_file =
+        lane / 4 * cur->row_blocks + lane % 4 - (GN_CUDA_TILE_ROWS - 1) * cur->block;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const struct weight w = weight_of(cur, h);
@@ -294,13 +316,12 @@ load_scales(struct step *s, const struct cursor *cur, int n, int lane) {
         const uint32_t in_tiles = first + (uint32_t)(lane % 4 * GN_CUDA_TILE_ROWS + lane / 4);
         codes.at[h] = w.tiles + (int64_t)block_of(cur, h) * GN_CUDA_TILE_BYTES + lane * 8;
         if (DQ) {
-            load_once(s->scales[h], w.scales + in_tiles, missing);
-            load_once(s->absmax[h],
-                      w.nested_absmax + (first + (uint32_t)cur->in_file) / GN_NESTED_BLOCK,
-                      missing);
+            load_once(s->scales[h], w.scales + in_tiles, exists);
+            load_once(s->absmax[h], w.nested_absmax + (first + (uint32_t)in_file) / GN_NESTED_BLOCK,
+                      exists);
             s->offset[h] = w.offset;
         } else {
-            load_once(s->absmax[h], (const float *)w.scales + in_tiles, missing);
+            load_once(s->absmax[h], (const float *)w.scales + in_tiles, exists);
         }
     }
     return codes;
@@ -314,18 +335,16 @@ static __device__ __forceinline__ void load_unit(struct step *s, struct halves c
         load_once(s->codes[j][h], codes.at[h] + j * GN_CUDA_TILE_BYTES, n - j);
 }
 
-/* A step into registers that hold none. */
+/* The phase's first step. */
 template <bool DQ>
 static __device__ __forceinline__ void load_step(struct step *s, struct cursor *cur,
                                                  const struct program &p, int current, int warp,
                                                  int lane) {
-    if (cur->holds) return;
     const int n = next_units(cur, p, current, warp, lane);
-    if (n == 0) return;
+    if (n == 0 || cur->at != current) return;
     const struct halves codes = load_scales<DQ>(s, cur, n, lane);
 #pragma unroll
     for (int j = 0; j < UNITS; j++) load_unit(s, codes, j, n);
-    cur->holds = true;
     advance(cur, lane);
 }
 

@@ -3,7 +3,7 @@
  * makes room for a new one. */
 #include <stdlib.h>
 
-#include "cuda.h"
+#include "linear_ahead.h"
 
 enum { MAX_GRAPHS = 128 };
 
@@ -51,6 +51,8 @@ static gn_status record(gn_ctx *ctx, cudaGraphExec_t *exec, gn_ctx_ops *fn, void
         gn_cuda_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     if (status) return status;
     status = fn(arg);
+    const gn_status dropped = gn_cuda_ahead_drop(ctx->cuda); /* no stream beside outlasts it */
+    if (!status) status = dropped;
     const gn_status ended = gn_cuda_status(cudaStreamEndCapture(stream, &graph));
     if (!status) status = ended;
     if (!status) status = gn_cuda_status(cudaGraphInstantiate(exec, graph, 0));
@@ -64,6 +66,8 @@ gn_status gn_cuda_replay(gn_ctx *ctx, uint64_t key, gn_ctx_ops *fn, void *arg) {
         cuda->graphs = (struct gn_cuda_graphs *)calloc(1, sizeof *cuda->graphs);
         if (!cuda->graphs) return GN_ENOMEM;
     }
+    const gn_status dropped = gn_cuda_ahead_drop(cuda); /* a recording begins without */
+    if (dropped) return dropped;
     struct gn_cuda_graph *graph = find(cuda->graphs, key);
     if (!graph) {
         cudaGraphExec_t exec = NULL;

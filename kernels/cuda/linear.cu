@@ -2,8 +2,8 @@
 #include "linear.cuh"
 
 gn_status gn_cuda_linear(gn_ctx *ctx, const gn_linear_args *args) {
-    if (args->dropout.p > 0) return GN_EUNSUPPORTED; /* until training.cu has its kernels */
     if (ctx->compute == GN_F32) return gn_cuda_linear_exact(ctx, args);
+    if (args->dropout.p > 0 && max_rank_of(args) > 0) return gn_cuda_linear_dense(ctx, args);
     if (gn_cuda_linear_decode_fits(ctx, args)) return gn_cuda_linear_decode(ctx, args);
     if (gn_cuda_linear_mma_fits(ctx, args)) return gn_cuda_linear_mma(ctx, args);
     return gn_cuda_linear_dense(ctx, args);

@@ -53,6 +53,11 @@ static __device__ __forceinline__ float silu(float x) {
     return x / (1.0f + expf(-x));
 }
 
+/* To some 2^-20 of it: where the result becomes bfloat16. */
+static __device__ __forceinline__ float silu_fast(float x) {
+    return __fdividef(x, 1.0f + __expf(-x));
+}
+
 /* Where the parts of a call write: y[part] of (T, columns of all parts before it, then its own). */
 typedef struct gn_cuda_parts {
     int n;
@@ -66,14 +71,21 @@ static inline gn_cuda_parts parts_of(const gn_linear_args *args) {
     return p;
 }
 
-/* The largest rank that any part meets; 0: there is nothing to add. */
+/* The largest rank that a part meets, or any part; 0: there is nothing to add. */
+static inline int part_rank_of(const gn_linear_args *args, int part) {
+    int most = 0;
+    for (int i = 0; i < args->n_lora; i++) {
+        const int rank = args->lora[i].pairs[args->pair + part].rank;
+        most = rank > most ? rank : most;
+    }
+    return most;
+}
 static inline int max_rank_of(const gn_linear_args *args) {
     int most = 0;
-    for (int i = 0; i < args->n_lora; i++)
-        for (int part = 0; part < args->n_parts; part++) {
-            const int rank = args->lora[i].pairs[args->pair + part].rank;
-            most = rank > most ? rank : most;
-        }
+    for (int part = 0; part < args->n_parts; part++) {
+        const int rank = part_rank_of(args, part);
+        most = rank > most ? rank : most;
+    }
     return most;
 }
 

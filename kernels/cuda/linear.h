@@ -13,7 +13,7 @@ size_t gn_cuda_linear_decode_workspace(int64_t max_rank, int max_terms);
 
 /* linear_mma.cu: up to GN_CUDA_MMA_ROWS rows in bfloat16 with 4-bit weights in tiles, on Hopper.
  * All parts' weights must be of one type with one and the same table of code values. */
-enum { GN_CUDA_MMA_ROWS = 512 };
+enum { GN_CUDA_MMA_ROWS = 256 };
 bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args);
 gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
@@ -21,16 +21,21 @@ size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max
 
 /* linear_exact.cu: float32, any weight and shape; a row's sums run in an order of their own. */
 gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args);
+/* y (T, rows of m) = x m^T by the same kernel; rows y_ld and x_ld apart. */
+gn_status gn_cuda_exact_product(gn_ctx *ctx, float *y, int64_t y_ld, const gn_matrix *m,
+                                const float *x, int64_t x_ld, int64_t T);
 /* max_n: columns of all parts together. */
 size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n, int64_t max_rank,
                                       int max_terms);
 
-/* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. */
+/* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. The only
+ * one of these in bfloat16 that knows dropout. */
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
-/* to (rows, cols) bf16, dense = the weight. */
-gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to);
 size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                       int64_t max_rank, int max_terms);
+/* What it needs for the calls of training: of at most one term, and without GN_SWIGLU. */
+size_t gn_cuda_linear_dense_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k,
+                                            int64_t max_n, int64_t max_rank);
 
 /* lora.cu, in bfloat16: out (T, columns of all parts) f32 = what the call's terms add to each row,
  * zero where none does. x: (T, K) bf16, rows x_ld apart, aligned to 16 bytes. scratch:
@@ -43,13 +48,18 @@ size_t gn_cuda_lora_bytes(const gn_ctx *ctx, int64_t rows, int64_t max_rank, int
 /* The call's `max_terms` for gn_cuda_lora_bytes: terms that cover a row, on the average. */
 int gn_cuda_lora_terms_a_row(const gn_linear_args *args);
 
-/* The same as columns of the product: x and a part's weight w (N, K) become `ld` columns wide, ld
- * being gn_cuda_lora_extended, and rows ld apart; shrink computes what x holds there, extend writes
- * them for one part. Their product is then that of x and w and what the terms add. */
+/* Its two launches; shrink for parts [part0, part0 + n_parts), of which x may be a copy under a
+ * mask of their own. */
+gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, int part0, int n_parts,
+                              const void *x, int64_t x_ld, void *scratch);
+gn_status gn_cuda_lora_expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, float *out);
+
+/* Instead of expanding, columns of the product: x and a part's weight w (N, K) become `ld` columns
+ * wide, ld being gn_cuda_lora_extended, and rows ld apart; extend writes them for one part: what
+ * shrink computed for all rows of x (NULL: they have it already), and for rows [row0, row0 + rows)
+ * of the weight, which begin at w. The product is then that of x and w and what the terms add. */
 int64_t gn_cuda_lora_extended(const gn_linear_args *args);
-gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
-                              void *scratch);
 gn_status gn_cuda_lora_extend(gn_ctx *ctx, const gn_linear_args *args, int part, void *scratch,
-                              void *x, void *w, int64_t ld);
+                              void *x, void *w, int64_t row0, int64_t rows, int64_t ld);
 
 #endif

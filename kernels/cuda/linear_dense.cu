@@ -1,122 +1,44 @@
 /* linear_dense.cu - gn_linear in bfloat16 through cuBLAS: many rows, or weights that no kernel of
- * ours multiplies as they are.
+ * ours multiplies as they are, or dropout.
  *
- * A part at a time is dequantized into working memory, 2 bytes a value, and multiplied. For 512
- * rows and more that costs a tenth to a quarter of the product itself. cuBLAS writes straight into
- * y (adding, for the residual stream). LoRA terms make x and the weight wider (see linear.h); for
- * few rows, or where that would cost too much, cuBLAS adds to a float32 buffer that holds what the
- * terms give. Few rows with a stored bfloat16 weight (the output layer of a step of decoding) are
- * bound by reading it once: a kernel of warps that each take a weight's row. */
+ * Weights are dequantized, 2 bytes a value, and multiplied. Where there is a ring for them
+ * (linear_ahead.h) all parts stand one below the other, often since before the call, and are one
+ * product when their outputs stand side by side; else it is a part at a time, or a piece of it when
+ * it is large, in working memory.
+ * cuBLAS writes straight into y (adding, for the residual stream) and reads x where it stands if it
+ * can. LoRA terms make x and the weight wider (see linear.h); for few rows, or where that would
+ * cost too much, cuBLAS adds to a float32 buffer that holds what the terms give. Under dropout each
+ * part's A sees an x of its own, which stands where x itself will stand. Few rows with a
+ * stored bfloat16 weight (the output layer of a step of decoding) are bound by reading it once: a
+ * kernel of warps that each take a weight's row. */
+#include "gemm.h"
 #include "linear.cuh"
+#include "linear_ahead.h"
+#include "operands.h"
+#include "rows.cuh"
 
 enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8, MIN_EXTENDED_ROWS = 257 };
 
-/* ---- x as products see it ---- */
-
-/* to (T, K) bf16 = x, normalised when w is given. A block a row. */
-template <typename X>
-static __global__ void __launch_bounds__(THREADS)
-    operands_kernel(bf16 *to, int64_t to_ld, const X *x, int64_t ld, const float *w, float eps,
-                    int64_t K) {
-    pdl_trigger();
-    pdl_wait();
-    x += blockIdx.x * ld;
-    to += blockIdx.x * to_ld;
-    float r = 1;
-    if (w) {
-        float sum = 0;
-        for (int64_t k = threadIdx.x; k < K; k += THREADS) sum += to_float(x[k]) * to_float(x[k]);
-        r = rsqrtf(block_sum(sum) / (float)K + eps);
-    }
-    for (int64_t k = threadIdx.x; k < K; k += THREADS)
-        to[k] = from_float<bf16>(w ? to_float(x[k]) * r * w[k] : to_float(x[k]));
-}
-
-/* ---- dequantizing ---- */
-
-/* A weight in tiles: a thread takes 16 columns of a row, 8 bytes, and writes 32. */
-static __global__ void __launch_bounds__(THREADS)
-    dequantize_tiles_kernel(bf16 *to, int64_t ld, gn_matrix m, int64_t n_tiles) {
-    __shared__ float code[16];
-    if (threadIdx.x < 16) code[threadIdx.x] = m.code[threadIdx.x];
-    __syncthreads();
-    pdl_trigger();
-    pdl_wait();
-    const int64_t tile = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (tile >= n_tiles) return;
-    const int lane = threadIdx.x % WARP, g = lane / 4, c = lane % 4;
-    const int64_t per_row = m.cols / GN_BLOCK, s = tile % per_row;
-    const int64_t row = tile / per_row * GN_CUDA_TILE_ROWS + g;
-    if (row >= m.rows) return;
-    const uint2 codes = ((const uint2 *)((const char *)m.data + tile * GN_CUDA_TILE_BYTES))[lane];
-    const float scale = block_scale(m, row * per_row + s, tile * GN_CUDA_TILE_ROWS + g);
-    bf162 values[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t byte = ((i < 4 ? codes.x : codes.y) >> (8 * (i % 4))) & 0xff;
-        values[i].x = from_float<bf16>(round_to(code[byte >> 4] * scale, m.dtype));
-        values[i].y = from_float<bf16>(round_to(code[byte & 15] * scale, m.dtype));
-    }
-    uint4 *at = (uint4 *)(to + row * ld + s * GN_BLOCK + c * 16);
-    at[0] = ((const uint4 *)values)[0];
-    at[1] = ((const uint4 *)values)[1];
-}
-
-static __global__ void __launch_bounds__(THREADS)
-    dequantize_kernel(bf16 *to, int64_t ld, gn_matrix m) {
-    pdl_trigger();
-    pdl_wait();
-    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < m.rows * m.cols)
-        to[i / m.cols * ld + i % m.cols] =
-            from_float<bf16>(weight_value(m, false, i / m.cols, i % m.cols));
-}
-
-static bool is_stored(const gn_matrix *m) {
-    return m->qtype == GN_Q_NONE && m->dtype == GN_BF16;
-}
-
-/* *w: the weight in bf16, rows ld apart: where it stands, or in `buffer`. */
-static gn_status dequantize(gn_ctx *ctx, const gn_matrix *m, bf16 *buffer, int64_t ld,
-                            const bf16 **w) {
-    *w = is_stored(m) && ld == m->cols ? (const bf16 *)m->data : buffer;
-    if (*w != buffer) return GN_OK;
-    if (gn_cuda_is_tiled(m)) {
-        const int64_t n =
-            (m->rows + GN_CUDA_TILE_ROWS - 1) / GN_CUDA_TILE_ROWS * (m->cols / GN_BLOCK);
-        return launch(ctx, dequantize_tiles_kernel, dim3((unsigned)((n + WARPS - 1) / WARPS)),
-                      dim3(THREADS), 0, buffer, ld, *m, n);
-    }
-    const int64_t n = m->rows * m->cols;
-    return launch(ctx, dequantize_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
-                  dim3(THREADS), 0, buffer, ld, *m);
-}
-
-gn_status gn_cuda_dequantize(gn_ctx *ctx, const gn_matrix *m, void *to) {
-    const bf16 *w;
-    return dequantize(ctx, m, (bf16 *)to, m->cols, &w);
-}
-
 /* ---- products ---- */
 
-/* What products multiply, in working memory. */
+/* What products multiply. */
 struct operands {
-    bf16 *x, *weight; /* (T, ld); (rows of a part, ld) */
-    int64_t ld;       /* K, or that and the ranks of LoRA's terms */
+    const bf16 *x; /* (T, ld), rows x_ld apart */
+    int64_t x_ld;
+    bf16 *wide_x;      /* the same, in working memory, when extended */
+    const bf16 *ready; /* (columns of all parts, ld), or NULL */
+    bf16 *weight;      /* a piece of a part's weight, rows ld apart, in working memory */
+    int64_t ld;        /* K, or that and the ranks of LoRA's terms */
     bool extended;
     void *lora; /* scratch */
 };
 
-/* y (T, N) = x W^T + beta y; cuBLAS counts by columns, so that it sees y^T = W x^T. */
-static gn_status multiply(gn_ctx *ctx, const gn_tensor *y, const bf16 *x, const bf16 *w, int64_t K,
+/* y (T, N) = x W^T + beta y for rows of W ld apart. */
+static gn_status multiply(gn_ctx *ctx, const gn_tensor *y, const struct operands *o, const bf16 *w,
                           float beta) {
-    const float one = 1;
-    const cudaDataType_t type = y->dtype == GN_BF16 ? CUDA_R_16BF : CUDA_R_32F;
-    const cublasStatus_t status =
-        cublasGemmEx(ctx->cuda->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)y->shape[1], (int)y->shape[0],
-                     (int)K, &one, w, CUDA_R_16BF, (int)K, x, CUDA_R_16BF, (int)K, &beta, y->data,
-                     type, (int)y->ld, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
-    return status == CUBLAS_STATUS_SUCCESS ? GN_OK : GN_EDEVICE;
+    const gn_cuda_factor x = {o->x, o->x_ld, false}, turned_w = {w, o->ld, true};
+    return gn_cuda_gemm(ctx, y->shape[0], y->shape[1], o->ld, 1, x, turned_w, beta, y->data,
+                        y->dtype, y->ld);
 }
 
 /* A warp a row of W, for N_ROWS rows of x (the last may be repeated past T). K % 8 == 0. */
@@ -168,100 +90,254 @@ static gn_status multiply_stored(gn_ctx *ctx, const gn_tensor *y, const bf16 *x,
                   beta);
 }
 
-/* A part's product: into y with beta. */
-static gn_status multiply_part(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
-                               int part, const gn_tensor *y, float beta) {
+/* Few rows read the weight where it stands. */
+static bool reads_stored(const gn_ctx *ctx, const struct operands *o, const gn_matrix *m,
+                         int64_t T) {
+    return gn_cuda_is_stored(ctx, m) && o->ld == m->cols && o->x_ld == m->cols &&
+           T <= MAX_STORED_ROWS && m->cols % 8 == 0 && (uintptr_t)m->data % 16 == 0;
+}
+
+/* Rows [n0, n0 + n) of a part's weight, which stand at w or are made there, times x, into those
+ * columns of y. */
+static gn_status multiply_piece(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
+                                int part, bf16 *w, const gn_tensor *y, float beta, int64_t n0,
+                                int64_t n) {
     const gn_matrix *m = args->part[part].w;
-    const bf16 *w;
-    gn_status status = dequantize(ctx, m, o->weight, o->ld, &w);
+    const gn_cuda_region rows = {n0, n, 0, m->cols};
+    gn_tensor columns = *y;
+    columns.data = (char *)y->data + n0 * (int64_t)gn_dtype_size(y->dtype);
+    columns.shape[1] = n;
+    gn_status status = GN_OK;
+    if (!o->ready) status = gn_cuda_dequantize(ctx, m, &rows, w, o->ld, GN_BF16);
     if (!status && o->extended)
-        status = gn_cuda_lora_extend(ctx, args, part, o->lora, o->x, o->weight, o->ld);
-    if (status) return status;
-    if (!is_stored(m) || y->shape[0] > MAX_STORED_ROWS || m->cols % 8 != 0 ||
-        (uintptr_t)w % 16 != 0)
-        return multiply(ctx, y, o->x, w, o->ld, beta);
-    return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, o->x, w, m->cols, beta)
-                              : multiply_stored<bf16>(ctx, y, o->x, w, m->cols, beta);
+        status = gn_cuda_lora_extend(ctx, args, part, o->lora, n0 == 0 ? o->wide_x : NULL, w, n0, n,
+                                     o->ld);
+    return status ? status : multiply(ctx, &columns, o, w, beta);
+}
+
+/* A part's product: into y with beta. first: its row in weights that are ready. */
+static gn_status multiply_part(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
+                               int part, int64_t first, const gn_tensor *y, float beta) {
+    const gn_matrix *m = args->part[part].w;
+    const bf16 *stored = (const bf16 *)m->data;
+    if (reads_stored(ctx, o, m, y->shape[0]))
+        return y->dtype == GN_F32 ? multiply_stored<float>(ctx, y, o->x, stored, m->cols, beta)
+                                  : multiply_stored<bf16>(ctx, y, o->x, stored, m->cols, beta);
+    if (gn_cuda_is_stored(ctx, m) && o->ld == m->cols) return multiply(ctx, y, o, stored, beta);
+    bf16 *w = o->ready ? (bf16 *)o->ready + first * o->ld : o->weight;
+    const int64_t step = o->ready ? m->rows : gn_cuda_piece_rows(m->rows, o->ld);
+    gn_status status = GN_OK;
+    for (int64_t n0 = 0; n0 < m->rows && !status; n0 += step)
+        status = multiply_piece(ctx, o, args, part, w, y, beta, n0,
+                                m->rows - n0 < step ? m->rows - n0 : step);
+    return status;
+}
+
+/* Whether the outputs are one matrix of all parts' columns. */
+static bool side_by_side(const gn_tensor *y, const gn_cuda_parts *parts) {
+    for (int i = 1; i < parts->n; i++)
+        if (y[i].dtype != y->dtype || y[i].ld != y->ld ||
+            y[i].data != (char *)y->data + parts->first[i] * (int64_t)gn_dtype_size(y->dtype))
+            return false;
+    return true;
+}
+
+/* All parts' products: into y, one a part, with beta. */
+static gn_status multiply_all(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
+                              const gn_tensor *y, const gn_cuda_parts *parts, float beta) {
+    if (o->ready && !o->extended && side_by_side(y, parts)) {
+        gn_tensor all = *y;
+        all.shape[1] = parts->first[parts->n];
+        return multiply(ctx, &all, o, o->ready, beta);
+    }
+    gn_status status = GN_OK;
+    for (int i = 0; i < parts->n && !status; i++)
+        status = multiply_part(ctx, o, args, i, parts->first[i], &y[i], beta);
+    return status;
+}
+
+/* Into `sums`, (T, columns of all parts) in one of two dtypes. */
+static gn_status multiply_into_sums(gn_ctx *ctx, const struct operands *o,
+                                    const gn_linear_args *args, void *sums, gn_dtype dtype,
+                                    const gn_cuda_parts *parts, float beta) {
+    gn_tensor y[GN_MAX_PARTS];
+    for (int i = 0; i < parts->n; i++) {
+        y[i] = gn_tensor_2d((char *)sums + parts->first[i] * (int64_t)gn_dtype_size(dtype), dtype,
+                            args->x.shape[0], args->part[i].w->rows);
+        y[i].ld = parts->first[parts->n];
+    }
+    return multiply_all(ctx, o, args, y, parts, beta);
 }
 
 /* ---- epilogues ---- */
 
-/* y (T, N) = f(sums): sums stand side by side for all parts, part's own from `first` on. */
-template <typename Y, typename S>
-static __global__ void __launch_bounds__(THREADS)
-    finish_kernel(Y *y, int64_t ld, const S *sums, int64_t columns, int64_t first, int64_t N,
-                  gn_epilogue epilogue) {
+enum { FINISH_ROWS = 2 }; /* of a thread */
+
+struct finish {
+    struct rows y, sums; /* sums: a part's; with SwiGLU up's are N columns further */
+    int64_t T, N;
+    gn_epilogue epilogue;
+};
+
+/* grid: rows, pieces of a row. */
+template <int V>
+static __global__ void __launch_bounds__(THREADS) finish_kernel(const struct finish f) {
     pdl_trigger();
     pdl_wait();
-    const int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x, t = blockIdx.y;
-    if (n >= N) return;
-    const S *at = sums + t * columns + first + n;
-    Y *to = y + t * ld + n;
-    float value = to_float(*at);
-    if (epilogue == GN_ADD) value += to_float(*to);
-    if (epilogue == GN_SWIGLU) value = silu(value) * to_float(at[N]);
-    *to = from_float<Y>(value);
+    const int64_t n = ((int64_t)blockIdx.y * THREADS + threadIdx.x) * V;
+    if (n >= f.N) return;
+#pragma unroll
+    for (int i = 0; i < FINISH_ROWS; i++) {
+        const int64_t t = (int64_t)blockIdx.x * FINISH_ROWS + i;
+        if (t >= f.T) return;
+        float value[V], other[V];
+        load<V>(value, f.sums, t, n);
+        if (f.epilogue == GN_ADD) load<V>(other, f.y, t, n);
+        if (f.epilogue == GN_SWIGLU) load<V>(other, f.sums, t, f.N + n);
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            if (f.epilogue == GN_ADD) value[v] += other[v];
+            if (f.epilogue == GN_SWIGLU)
+                value[v] = (f.y.is_bf16 ? silu_fast(value[v]) : silu(value[v])) * other[v];
+        }
+        store<V>(f.y, t, n, value);
+    }
 }
 
-template <typename S>
-static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const S *sums,
-                        const gn_cuda_parts *parts) {
+/* y = f(sums): sums (T, columns of all parts). */
+static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const void *sums,
+                        gn_dtype dtype, const gn_cuda_parts *parts) {
     const gn_tensor *y = &args->part[part].y;
-    const int64_t N = y->shape[1];
-    const dim3 grid((unsigned)((N + THREADS - 1) / THREADS), (unsigned)y->shape[0]);
-    gn_status status = GN_OK;
-    GN_FOR_FLOAT(y->dtype, status = launch(ctx, finish_kernel<T, S>, grid, dim3(THREADS), 0,
-                                           (T *)y->data, y->ld, sums, parts->first[parts->n],
-                                           parts->first[part], N, args->epilogue));
-    return status;
+    struct finish f = {};
+    f.y = rows_of(y);
+    f.sums = {(char *)sums + parts->first[part] * (int64_t)gn_dtype_size(dtype),
+              parts->first[parts->n], dtype == GN_BF16};
+    f.T = y->shape[0];
+    f.N = y->shape[1];
+    f.epilogue = args->epilogue;
+    const bool vectors = in_vectors(f.y, f.N) && in_vectors(f.sums, f.N);
+    const int64_t pieces = (f.N / (vectors ? ROW_VECTOR : 1) + THREADS - 1) / THREADS;
+    if (pieces > 0xffff) return GN_EINVAL;
+    const dim3 grid((unsigned)((f.T + FINISH_ROWS - 1) / FINISH_ROWS), (unsigned)pieces);
+    return launch(ctx, vectors ? finish_kernel<ROW_VECTOR> : finish_kernel<1>, grid, dim3(THREADS),
+                  0, f);
 }
 
 /* ---- the call ---- */
 
-/* Every part's product into `sums` (T, columns of all parts), adding to what is there with beta. */
-static gn_status multiply_all(gn_ctx *ctx, const struct operands *o, const gn_linear_args *args,
-                              void *sums, gn_dtype dtype, const gn_cuda_parts *parts, float beta) {
+/* x as products see it: where it stands, or in working memory. */
+static gn_status make_x(gn_ctx *ctx, const gn_linear_args *args, struct operands *o, bf16 *buffer) {
+    const gn_tensor *x = &args->x;
+    if (x->dtype == GN_BF16 && !args->norm && !o->extended && x->ld % 8 == 0 &&
+        (uintptr_t)x->data % 16 == 0) {
+        o->x = (const bf16 *)x->data;
+        o->x_ld = x->ld;
+        return GN_OK;
+    }
+    gn_cuda_operands_args how = {};
+    how.norm = args->norm;
+    how.eps = args->eps;
+    gn_tensor to = gn_tensor_2d(buffer, GN_BF16, x->shape[0], x->shape[1]);
+    to.ld = o->x_ld = o->ld;
+    o->x = o->wide_x = buffer;
+    return gn_cuda_operands(ctx, &to, x, &how);
+}
+
+/* h of each part's terms, from an x under that part's mask in `buffer`. */
+static gn_status shrink_dropped(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o,
+                                bf16 *buffer) {
+    const gn_tensor *x = &args->x;
+    gn_tensor to = gn_tensor_2d(buffer, GN_BF16, x->shape[0], x->shape[1]);
+    to.ld = o->ld;
     gn_status status = GN_OK;
     for (int i = 0; i < args->n_parts && !status; i++) {
-        gn_tensor y = gn_tensor_2d((char *)sums + (size_t)parts->first[i] * gn_dtype_size(dtype),
-                                   dtype, args->x.shape[0], args->part[i].w->rows);
-        y.ld = parts->first[parts->n];
-        status = multiply_part(ctx, o, args, i, &y, beta);
+        if (part_rank_of(args, i) == 0) continue;
+        gn_cuda_operands_args how = {};
+        how.norm = args->norm;
+        how.eps = args->eps;
+        how.dropout = args->dropout;
+        how.module = args->pair + i;
+        status = gn_cuda_operands(ctx, &to, x, &how);
+        if (!status) status = gn_cuda_lora_shrink(ctx, args, i, 1, buffer, o->ld, o->lora);
     }
     return status;
 }
 
-static gn_status make_x(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o) {
-    const dim3 grid((unsigned)args->x.shape[0]);
-    const float *w = args->norm ? (const float *)args->norm->data : NULL;
-    gn_status status = GN_OK;
-    GN_FOR_FLOAT(args->x.dtype, status = launch(ctx, operands_kernel<T>, grid, dim3(THREADS), 0,
-                                                o->x, o->ld, (const T *)args->x.data, args->x.ld, w,
-                                                args->eps, args->x.shape[1]));
-    return status;
+/* x, and h of LoRA's terms. */
+static gn_status make_operands(gn_ctx *ctx, const gn_linear_args *args, struct operands *o,
+                               bf16 *buffer) {
+    const bool has_lora = max_rank_of(args) > 0, drops = has_lora && args->dropout.p > 0;
+    gn_status status = drops ? shrink_dropped(ctx, args, o, buffer) : GN_OK;
+    if (!status) status = make_x(ctx, args, o, buffer);
+    if (status || drops || !has_lora) return status;
+    return gn_cuda_lora_shrink(ctx, args, 0, args->n_parts, o->x, o->x_ld, o->lora);
 }
 
-/* LoRA may make operands wider by an eighth. */
-static int64_t widest(int64_t K) {
-    return K + K / 8;
+/* LoRA may make operands wider by an eighth; a single term always may. */
+static int64_t widest(int64_t K, int64_t rank) {
+    const int64_t many = K + K / 8, one = (K + rank + 15 + 63) / 64 * 64;
+    return many > one ? many : one;
+}
+
+/* `sum_rows` rows of sums; N: rows of the largest part, or of all; columns: all parts'. */
+static size_t dense_bytes(const gn_ctx *ctx, int64_t rows, int64_t ld, int64_t N, int64_t sum_rows,
+                          int64_t columns, int64_t rank, int terms) {
+    return align_up((size_t)(rows * ld) * sizeof(bf16)) +
+           align_up((size_t)gn_cuda_piece_bound(N, ld) * sizeof(bf16)) +
+           align_up((size_t)(sum_rows * columns) * sizeof(float)) +
+           (rank > 0 ? gn_cuda_lora_bytes(ctx, rows, rank, terms) : 0);
 }
 
 size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                       int64_t max_rank, int max_terms) {
-    return align_up((size_t)(rows * widest(max_k)) * sizeof(bf16)) +
-           align_up((size_t)(max_n * widest(max_k)) * sizeof(bf16)) +
-           align_up((size_t)(rows * max_n) * sizeof(float)) +
-           gn_cuda_lora_bytes(ctx, rows, max_rank, max_terms);
+    return dense_bytes(ctx, rows, widest(max_k, max_rank), max_n, rows, max_n, max_rank, max_terms);
 }
 
-/* The product with LoRA's terms added up beside it. */
+size_t gn_cuda_linear_dense_train_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k,
+                                            int64_t max_n, int64_t max_rank) {
+    const int64_t sum_rows = rows < MIN_EXTENDED_ROWS ? rows : (int64_t)MIN_EXTENDED_ROWS;
+    return dense_bytes(ctx, rows, widest(max_k, max_rank), max_n, sum_rows, max_n, max_rank, 1);
+}
+
+/* The product added to what LoRA's terms give. */
 static gn_status add_to_lora(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o,
                              float *sums, const gn_cuda_parts *parts) {
-    gn_status status = gn_cuda_lora(ctx, args, o->x, o->ld, o->lora, sums);
-    if (!status) status = multiply_all(ctx, o, args, sums, GN_F32, parts, 1);
+    gn_status status = gn_cuda_lora_expand(ctx, args, o->lora, sums);
+    if (!status) status = multiply_into_sums(ctx, o, args, sums, GN_F32, parts, 1);
     const int n = args->epilogue == GN_SWIGLU ? 1 : args->n_parts;
-    for (int i = 0; i < n && !status; i++) status = finish(ctx, args, i, sums, parts);
+    for (int i = 0; i < n && !status; i++) status = finish(ctx, args, i, sums, GN_F32, parts);
     return status;
+}
+
+static gn_status multiply_swiglu(gn_ctx *ctx, const gn_linear_args *args, const struct operands *o,
+                                 void *sums, const gn_cuda_parts *parts) {
+    /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
+     * ones, which are exact, it would be the largest error. */
+    const gn_dtype dtype = gn_cuda_is_stored(ctx, args->part[0].w) ? GN_F32 : GN_BF16;
+    const gn_status status = multiply_into_sums(ctx, o, args, sums, dtype, parts, 0);
+    return status ? status : finish(ctx, args, 0, sums, dtype, parts);
+}
+
+static gn_status multiply_and_finish(gn_ctx *ctx, const gn_linear_args *args,
+                                     const struct operands *o, void *sums,
+                                     const gn_cuda_parts *parts) {
+    if (max_rank_of(args) > 0 && !o->extended)
+        return add_to_lora(ctx, args, o, (float *)sums, parts);
+    if (args->epilogue == GN_SWIGLU) return multiply_swiglu(ctx, args, o, sums, parts);
+    gn_tensor y[GN_MAX_PARTS];
+    for (int i = 0; i < args->n_parts; i++) y[i] = args->part[i].y;
+    return multiply_all(ctx, o, args, y, parts, args->epilogue == GN_ADD ? 1.0f : 0.0f);
+}
+
+/* On as many SMs; 0: on all. */
+static gn_status multiply_on(gn_ctx *ctx, int sms, const gn_linear_args *args,
+                             const struct operands *o, void *sums, const gn_cuda_parts *parts) {
+    if (sms == 0) return multiply_and_finish(ctx, args, o, sums, parts);
+    cublasHandle_t blas = ctx->cuda->blas;
+    if (cublasSetSmCountTarget(blas, sms) != CUBLAS_STATUS_SUCCESS) return GN_EDEVICE;
+    const gn_status status = multiply_and_finish(ctx, args, o, sums, parts);
+    const bool reset = cublasSetSmCountTarget(blas, 0) == CUBLAS_STATUS_SUCCESS;
+    return status || reset ? status : GN_EDEVICE;
 }
 
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
@@ -269,33 +345,28 @@ gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args) {
     const gn_cuda_parts parts = parts_of(args);
     const int64_t columns = parts.first[parts.n];
     const int rank = max_rank_of(args);
-    if (gn_cuda_linear_dense_workspace(ctx, T, K, columns, rank, gn_cuda_lora_terms_a_row(args)) >
-        ctx->workspace_bytes)
-        return GN_ENOMEM;
     const int64_t extended = rank > 0 ? gn_cuda_lora_extended(args) : K;
     struct operands o = {};
-    o.extended = rank > 0 && T >= MIN_EXTENDED_ROWS && extended <= widest(K);
+    o.extended = rank > 0 && T >= MIN_EXTENDED_ROWS && extended <= widest(K, rank);
     o.ld = o.extended ? extended : K;
+    const bool has_sums = (rank > 0 && !o.extended) || args->epilogue == GN_SWIGLU;
+    const int64_t sum_rows = has_sums ? T : 0;
+    int64_t N = 0;
+    for (int i = 0; i < args->n_parts; i++)
+        if (args->part[i].w->rows > N) N = args->part[i].w->rows;
+    if (dense_bytes(ctx, T, o.ld, N, sum_rows, columns, rank, gn_cuda_lora_terms_a_row(args)) >
+        ctx->workspace_bytes)
+        return GN_ENOMEM;
     char *at = (char *)ctx->workspace;
-    o.x = (bf16 *)carve(&at, (size_t)(T * o.ld) * sizeof(bf16));
-    o.weight = (bf16 *)carve(&at, (size_t)(columns * o.ld) * sizeof(bf16));
-    void *sums = carve(&at, (size_t)(T * columns) * sizeof(float));
+    bf16 *x = (bf16 *)carve(&at, (size_t)(T * o.ld) * sizeof(bf16));
+    o.weight = (bf16 *)carve(&at, (size_t)gn_cuda_piece_bound(N, o.ld) * sizeof(bf16));
+    void *sums = carve(&at, (size_t)(sum_rows * columns) * sizeof(float));
     o.lora = at;
-    gn_status status = make_x(ctx, args, &o);
-    if (!status && rank > 0 && !o.extended)
-        return add_to_lora(ctx, args, &o, (float *)sums, &parts);
-    if (!status && o.extended) status = gn_cuda_lora_shrink(ctx, args, o.x, o.ld, o.lora);
-    if (!status && args->epilogue == GN_SWIGLU) {
-        /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
-         * ones, which are exact, it would be the largest error. */
-        const gn_dtype dtype = is_stored(args->part[0].w) ? GN_F32 : GN_BF16;
-        status = multiply_all(ctx, &o, args, sums, dtype, &parts, 0);
-        if (status) return status;
-        return dtype == GN_F32 ? finish(ctx, args, 0, (const float *)sums, &parts)
-                               : finish(ctx, args, 0, (const bf16 *)sums, &parts);
-    }
-    for (int i = 0; i < args->n_parts && !status; i++)
-        status = multiply_part(ctx, &o, args, i, &args->part[i].y,
-                               args->epilogue == GN_ADD ? 1.0f : 0.0f);
-    return status;
+    const void *ready;
+    gn_status status = gn_cuda_ahead_take(ctx, args, o.ld, &ready);
+    o.ready = (const bf16 *)ready;
+    if (!status) status = gn_cuda_ahead_begin(ctx, args, o.ld - K);
+    if (!status) status = make_operands(ctx, args, &o, x);
+    if (status) return status;
+    return multiply_on(ctx, gn_cuda_ahead_sms_left(ctx, T), args, &o, sums, &parts);
 }

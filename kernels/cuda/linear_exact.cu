@@ -4,6 +4,8 @@
  * output is one thread's sum over K in order, so that it does not depend on the batch. LoRA's terms
  * come first: u = scale A x for each row of a term, then B u, also in orders of their own. */
 #include "linear.cuh"
+#include "operands.h"
+#include "rows.cuh"
 
 enum { COLUMNS = 64, ROWS = 16, STEP = 32, THREADS = 256, OUTPUTS = COLUMNS * ROWS / THREADS };
 
@@ -56,6 +58,20 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
+static gn_status multiply(gn_ctx *ctx, const output *out, const gn_matrix *m, const float *x,
+                          int64_t x_ld, int64_t T, bool is_up) {
+    const dim3 grid((unsigned)((m->rows + COLUMNS - 1) / COLUMNS),
+                    (unsigned)((T + ROWS - 1) / ROWS));
+    return launch(ctx, exact_kernel, grid, dim3(THREADS), 0, *out, *m, gn_cuda_is_tiled(m), x, x_ld,
+                  T, is_up);
+}
+
+gn_status gn_cuda_exact_product(gn_ctx *ctx, float *y, int64_t y_ld, const gn_matrix *m,
+                                const float *x, int64_t x_ld, int64_t T) {
+    const output out = {y, y_ld, GN_STORE, NULL, 0};
+    return multiply(ctx, &out, m, x, x_ld, T, false);
+}
+
 /* ---- LoRA ---- */
 
 struct terms {
@@ -63,6 +79,7 @@ struct terms {
     int n, pair, n_parts, max_rank;
     int64_t K;
     float *u; /* (rows of all terms, n_parts, max_rank) */
+    gn_dropout dropout;
 };
 
 /* u of one row of a term, `row` counting those of the terms before. */
@@ -80,6 +97,7 @@ static __global__ void __launch_bounds__(THREADS) project_kernel(struct terms c,
     pdl_wait();
     const int64_t t = blockIdx.x;
     const int part = blockIdx.y, lane = threadIdx.x % WARP;
+    const struct mask mask = {c.dropout, (uint32_t)(c.pair + part), 0};
     int64_t before = 0;
     for (int i = 0; i < c.n; before += c.terms[i++].rows) {
         const gn_lora *term = &c.terms[i];
@@ -87,8 +105,11 @@ static __global__ void __launch_bounds__(THREADS) project_kernel(struct terms c,
         const gn_lora_pair *pair = &term->placed[c.pair + part];
         for (int r = threadIdx.x / WARP; r < pair->rank; r += THREADS / WARP) {
             float sum = 0.0f;
-            for (int64_t k = lane; k < c.K; k += WARP)
-                sum = fmaf(value_of(pair->a, r * pair->a.ld + k), x[t * c.K + k], sum);
+            for (int64_t k = lane; k < c.K; k += WARP) {
+                float v = x[t * c.K + k];
+                if (c.dropout.p > 0) drop<1>(&v, mask, t, k);
+                sum = fmaf(value_of(pair->a, r * pair->a.ld + k), v, sum);
+            }
             sum = warp_sum(sum);
             if (lane == 0)
                 u_at(c, before + t - term->row0, part)[r] = term->scale * pair->scale * sum;
@@ -127,7 +148,7 @@ static gn_status add_terms(gn_ctx *ctx, const gn_linear_args *args, const float 
                            const gn_cuda_parts *parts, float *out) {
     const unsigned T = (unsigned)args->x.shape[0];
     const struct terms c = {ctx->cuda->batch.terms, args->n_lora,     args->pair, args->n_parts,
-                            max_rank_of(args),      args->x.shape[1], u};
+                            max_rank_of(args),      args->x.shape[1], u,          args->dropout};
     gn_status status =
         launch(ctx, project_kernel, dim3(T, (unsigned)args->n_parts), dim3(THREADS), 0, c, x);
     for (int i = 0; i < args->n_parts && !status; i++) {
@@ -156,12 +177,8 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
     char *at = (char *)ctx->workspace;
     gn_tensor x = gn_tensor_2d(carve(&at, (size_t)(T * K) * sizeof(float)), GN_F32, T, K);
     float *lora = NULL;
-    gn_status status = args->norm
-                           ? gn_cuda_rmsnorm(ctx, &x, &args->x, args->norm, args->eps)
-                           : gn_cuda_status(cudaMemcpy2DAsync(
-                                 x.data, (size_t)K * sizeof(float), args->x.data,
-                                 (size_t)args->x.ld * sizeof(float), (size_t)K * sizeof(float),
-                                 (size_t)T, cudaMemcpyDeviceToDevice, gn_cuda_stream(ctx)));
+    gn_status status = args->norm ? gn_cuda_rmsnorm(ctx, &x, &args->x, args->norm, args->eps)
+                                  : gn_cuda_operands(ctx, &x, &args->x, NULL);
     if (!status && rank > 0) {
         lora = (float *)carve(&at, (size_t)(T * parts.first[parts.n]) * sizeof(float));
         status = add_terms(ctx, args, (const float *)x.data, (float *)at, &parts, lora);
@@ -172,10 +189,7 @@ gn_status gn_cuda_linear_exact(gn_ctx *ctx, const gn_linear_args *args) {
         const gn_matrix *m = args->part[i].w;
         const output out = {(float *)y->data, y->ld, args->epilogue,
                             lora ? lora + parts.first[i] : NULL, parts.first[parts.n]};
-        status = launch(
-            ctx, exact_kernel,
-            dim3((unsigned)((m->rows + COLUMNS - 1) / COLUMNS), (unsigned)((T + ROWS - 1) / ROWS)),
-            dim3(THREADS), 0, out, *m, gn_cuda_is_tiled(m), (const float *)x.data, K, T, is_up);
+        status = multiply(ctx, &out, m, (const float *)x.data, K, T, is_up);
     }
     return status;
 }

@@ -144,7 +144,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     shrink_kernel(const __grid_constant__ struct lora_call c) {
     __shared__ float sums[WARPS][CHUNK * SUM_PITCH];
     pdl_trigger();
-    const int part = blockIdx.y, pieces = gridDim.x;
+    const int part = c.part0 + blockIdx.y, pieces = gridDim.x;
     const struct chunk chunk = find_chunk(c, blockIdx.z, CHUNK);
     if (!chunk.term || chunk.term->placed[c.pair + part].rank == 0) {
         pdl_wait();
@@ -152,7 +152,7 @@ static __global__ void __launch_bounds__(THREADS, 3)
     }
     const gn_lora_pair pair = chunk.term->placed[c.pair + part];
     const float scale = chunk.term->scale * pair.scale;
-    const int sum = blockIdx.z * c.n_parts + part;
+    const int sum = blockIdx.z * gridDim.y + blockIdx.y;
     float *partial = c.partial + (int64_t)sum * pieces * CHUNK * c.pitch;
     float *piece = pieces > 1 ? partial + (int64_t)blockIdx.x * CHUNK * c.pitch : NULL;
     if (is_vector(pair.a, 8) && c.x_ld % 8 == 0)
@@ -299,18 +299,19 @@ size_t gn_cuda_lora_bytes(const gn_ctx *ctx, int64_t rows, int64_t max_rank, int
     return h_bytes(rows * max_terms, pitch) + (few > many ? few : many);
 }
 
-gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
-                              void *scratch) {
-    const struct lora_call c = call_of(ctx, args, x, x_ld, scratch);
+gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, int part0, int n_parts,
+                              const void *x, int64_t x_ld, void *scratch) {
+    struct lora_call c = call_of(ctx, args, x, x_ld, scratch);
+    c.part0 = part0;
     if (c.T > FEW_ROWS)
-        return gn_cuda_lora_shrink_many(ctx, &c, max_rank_of(args), covered_rows(args));
+        return gn_cuda_lora_shrink_many(ctx, &c, n_parts, max_rank_of(args), covered_rows(args));
     const int64_t chunks = chunks_bound(c.n_terms, covered_rows(args), CHUNK);
-    const int pieces = lora_pieces(ctx, chunks * c.n_parts, c.K / (COLUMNS * WARPS));
-    return launch(ctx, shrink_kernel, dim3((unsigned)pieces, (unsigned)c.n_parts, (unsigned)chunks),
+    const int pieces = lora_pieces(ctx, chunks * n_parts, c.K / (COLUMNS * WARPS));
+    return launch(ctx, shrink_kernel, dim3((unsigned)pieces, (unsigned)n_parts, (unsigned)chunks),
                   dim3(THREADS), 0, c);
 }
 
-static gn_status expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, float *out) {
+gn_status gn_cuda_lora_expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, float *out) {
     struct expansion e = {};
     e.call = call_of(ctx, args, NULL, 0, scratch);
     e.parts = parts_of(args);
@@ -333,6 +334,6 @@ static gn_status expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, 
 
 gn_status gn_cuda_lora(gn_ctx *ctx, const gn_linear_args *args, const void *x, int64_t x_ld,
                        void *scratch, float *out) {
-    const gn_status status = gn_cuda_lora_shrink(ctx, args, x, x_ld, scratch);
-    return status ? status : expand(ctx, args, scratch, out);
+    const gn_status status = gn_cuda_lora_shrink(ctx, args, 0, args->n_parts, x, x_ld, scratch);
+    return status ? status : gn_cuda_lora_expand(ctx, args, scratch, out);
 }

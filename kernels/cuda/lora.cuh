@@ -18,6 +18,7 @@ enum {
 struct lora_call {
     const gn_lora *terms;
     int n_terms, pair, n_parts;
+    int part0; /* the first that a launch computes h of */
     int pitch; /* ranks of a row of h: the call's largest, in whole steps */
     int T, K;
     int64_t x_ld;
@@ -75,8 +76,8 @@ static inline struct lora_call call_of(const gn_ctx *ctx, const gn_linear_args *
 }
 
 /* lora_prefill.cu: h of any number of rows, made for many. */
-gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int max_rank,
-                                   int64_t covered);
+gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int n_parts,
+                                   int max_rank, int64_t covered);
 size_t gn_cuda_lora_partial_bytes(const gn_ctx *ctx);
 
 static __device__ __forceinline__ gn_tensor x_of(const struct lora_call &c) {

@@ -110,14 +110,14 @@ static __device__ __forceinline__ void multiply(float acc[2][4][4], uint8_t *sta
     }
 }
 
-/* Block (piece, rank tile and part, chunk). */
+/* Block (piece, rank tile and part, chunk). `parts` of them from c.part0 on. */
 static __global__ void __launch_bounds__(THREADS, 2)
-    shrink_many_kernel(const __grid_constant__ struct lora_call c) {
+    shrink_many_kernel(const __grid_constant__ struct lora_call c, int parts) {
     extern __shared__ __align__(128) uint8_t stages[];
     pdl_trigger();
-    const int part = blockIdx.y % c.n_parts, pieces = gridDim.x;
+    const int part = c.part0 + blockIdx.y % parts, pieces = gridDim.x;
     struct tile t;
-    t.rank0 = blockIdx.y / c.n_parts * RANKS;
+    t.rank0 = blockIdx.y / parts * RANKS;
     t.chunk = find_chunk(c, blockIdx.z, CHUNK);
     pdl_wait();
     if (!t.chunk.term) return;
@@ -161,10 +161,10 @@ size_t gn_cuda_lora_partial_bytes(const gn_ctx *ctx) {
     return (size_t)lora_slots(ctx) * CHUNK * RANKS * sizeof(float);
 }
 
-gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int max_rank,
-                                   int64_t covered) {
+gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int n_parts,
+                                   int max_rank, int64_t covered) {
     const int64_t chunks = chunks_bound(c->n_terms, covered, CHUNK);
-    const int64_t tiles = (int64_t)c->n_parts * ((max_rank + RANKS - 1) / RANKS);
+    const int64_t tiles = (int64_t)n_parts * ((max_rank + RANKS - 1) / RANKS);
     const int pieces = lora_pieces(ctx, chunks * tiles, c->K / (4 * COLUMNS));
     const size_t shared = STAGES * STAGE_BYTES;
     if (cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -172,7 +172,7 @@ gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int m
         return GN_EDEVICE;
     return launch(ctx, shrink_many_kernel,
                   dim3((unsigned)pieces, (unsigned)tiles, (unsigned)chunks), dim3(THREADS), shared,
-                  *c);
+                  *c, n_parts);
 }
 
 /* ---- wider operands ---- */
@@ -182,8 +182,9 @@ enum { EXTEND_ROWS = 64 };
 struct extension {
     struct lora_call call;
     int part;
-    int64_t N, ld; /* ld: columns of both, of which those from K on are written */
-    bf16 *x, *w;
+    int64_t row0, rows; /* of the weight */
+    int64_t ld;         /* columns of both, of which those from K on are written */
+    bf16 *x, *w;        /* x NULL: only w */
 };
 
 /* Where the rest of a row stands: of x the h of steps, of w their B. */
@@ -195,7 +196,7 @@ static __device__ __forceinline__ bf16 extended(const struct extension &e, const
         return covers ? e.call.h[s.h + row * h_ld + rank] : from_float<bf16>(0.0f);
     }
     if (rank >= s.b.shape[1]) return from_float<bf16>(0.0f);
-    const int64_t at = row * s.b.ld + rank;
+    const int64_t at = (e.row0 + row) * s.b.ld + rank;
     return s.b.dtype == GN_F32 ? from_float<bf16>(((const float *)s.b.data)[at])
                                : ((const bf16 *)s.b.data)[at];
 }
@@ -206,10 +207,10 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ struct step steps[LORA_MAX_STEPS];
     pdl_trigger();
     pdl_wait();
-    const int64_t x_blocks = (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS;
+    const int64_t x_blocks = e.x ? (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS : 0;
     const bool is_x = blockIdx.x < x_blocks;
     const int64_t row0 = (is_x ? blockIdx.x : blockIdx.x - x_blocks) * EXTEND_ROWS;
-    const int rows = (int)min((is_x ? (int64_t)e.call.T : e.N) - row0, (int64_t)EXTEND_ROWS);
+    const int rows = (int)min((is_x ? (int64_t)e.call.T : e.rows) - row0, (int64_t)EXTEND_ROWS);
     bf16 *to = (is_x ? e.x : e.w) + row0 * e.ld;
     int all = 0;
     for (int first = 0; first == 0 || first < all; first += LORA_MAX_STEPS) {
@@ -240,15 +241,16 @@ int64_t gn_cuda_lora_extended(const gn_linear_args *args) {
 }
 
 gn_status gn_cuda_lora_extend(gn_ctx *ctx, const gn_linear_args *args, int part, void *scratch,
-                              void *x, void *w, int64_t ld) {
+                              void *x, void *w, int64_t row0, int64_t rows, int64_t ld) {
     struct extension e = {};
     e.call = call_of(ctx, args, x, ld, scratch);
     e.part = part;
-    e.N = args->part[part].w->rows;
+    e.row0 = row0;
+    e.rows = rows;
     e.ld = ld;
     e.x = (bf16 *)x;
     e.w = (bf16 *)w;
-    const int64_t blocks =
-        (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS + (e.N + EXTEND_ROWS - 1) / EXTEND_ROWS;
+    const int64_t blocks = (x ? (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS : 0) +
+                           (rows + EXTEND_ROWS - 1) / EXTEND_ROWS;
     return launch(ctx, extend_kernel, dim3((unsigned)blocks), dim3(THREADS), 0, e);
 }

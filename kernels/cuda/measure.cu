@@ -4,7 +4,7 @@
  * clocks that it cannot hold with real ones. */
 #include <math.h>
 
-#include "linear.h"
+#include "operands.h"
 #include "place.cuh"
 
 enum { THREADS = 256, READS = 8, ROUNDS = 10, EDGE = 8192, EDGE_F32 = 4096 };
@@ -140,7 +140,9 @@ static gn_status quantize(gn_ctx *ctx, const subject *s) {
 
 /* Over the values that it came from. */
 static gn_status dequantize(gn_ctx *ctx, const subject *s) {
-    return gn_cuda_dequantize(ctx, &s->quantizer->m, s->array);
+    const gn_matrix *m = &s->quantizer->m;
+    const gn_cuda_region all = {0, m->rows, 0, m->cols};
+    return gn_cuda_dequantize(ctx, m, &all, s->array, m->cols, GN_BF16);
 }
 
 gn_status gn_cuda_measure_quantize(gn_ctx *ctx, gn_qtype type, bool double_quant, int64_t rows,

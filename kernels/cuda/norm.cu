@@ -1,8 +1,10 @@
-/* norm.cu - RMSNorm by itself; most norms ride in products. Twin: cpu/norm.c.
+/* norm.cu - RMSNorm by itself, and its gradients; most norms ride in products. Twin: cpu/norm.c.
  *
- * One block per row. The sum of squares is taken in double, as on the CPU: a few operations a
- * thread, so that it is the launch that costs. */
-#include "common.cuh"
+ * One block per row. Forward the sum of squares is taken in double, as on the CPU: a few operations
+ * a thread, so that it is the launch that costs. The backward pass, of many rows, is bound by
+ * memory, and sums float32: chips that are not made for computing centers are slow at double. It
+ * reads x, dy and skip and writes dx; x and dy are read twice, the second time from cache. */
+#include "rows.cuh"
 
 enum { THREADS = 256 };
 
@@ -25,4 +27,100 @@ gn_status gn_cuda_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const g
     return launch(ctx, rmsnorm_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0,
                   (float *)y->data, y->ld, (const float *)x->data, x->ld, (const float *)w->data,
                   x->shape[1], eps);
+}
+
+/* ---- backward ---- */
+
+struct norm_bwd {
+    struct rows dx, dy, skip, x;
+    const float *w;
+    float eps;
+    int64_t C;
+    float *rms; /* (T) inverse, for dw; or NULL */
+};
+
+/* With r = 1/rms(x) and g = w * dy: dx = skip + r g - x r^3 mean(g x). dx may be skip: a thread
+ * writes what it alone has read. */
+template <int N>
+static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struct norm_bwd o) {
+    const int64_t row = blockIdx.x;
+    float squares = 0.0f, dot = 0.0f;
+    pdl_trigger();
+    pdl_wait();
+    for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
+        float x[N], dy[N];
+        load<N>(x, o.x, row, c);
+        load<N>(dy, o.dy, row, c);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            squares += x[i] * x[i];
+            dot += o.w[c + i] * dy[i] * x[i];
+        }
+    }
+    const float r = 1.0f / sqrtf(block_sum(squares) / (float)o.C + o.eps);
+    const float along = r * r * r * (block_sum(dot) / (float)o.C);
+    if (o.rms && threadIdx.x == 0) o.rms[row] = r;
+    for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
+        float x[N], dy[N], dx[N] = {};
+        load<N>(x, o.x, row, c);
+        load<N>(dy, o.dy, row, c);
+        if (o.skip.data) load<N>(dx, o.skip, row, c);
+#pragma unroll
+        for (int i = 0; i < N; i++) dx[i] += r * o.w[c + i] * dy[i] - along * x[i];
+        store<N>(o.dx, row, c, dx);
+    }
+}
+
+enum { DW_COLUMNS = 32, DW_ROWS = THREADS / DW_COLUMNS };
+
+/* A block takes 32 columns, a warp every eighth row of them, in order. */
+static __global__ void __launch_bounds__(THREADS)
+    rmsnorm_dw_kernel(float *dw, const struct norm_bwd o, int64_t T) {
+    __shared__ float sums[DW_ROWS][DW_COLUMNS];
+    const int lane = threadIdx.x % DW_COLUMNS, warp = threadIdx.x / DW_COLUMNS;
+    const int64_t c = (int64_t)blockIdx.x * DW_COLUMNS + lane;
+    float sum = 0.0f;
+    pdl_trigger();
+    pdl_wait();
+    for (int64_t t = warp; t < T && c < o.C; t += DW_ROWS) {
+        float x, dy;
+        load<1>(&x, o.x, t, c);
+        load<1>(&dy, o.dy, t, c);
+        sum += o.rms[t] * x * dy;
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= o.C) return;
+    for (int i = 1; i < DW_ROWS; i++) sum += sums[i][lane];
+    dw[c] += sum;
+}
+
+size_t gn_cuda_rmsnorm_bwd_bytes(int64_t rows) {
+    return (size_t)rows * sizeof(float);
+}
+
+gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
+                              const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w,
+                              float eps) {
+    const int64_t T = x->shape[0], C = x->shape[1];
+    struct norm_bwd o = {};
+    o.dx = rows_of(dx);
+    o.dy = rows_of(dy);
+    if (skip) o.skip = rows_of(skip);
+    o.x = rows_of(x);
+    o.w = (const float *)w->data;
+    o.eps = eps;
+    o.C = C;
+    if (dw->data) {
+        if (gn_cuda_rmsnorm_bwd_bytes(T) > ctx->workspace_bytes) return GN_ENOMEM;
+        o.rms = (float *)ctx->workspace;
+    }
+    const bool vectors = in_vectors(o.dx, C) && in_vectors(o.dy, C) && in_vectors(o.x, C) &&
+                         (!skip || in_vectors(o.skip, C));
+    const gn_status status =
+        launch(ctx, vectors ? rmsnorm_bwd_kernel<ROW_VECTOR> : rmsnorm_bwd_kernel<1>,
+               dim3((unsigned)T), dim3(THREADS), 0, o);
+    if (status || !dw->data) return status;
+    return launch(ctx, rmsnorm_dw_kernel, dim3((unsigned)((C + DW_COLUMNS - 1) / DW_COLUMNS)),
+                  dim3(THREADS), 0, (float *)dw->data, o, T);
 }

@@ -121,8 +121,10 @@ static gn_status begin_use(void *user, int slot) {
 }
 
 static gn_status end_use(void *user, int slot) {
-    const struct cuda_pages *p = pages_of(user);
-    return gn_cuda_status(cudaEventRecord(p->slots[slot].used, gn_cuda_stream(p->ctx)));
+    struct cuda_pages *p = pages_of(user);
+    const gn_status status = make_slots(p, slot + 1);
+    return status ? status
+                  : gn_cuda_status(cudaEventRecord(p->slots[slot].used, gn_cuda_stream(p->ctx)));
 }
 
 /* ---- open and close ---- */

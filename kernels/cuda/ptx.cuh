@@ -59,6 +59,12 @@ static __device__ __forceinline__ uint32_t load_acquire(const uint32_t *at) {
     return v;
 }
 
+static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *at) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+
 /* What is read once, so that it stays out of L1, where n > 0; else v keeps what it has. */
 static __device__ __forceinline__ void load_once(uint2 &v, const void *at, int n) {
     asm volatile("{\n"
@@ -136,6 +142,12 @@ static __device__ __forceinline__ void copy_async_or_zeros(uint32_t to, const vo
                                                            bool is_there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
                  : "memory");
 }
 

@@ -1,9 +1,12 @@
-/* rope.cu - rotary positions, and the keys' and values' way into the paged cache. Twin: cpu/rope.c.
+/* rope.cu - rotary positions, the keys' and values' way into the paged cache, and the way back.
+ * Twin: cpu/rope.c.
  *
- * One launch rotates q in place, and k on its way into the cache beside v. A thread takes some
- * dimensions of a head and those that they are paired with, half a head further: 16 bytes of each
- * where alignment allows, else one element. Bound by memory, and for a few rows by the launch. */
-#include "common.cuh"
+ * For inference one launch rotates q in place, and k on its way into the cache beside v. A thread
+ * takes some dimensions of a head and those that they are paired with, half a head further: 16
+ * bytes of each where alignment allows, else one element. With an F8 cache, whose rows have a
+ * scale, a warp takes a head. Bound by memory, and for a few rows by the launch. */
+#include "f8.cuh"
+#include "rows.cuh"
 
 enum { THREADS = 256 };
 
@@ -44,6 +47,7 @@ gn_status gn_cuda_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const 
 /* Device pointers; steps in elements. */
 typedef struct rope_args {
     void *q, *k_cache, *v_cache;
+    float *k_scales, *v_scales;
     const void *k, *v;
     const float *cosines, *sines;
     int64_t q_ld, k_ld, v_ld, cos_ld, sin_ld; /* of a row */
@@ -53,6 +57,55 @@ typedef struct rope_args {
     int max_blocks;
     gn_cuda_batch batch;
 } rope_args;
+
+/* Of a row's heads, q's first, then k's, then v's. */
+typedef struct role {
+    bool is_there, is_q, is_k;
+    int head; /* of q, of k or of v */
+} role;
+
+static __device__ __forceinline__ role role_of(const rope_args &a, int index) {
+    const int behind = index - a.heads;
+    const bool is_q = behind < 0, is_k = !is_q && behind < a.kv_heads;
+    return {behind < 2 * a.kv_heads, is_q, is_k,
+            is_q   ? index
+            : is_k ? behind
+                   : behind - a.kv_heads};
+}
+
+/* Where the head's row belongs in the cache. */
+typedef struct place {
+    int64_t block;
+    int row; /* of the block, over heads and tokens */
+} place;
+
+static __device__ __forceinline__ place place_of(const rope_args &a, int64_t row, int kv_head) {
+    const int position = a.batch.row_pos[row];
+    const int64_t entry = a.batch.row_seq[row] * (int64_t)a.max_blocks + position / a.tokens;
+    return {a.batch.blocks[entry], kv_head * a.tokens + position % a.tokens};
+}
+
+template <typename T>
+static __device__ __forceinline__ T *source_of(const rope_args &a, int64_t row, role r) {
+    const int64_t at = (int64_t)r.head * 2 * a.half;
+    if (r.is_q) return (T *)a.q + row * a.q_ld + at;
+    return r.is_k ? (T *)a.k + row * a.k_ld + at : (T *)a.v + row * a.v_ld + at;
+}
+
+template <typename C>
+static __device__ __forceinline__ C *target_of(const rope_args &a, place p, role r) {
+    C *block = r.is_k ? (C *)a.k_cache + p.block * a.k_block : (C *)a.v_cache + p.block * a.v_block;
+    return block + (int64_t)p.row * 2 * a.half;
+}
+
+/* Dimension j of a row's head and the one that it is paired with. */
+static __device__ __forceinline__ void rotate(const rope_args &a, int64_t row, int j, float *low,
+                                              float *high) {
+    const float c = a.cosines[row * a.cos_ld + j], s = a.sines[row * a.sin_ld + j];
+    const float x = *low, y = *high;
+    *low = x * c - y * s;
+    *high = y * c + x * s;
+}
 
 /* N elements that are read and written at once. */
 template <typename T, int N> struct alignas(sizeof(T) * N) pack { T v[N]; };
@@ -77,50 +130,76 @@ template <typename T, typename C, int N>
 static __global__ void __launch_bounds__(THREADS) rope_kernel(const rope_args a) {
     pdl_trigger();
     const int64_t row = blockIdx.x;
-    const int item = blockIdx.y * THREADS + threadIdx.x, per_head = a.half / N, D = 2 * a.half;
-    const int head = item / per_head, j = item % per_head * N;
-    const bool is_q = head < a.heads, is_k = !is_q && head < a.heads + a.kv_heads;
-    const int kv_head = head - a.heads - (is_k ? 0 : a.kv_heads);
-    const bool is_item = head < a.heads + 2 * a.kv_heads;
-    int64_t block = 0;
-    int slot = 0;
-    if (is_item && !is_q) {
-        const int position = a.batch.row_pos[row];
-        block = a.batch.blocks[a.batch.row_seq[row] * (int64_t)a.max_blocks + position / a.tokens];
-        slot = kv_head * a.tokens + position % a.tokens;
-    }
+    const int item = blockIdx.y * THREADS + threadIdx.x, per_head = a.half / N;
+    const int j = item % per_head * N;
+    const role r = role_of(a, item / per_head);
+    place p = {};
+    if (r.is_there && !r.is_q) p = place_of(a, row, r.head);
     pdl_wait();
-    if (!is_item) return;
+    if (!r.is_there) return;
 
-    T *q = (T *)a.q + row * a.q_ld + (int64_t)head * D + j;
-    const T *from = q;
-    if (is_k) from = (const T *)a.k + row * a.k_ld + (int64_t)kv_head * D + j;
-    if (!is_q && !is_k) from = (const T *)a.v + row * a.v_ld + (int64_t)kv_head * D + j;
-    float x0[N], x1[N], c[N], s[N];
+    T *from = source_of<T>(a, row, r) + j;
+    float x0[N], x1[N];
     read<N>(x0, from);
     read<N>(x1, from + a.half);
-    if (is_q || is_k) {
+    if (r.is_q || r.is_k) {
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            c[i] = a.cosines[row * a.cos_ld + j + i];
-            s[i] = a.sines[row * a.sin_ld + j + i];
-        }
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const float low = x0[i], high = x1[i];
-            x0[i] = low * c[i] - high * s[i];
-            x1[i] = high * c[i] + low * s[i];
-        }
+        for (int i = 0; i < N; i++) rotate(a, row, j + i, &x0[i], &x1[i]);
     }
-    if (is_q) {
-        write<N>(q, x0);
-        write<N>(q + a.half, x1);
+    if (r.is_q) {
+        write<N>(from, x0);
+        write<N>(from + a.half, x1);
     } else {
-        C *to = is_k ? (C *)a.k_cache + block * a.k_block : (C *)a.v_cache + block * a.v_block;
-        to += (int64_t)slot * D + j;
+        C *to = target_of<C>(a, p, r) + j;
         write<N>(to, x0);
         write<N>(to + a.half, x1);
     }
+}
+
+enum { HEADS_ABREAST = THREADS / WARP, MAX_PAIRS = GN_MAX_HEAD_DIM / 2 / WARP };
+
+/* The same into an F8 cache. grid: rows, pieces of the row's heads + 2 kv_heads. */
+template <typename T>
+static __global__ void __launch_bounds__(THREADS) rope_f8_kernel(const rope_args a) {
+    pdl_trigger();
+    const int64_t row = blockIdx.x;
+    const int lane = threadIdx.x % WARP;
+    const role r = role_of(a, blockIdx.y * HEADS_ABREAST + threadIdx.x / WARP);
+    place p = {};
+    if (r.is_there && !r.is_q) p = place_of(a, row, r.head);
+    pdl_wait();
+    if (!r.is_there) return;
+
+    T *from = source_of<T>(a, row, r);
+    float x0[MAX_PAIRS], x1[MAX_PAIRS], top = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MAX_PAIRS; i++) {
+        const int j = lane + i * WARP;
+        if (j >= a.half) break;
+        x0[i] = to_float(from[j]);
+        x1[i] = to_float(from[j + a.half]);
+        if (r.is_q || r.is_k) rotate(a, row, j, &x0[i], &x1[i]);
+        top = fmaxf(top, fmaxf(fabsf(x0[i]), fabsf(x1[i])));
+    }
+    top = warp_max(top);
+    const bool is_zero = top < GN_KV_LEAST;
+    const float over_scale = is_zero ? 0.0f : GN_F8_MAX / top;
+    f8 *to = r.is_q ? NULL : target_of<f8>(a, p, r);
+#pragma unroll
+    for (int i = 0; i < MAX_PAIRS; i++) {
+        const int j = lane + i * WARP;
+        if (j >= a.half) break;
+        if (r.is_q) {
+            from[j] = from_float<T>(x0[i]);
+            from[j + a.half] = from_float<T>(x1[i]);
+        } else {
+            to[j] = from_float<f8>(x0[i] * over_scale);
+            to[j + a.half] = from_float<f8>(x1[i] * over_scale);
+        }
+    }
+    if (r.is_q || lane > 0) return;
+    float *scales = r.is_k ? a.k_scales : a.v_scales;
+    scales[p.block * a.kv_heads * a.tokens + p.row] = is_zero ? 0.0f : top / GN_F8_MAX;
 }
 
 static bool is_aligned(const void *p, int64_t ld, gn_dtype dtype, int64_t n) {
@@ -144,6 +223,15 @@ static gn_status launch_rope(gn_ctx *ctx, const rope_args *args, int64_t rows) {
                   0, *args);
 }
 
+template <typename T>
+static gn_status launch_rope_f8(gn_ctx *ctx, const rope_args *args, int64_t rows) {
+    const int64_t heads = (int64_t)args->heads + 2 * args->kv_heads;
+    const int64_t pieces = (heads + HEADS_ABREAST - 1) / HEADS_ABREAST;
+    if (pieces > 0xffff) return GN_EINVAL;
+    return launch(ctx, rope_f8_kernel<T>, dim3((unsigned)rows, (unsigned)pieces), dim3(THREADS), 0,
+                  *args);
+}
+
 gn_status gn_cuda_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
                              const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
                              gn_kv *kv) {
@@ -153,6 +241,8 @@ gn_status gn_cuda_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, cons
     args.v = v->data;
     args.k_cache = kv->k.data;
     args.v_cache = kv->v.data;
+    args.k_scales = (float *)kv->k_scales.data;
+    args.v_scales = (float *)kv->v_scales.data;
     args.cosines = (const float *)cos->data;
     args.sines = (const float *)sin->data;
     args.q_ld = q->ld;
@@ -174,8 +264,69 @@ gn_status gn_cuda_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, cons
     if (dtype == GN_BF16 && cache == GN_BF16 && moves_together(&args, dtype, cache, 8))
         return launch_rope<bf16, bf16, 8>(ctx, &args, rows);
     GN_FOR_FLOAT(dtype, {
+        if (cache == GN_F8) return launch_rope_f8<T>(ctx, &args, rows);
         return cache == GN_F32 ? launch_rope<T, float, 1>(ctx, &args, rows)
                                : launch_rope<T, bf16, 1>(ctx, &args, rows);
     });
     return GN_OK;
+}
+
+/* ---- training ---- */
+
+struct turn {
+    struct rows x; /* (T, heads, 2 half) */
+    const float *cosines, *sines;
+    int64_t cos_ld, sin_ld, items; /* N dimensions and their pairs each */
+    int heads, half;
+    float sign; /* -1: back */
+};
+
+template <int N>
+static __global__ void __launch_bounds__(THREADS) turn_kernel(const struct turn o) {
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    const int per_head = o.half / N, per_row = o.heads * per_head;
+    const int64_t row = i / per_row;
+    const int item = (int)(i % per_row), j = item % per_head * N;
+    const int64_t col = (int64_t)(item / per_head) * 2 * o.half + j;
+    pdl_trigger();
+    pdl_wait();
+    if (i >= o.items) return;
+    float low[N], high[N];
+    load<N>(low, o.x, row, col);
+    load<N>(high, o.x, row, col + o.half);
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+        const float c = o.cosines[row * o.cos_ld + j + k];
+        const float s = o.sign * o.sines[row * o.sin_ld + j + k];
+        const float a = low[k], b = high[k];
+        low[k] = a * c - b * s;
+        high[k] = b * c + a * s;
+    }
+    store<N>(o.x, row, col, low);
+    store<N>(o.x, row, col + o.half, high);
+}
+
+static gn_status turn(gn_ctx *ctx, const gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin,
+                      float sign) {
+    struct turn o = {};
+    o.x = rows_of(x);
+    o.cosines = (const float *)cos->data;
+    o.sines = (const float *)sin->data;
+    o.cos_ld = cos->ld;
+    o.sin_ld = sin->ld;
+    o.heads = (int)x->shape[1];
+    o.half = (int)(x->shape[2] / 2);
+    o.sign = sign;
+    const bool vectors = in_vectors(o.x, o.half);
+    o.items = x->shape[0] * o.heads * (o.half / (vectors ? ROW_VECTOR : 1));
+    return launch(ctx, vectors ? turn_kernel<ROW_VECTOR> : turn_kernel<1>,
+                  dim3((unsigned)((o.items + THREADS - 1) / THREADS)), dim3(THREADS), 0, o);
+}
+
+gn_status gn_cuda_rope(gn_ctx *ctx, gn_tensor *x, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, x, cos, sin, 1);
+}
+
+gn_status gn_cuda_rope_bwd(gn_ctx *ctx, gn_tensor *dx, const gn_tensor *cos, const gn_tensor *sin) {
+    return turn(ctx, dx, cos, sin, -1);
 }

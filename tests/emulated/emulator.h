@@ -98,11 +98,13 @@ GN_EMULATED_SHARED(uint8_t, shared);
 #undef __launch_bounds__
 #define __shared__ thread_local
 #define __launch_bounds__(...)
-#define __syncthreads     emulator::sync_block
-#define __syncthreads_and emulator::all_of_block
-#define __ballot_sync     emulator::ballot
-#define __shfl_sync       emulator::shuffle
-#define __expf            expf
+#define __syncthreads          emulator::sync_block
+#define __syncthreads_and      emulator::all_of_block
+#define __syncthreads_or(vote) (!emulator::all_of_block(!(vote)))
+#define __ballot_sync          emulator::ballot
+#define __shfl_sync            emulator::shuffle
+#define __expf                 expf
+#define __fdividef(x, y)       ((x) / (y))
 
 #define cudaLaunchKernelEx           emulator::launch
 #define cudaFuncSetAttribute(...)    cudaSuccess
@@ -146,6 +148,16 @@ static inline float __fmul_rn(float a, float b) {
 }
 static inline float __fadd_rn(float a, float b) {
     return a + b;
+}
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 static inline int __ffs(uint32_t x) {
     return __builtin_ffs((int)x);

@@ -32,6 +32,9 @@ static inline uint32_t load_acquire(const uint32_t *at) {
     emulator::let_others_run();
     return __atomic_load_n(at, __ATOMIC_ACQUIRE);
 }
+static inline uint32_t load_relaxed(const uint32_t *at) {
+    return load_acquire(at);
+}
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
     if (n > 0) v = *(const T *)at;
 }
@@ -55,6 +58,9 @@ template <int BYTES> static inline void copy_async(const void *to, const void *f
 }
 static inline void copy_async_or_zeros(uint32_t to, const void *from, bool is_there) {
     emulator::copy_async(shared + to, is_there ? from : NULL, 16);
+}
+static inline void store_shared(uint32_t to, uint4 v) {
+    *(uint4 *)(shared + to) = v;
 }
 template <int N> static inline void wait_for_copies() {
     emulator::wait_for_copies(N);

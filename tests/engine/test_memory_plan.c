@@ -195,11 +195,11 @@ Test(memory_plan, of_an_engine_and_of_a_scorer) {
     cr_assert(strstr(err.message, "too few: weights 0.0"), "%s", err.message);
 
     gn_memory_plan s;
-    cr_assert_eq(gn_scorer_plan(&s, model, 100, 32 * MIB, &adapter, 1, &err), GN_OK, "%s",
-                 err.message);
+    cr_assert_eq(gn_scorer_plan(&s, model, 100, GN_KV_AUTO, 32 * MIB, &adapter, 1, &err), GN_OK,
+                 "%s", err.message);
     cr_assert_eq(s.kv_tokens, 112);
     cr_assert_eq(s.adapters, p.adapters);
-    cr_assert_eq(gn_scorer_plan(&s, model, 100, 1 * MIB, &adapter, 1, &err), GN_ENOMEM);
+    cr_assert_eq(gn_scorer_plan(&s, model, 100, GN_KV_AUTO, 1 * MIB, &adapter, 1, &err), GN_ENOMEM);
     gn_adapter_close(adapter);
     gn_model_close(model);
 }
@@ -218,6 +218,12 @@ Test(memory_plan, scratch_is_what_is_allocated) {
         {.max_rows = 1, .max_seqs = 1, .max_logits = 1, .kv_blocks = 1, .context = 16},
         {.max_rows = 512, .max_seqs = 64, .max_logits = 64, .kv_blocks = 10, .context = 100},
         {.max_rows = 16, .max_seqs = 1, .max_logits = 40, .kv_blocks = 64, .context = 1024},
+        {.max_rows = 16,
+         .max_seqs = 2,
+         .max_logits = 2,
+         .kv_blocks = 9,
+         .context = 64,
+         .kv_dtype = GN_KV_FP8},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const gn_model_options options = {.device = "cpu"};
@@ -231,7 +237,8 @@ Test(memory_plan, scratch_is_what_is_allocated) {
         model->ctx->backend = &counting;
         allocated = 0;
         cr_assert_eq(gn_forward_open(&forward, model, &cases[i], &err), GN_OK, "%s", err.message);
-        const int64_t kv = (int64_t)gn_forward_kv_block_bytes(model) * cases[i].kv_blocks;
+        const int64_t kv =
+            (int64_t)gn_forward_kv_block_bytes(model, cases[i].kv_dtype) * cases[i].kv_blocks;
         cr_assert_eq(allocated, kv + (int64_t)gn_forward_scratch_bytes(model, &cases[i]));
         gn_forward_close(forward);
         gn_model_close(model);

@@ -42,6 +42,21 @@ static void expect_dir_error(gn_status expected, const char *part) {
 
 /* ---- reading ---- */
 
+/* A mapping would end the program here. */
+Test(safetensors, what_is_read_stays_when_the_file_is_cut) {
+    gn_tensor_file *file = NULL;
+    gn_error err = {0};
+    test_write_safetensors(
+        "x", "{\"a\":{\"dtype\":\"U8\",\"shape\":[9000],\"data_offsets\":[0,9000]}}", 9000);
+    cr_assert_eq(gn_safetensors_read(&file, test_path("x"), &err), GN_OK, "%s", err.message);
+    cr_assert_eq(truncate(test_path("x"), 0), 0);
+    const uint8_t *bytes = gn_tensor_file_find(file, "a")->data;
+    for (int i = 0; i < 9000; i++) cr_assert_eq(bytes[i], i & 255);
+    gn_tensor_file_close(file);
+    cr_assert_eq(gn_safetensors_read(&file, test_path("x"), &err), GN_EFORMAT);
+    cr_assert_eq(gn_safetensors_read(&file, test_path("none"), &err), GN_ENOENT);
+}
+
 Test(safetensors, every_dtype_and_number_of_dimensions_is_read) {
     test_write_safetensors(
         "x",

@@ -294,6 +294,35 @@ Test(schedule, an_adapter_on_its_way_holds_nobody_up) {
     gn_kv_pool_close(pool);
 }
 
+/* When every slot is taken, adapters of those who are next come meanwhile: of no more than can run
+ * at once, and none that there is no room for. */
+Test(schedule, adapters_of_the_next_come_while_slots_are_full) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    fake_room room = {.capacity = 4, .polls = 3};
+    uint64_t began[8] = {0};
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 2, 128), GN_OK);
+    s.fetch = fake_fetch;
+    s.user = &room;
+    for (int i = 0; i < 2; i++) gn_schedule_add(&s, sequence((uint64_t)i + 1, 10, 6, 1000 * i));
+    for (int i = 0; i < 4; i++) gn_schedule_add(&s, with_adapter((uint64_t)i + 3, 10, 2, i));
+    for (int i = 0; i < 6; i++) {
+        run_fetching(&s, &room, &done, began);
+        cr_assert(room.here[0] && room.here[1] && !room.here[2] && !room.here[3]);
+    }
+    cr_assert_eq(done, 2);
+    cr_assert(!began[3] && !began[4]);
+    run_fetching(&s, &room, &done, began);
+    cr_assert(began[3] && began[4], "without a step of waiting");
+    cr_assert(room.here[2] && room.here[3]);
+    while (s.n_running > 0 || s.waiting) run_fetching(&s, &room, &done, began);
+    cr_assert_eq(done, 6);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
 /* Requests for one adapter come without end and keep it in use; one for another gets its turn, and
  * some of them pass it meanwhile. */
 Test(schedule, nobody_waits_forever_for_room) {

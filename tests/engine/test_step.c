@@ -62,11 +62,14 @@ typedef struct bench {
     gn_adapter *adapters[2][COPIES]; /* equal ones, which the device does not know to be equal */
 } bench;
 
-static bench bench_open(void) {
+/* host_bytes: see gn_model_options. */
+static bench bench_open(int64_t host_bytes) {
     const char *device = getenv("GN_TEST_DEVICE");
     bench b;
     gn_error err = {0};
-    const gn_model_options options = {.device = device ? device : "cpu", .compute = GN_COMPUTE_F32};
+    const gn_model_options options = {.device = device ? device : "cpu",
+                                      .compute = GN_COMPUTE_F32,
+                                      .adapter_host_bytes = host_bytes};
     cr_assert_eq(gn_model_open(&b.model, GN_SOURCE_DIR "/models/bootstrap-13m-nf4", &options, &err),
                  GN_OK, "%s", err.message);
     const char *const dirs[] = {GN_SOURCE_DIR "/models/adapters/pirate",
@@ -154,7 +157,7 @@ static gn_engine_stats run_load(const bench *b, const load *l, reply *replies, i
         gn_stepper_cancel(e, false);
         busy = gn_stepper_run(e);
         gn_stepper_report(e);
-        cr_assert_lt(++steps, 20000);
+        cr_assert_lt(++steps, 200000);
     }
     cr_assert_eq(ended, STREAMS);
     gn_engine_stats stats = {0};
@@ -190,7 +193,7 @@ Test(step, going_ahead_changes_nothing) {
         {.max_rows = 512, .kv_blocks = 400, .stride = 3}, /* they come one by one */
         {.max_rows = 32, .kv_blocks = 24, .stride = 0},   /* and preempt each other */
     };
-    bench b = bench_open();
+    bench b = bench_open(0);
     for (size_t l = 0; l < sizeof loads / sizeof *loads; l++) {
         load load = loads[l];
         int64_t ahead = 0;
@@ -221,7 +224,7 @@ Test(step, going_ahead_changes_nothing) {
 
 /* A reply that ends where a block does: the token too many would have begun a new one. */
 Test(step, a_token_too_many_is_nowhere_to_be_seen) {
-    bench b = bench_open();
+    bench b = bench_open(0);
     for (int length = 1; length <= GN_KV_BLOCK_TOKENS; length++) {
         int cached[2];
         for (int ahead = 0; ahead < 2; ahead++) {
@@ -265,7 +268,7 @@ Test(step, a_token_too_many_is_nowhere_to_be_seen) {
 /* Room for one blend at a time, and adapters that take a while to come: sequences wait for them, in
  * and out of turn, and are told the same. */
 Test(step, adapters_that_come_and_go_change_nothing) {
-    bench b = bench_open();
+    bench b = bench_open(0);
     const int64_t both =
         gn_adapter_memory_bytes(b.adapters[0][0]) + gn_adapter_memory_bytes(b.adapters[1][0]);
     load loads[] = {
@@ -288,9 +291,35 @@ Test(step, adapters_that_come_and_go_change_nothing) {
     bench_close(&b);
 }
 
+/* Memory for one blend on the host, too: adapters come from disk, to where they are used in place
+ * and on to a device with as little room. */
+Test(step, adapters_that_come_from_disk_change_nothing) {
+    bench b = bench_open(0);
+    load l = {.max_rows = 64, .kv_blocks = 400};
+    int64_t ahead = 0;
+    const int64_t host = (int64_t)(gn_adapter_bytes(b.adapters[0][0]) +
+                                   gn_adapter_bytes(b.adapters[1][0])),
+                  both = gn_adapter_memory_bytes(b.adapters[0][0]) +
+                         gn_adapter_memory_bytes(b.adapters[1][0]);
+    run_load(&b, &l, waiting, &ahead);
+    bench_close(&b);
+    b = bench_open(host);
+    for (int copies = gn_ctx_is_host(b.model->ctx) ? 0 : 1; copies < 2; copies++) {
+        const int64_t reads = gn_adapter_host_read_stats(b.model->adapters).reads;
+        l.adapter_bytes = copies ? both : 0;
+        if (gn_ctx_is_host(b.model->ctx)) test_delay_uploads(b.model->ctx, 4);
+        run_load(&b, &l, going_ahead, &ahead);
+        for (int i = 0; i < STREAMS; i++) assert_same(&waiting[i], &going_ahead[i], i);
+        const gn_adapter_host_stats stats = gn_adapter_host_read_stats(b.model->adapters);
+        cr_assert_geq(stats.reads - reads, 2 * COPIES - 2);
+        if (!copies) cr_assert_leq(stats.bytes, host);
+    }
+    bench_close(&b);
+}
+
 /* A request whose adapters can never be there fails, alone. */
 Test(step, what_does_not_fit_fails_alone) {
-    bench b = bench_open();
+    bench b = bench_open(0);
     load l = {.max_rows = 64,
               .kv_blocks = 400,
               .adapter_bytes = gn_adapter_memory_bytes(b.adapters[0][0]) +

@@ -1,10 +1,10 @@
 /* bench_adapters.c - what a cold adapter costs itself and others; run by hand, not a test.
  *
- * usage: bench_adapters [SHAPE [RANK]] (llama-7b 64). Some streams of the base reply without end.
- * Beside them requests come one by one with an adapter that is on the device, and then with
- * adapters that are not, of which two fit there: milliseconds to their first token, and between the
- * tokens of the streams meanwhile. An adapter of random weights is written to $TMPDIR (/tmp), and
- * removed. */
+ * usage: bench_adapters [SHAPE [RANK [HOST_MIB]]] (llama-7b 64). Some streams of the base reply
+ * without end. Beside them requests come one by one with an adapter that is on the device, and then
+ * with four that are not, of which two fit there: milliseconds to their first token, and between
+ * the tokens of the streams meanwhile. They come from the host's memory, or, when HOST_MIB do not
+ * hold two, from disk. An adapter of random weights is written to $TMPDIR (/tmp), and removed. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,14 +83,18 @@ static void write_adapter(const char *dir, const gn_config *c, int rank) {
     free(entries);
 }
 
-static void open_adapters(gn_adapter **adapters, const gn_model *model, int rank) {
-    char dir[4096], path[4200];
+static void open_adapters(gn_adapter **adapters, const gn_model *model, int rank, char *dir,
+                          size_t size) {
     gn_error err = {0};
     const char *tmp = getenv("TMPDIR");
-    snprintf(dir, sizeof dir, "%s/bench_adapters.XXXXXX", tmp ? tmp : "/tmp");
+    snprintf(dir, size, "%s/bench_adapters.XXXXXX", tmp ? tmp : "/tmp");
     if (!mkdtemp(dir)) check(GN_EIO, &err);
     write_adapter(dir, &model->config, rank);
     for (int i = 0; i < ADAPTERS; i++) check(gn_adapter_open(&adapters[i], model, dir, &err), &err);
+}
+
+static void remove_folder(const char *dir) {
+    char path[4200];
     static const char *const files[] = {"adapter_model.safetensors", "adapter_config.json"};
     for (int i = 0; i < 2; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, files[i]);
@@ -202,7 +206,10 @@ static void measure(const char *what, gn_engine *engine, const gn_model *model, 
 int main(int argc, char **argv) {
     const int rank = argc > 2 ? atoi(argv[2]) : 64;
     const char *device = getenv("GN_TEST_DEVICE");
-    const gn_model_options model_options = {.device = device ? device : "cuda"};
+    const gn_model_options model_options = {.device = device ? device : "cuda",
+                                            .adapter_host_bytes =
+                                                argc > 3 ? (int64_t)atoi(argv[3]) << 20 : 0};
+    char dir[4096];
     gn_adapter *adapters[ADAPTERS];
     gn_model *model;
     gn_engine *engine;
@@ -211,7 +218,7 @@ int main(int argc, char **argv) {
     check(gn_model_synthetic(&model, argc > 1 ? argv[1] : "llama-7b", &model_options, &err), &err);
     if (model->config.max_positions < PROMPT + TOKENS)
         model->config.max_positions = PROMPT + TOKENS; /* random weights know no longest context */
-    open_adapters(adapters, model, rank);
+    open_adapters(adapters, model, rank, dir, sizeof dir);
     const gn_engine_options options = {.max_seqs = STREAMS + 1,
                                        .context = PROMPT + TOKENS,
                                        .adapter_bytes = 2 * gn_adapter_memory_bytes(adapters[0]),
@@ -231,7 +238,9 @@ int main(int argc, char **argv) {
         gn_engine_cancel(engine, streams[i].id);
         await_end(&streams[i]);
     }
+    printf("%lld folders read again\n", (long long)gn_engine_read_stats(engine).adapter_reads);
     gn_engine_close(engine);
+    remove_folder(dir);
     for (int i = 0; i < ADAPTERS; i++) gn_adapter_close(adapters[i]);
     gn_model_close(model);
     return 0;

@@ -113,9 +113,10 @@ static gn_status lora_alone(const job *j, const gn_linear_args *args) {
     const int64_t K = j->s->K;
     if (args->x.shape[0] <= 256) return gn_cuda_lora(j->ctx, args, j->x, K, j->scratch, j->out);
     const int64_t ld = gn_cuda_lora_extended(args);
-    gn_status status = gn_cuda_lora_shrink(j->ctx, args, j->x, ld, j->scratch);
+    gn_status status = gn_cuda_lora_shrink(j->ctx, args, 0, args->n_parts, j->x, ld, j->scratch);
     for (int i = 0; i < args->n_parts && !status; i++)
-        status = gn_cuda_lora_extend(j->ctx, args, i, j->scratch, j->x, j->w, ld);
+        status = gn_cuda_lora_extend(j->ctx, args, i, j->scratch, j->x, j->w, 0,
+                                     args->part[i].w->rows, ld);
     return status;
 }
 

@@ -229,6 +229,7 @@ typedef struct {
     layout lora;
     gn_dtype lora_dtype;
     int pad, shift; /* elements between rows of x and y, and by which they are out of line */
+    gn_dropout dropout;
 } call;
 
 typedef struct {
@@ -255,12 +256,12 @@ static void name_problem(problem *p) {
     static const char *const epilogues[] = {"store", "add", "swiglu"};
     const weight_shape *s = &p->w->s;
     snprintf(p->name, sizeof p->name,
-             "%s %s%s/%s K=%d N=%d,%d,%d T=%d%s %s%s, %s %s, pad %d shift %d",
+             "%s %s%s/%s K=%d N=%d,%d,%d T=%d%s %s%s, %s %s, pad %d shift %d, dropout %g",
              gn_dtype_name(p->sides->compute), gn_qtype_name(p->w->type.qtype),
              p->w->type.double_quant ? "+dq" : "", gn_dtype_name(p->w->type.dtype), s->K, s->N[0],
              s->N[1], s->N[2], p->c.T, p->c.norm ? " norm" : "", epilogues[p->c.epilogue],
              p->c.f32_out ? " f32" : "", layout_names[p->c.lora], gn_dtype_name(p->c.lora_dtype),
-             p->c.pad, p->c.shift);
+             p->c.pad, p->c.shift, (double)p->c.dropout.p);
 }
 
 static problem make_problem(const sides *sides, const weights *w, call c, uint64_t seed) {
@@ -307,8 +308,9 @@ static int max_terms(const adapters *a, int T) {
 
 static size_t workspace_of(gn_ctx *ctx, const problem *p, int rows) {
     const weight_shape *s = &p->w->s;
-    return gn_linear_workspace(ctx, rows, s->K, s->N[0] + s->N[1] + s->N[2], max_rank(p->adapters),
-                               max_terms(p->adapters, p->c.T));
+    const int N = s->N[0] + s->N[1] + s->N[2], rank = max_rank(p->adapters);
+    if (p->c.dropout.p > 0) return gn_linear_bwd_workspace(ctx, rows, s->K, N, rank);
+    return gn_linear_workspace(ctx, rows, s->K, N, rank, max_terms(p->adapters, p->c.T));
 }
 
 /* The terms, cut to rows [t0, t0+rows). */
@@ -324,44 +326,72 @@ static int cut_terms(gn_lora out[MAX_TERMS], const adapters *a, int t0, int rows
     return a->n;
 }
 
-/* Rows [t0, t0+rows) on the GPU into y[i], dense floats. NULL, or what went wrong. */
-static const char *solve(const problem *p, int t0, int rows, float *y[GN_MAX_PARTS]) {
+/* A call of rows [t0, t0+rows) with everything on the GPU. */
+typedef struct {
+    device_memory memory;
+    adapters *adapters;
+    gn_lora terms[MAX_TERMS];
+    gn_tensor norm;
+    gn_linear_args args;
+} placed_call;
+
+static placed_call *place_call(const problem *p, int t0, int rows) {
     const weight_shape *s = &p->w->s;
     const call *c = &p->c;
     gn_ctx *gpu = p->sides->gpu;
-    device_memory m = {.ctx = gpu};
-    adapters *placed = place_adapters(&m, p->adapters);
-    gn_lora terms[MAX_TERMS];
-    const int n_terms = cut_terms(terms, placed, t0, rows);
+    placed_call *call = calloc(1, sizeof *call);
+    device_memory *m = &call->memory;
+    m->ctx = gpu;
+    call->adapters = place_adapters(m, p->adapters);
+    const int n_terms = cut_terms(call->terms, call->adapters, t0, rows);
     const gn_dtype x_dtype = c->norm ? GN_F32 : gn_ctx_activation(gpu);
-    gn_tensor norm;
-    gn_linear_args args = {.x = device_rows(&m, p->x + (size_t)t0 * (size_t)s->K, x_dtype, rows,
-                                            s->K, c->pad, c->shift),
-                           .eps = EPS_NORM,
-                           .epilogue = c->epilogue,
-                           .lora = n_terms ? terms : NULL,
-                           .n_lora = n_terms,
-                           .pair = FIRST_PAIR,
-                           .n_parts = s->n_parts};
+    call->args = (gn_linear_args){.x = device_rows(m, p->x + (size_t)t0 * (size_t)s->K, x_dtype,
+                                                   rows, s->K, c->pad, c->shift),
+                                  .eps = EPS_NORM,
+                                  .epilogue = c->epilogue,
+                                  .lora = n_terms ? call->terms : NULL,
+                                  .n_lora = n_terms,
+                                  .pair = FIRST_PAIR,
+                                  .dropout = c->dropout,
+                                  .n_parts = s->n_parts};
     if (c->norm) {
-        norm =
-            gn_tensor_1d(device_alloc(&m, p->norm, (size_t)s->K * sizeof(float), 0), GN_F32, s->K);
-        args.norm = &norm;
+        call->norm =
+            gn_tensor_1d(device_alloc(m, p->norm, (size_t)s->K * sizeof(float), 0), GN_F32, s->K);
+        call->args.norm = &call->norm;
     }
     for (int i = 0; i < s->n_parts; i++) {
         const float *old = p->old_y[i] ? p->old_y[i] + (size_t)t0 * (size_t)s->N[i] : NULL;
-        args.part[i].w = &p->w->placed[i];
+        call->args.part[i].w = &p->w->placed[i];
         if (i < n_outputs(p))
-            args.part[i].y = device_rows(&m, old, output_dtype(p), rows, s->N[i], c->pad, c->shift);
+            call->args.part[i].y =
+                device_rows(m, old, output_dtype(p), rows, s->N[i], c->pad, c->shift);
     }
-    cr_assert_eq(stage_rows(gpu, rows, terms, n_terms), GN_OK, "%s", p->name);
+    return call;
+}
+
+/* y[i], dense floats. NULL, or what went wrong. */
+static const char *read_call(const problem *p, const placed_call *call, float *y[GN_MAX_PARTS]) {
+    for (int i = 0; i < n_outputs(p); i++)
+        if (!read_rows(p->sides->gpu, y[i], &call->args.part[i].y))
+            return "a gap between rows of y is written";
+    return guards_stand(&call->memory) ? NULL : "a guard is written";
+}
+
+static void free_call(placed_call *call) {
+    device_free(&call->memory);
+    free(call->adapters);
+    free(call);
+}
+
+/* Rows [t0, t0+rows) on the GPU into y[i], dense floats. NULL, or what went wrong. */
+static const char *solve(const problem *p, int t0, int rows, float *y[GN_MAX_PARTS]) {
+    gn_ctx *gpu = p->sides->gpu;
+    placed_call *call = place_call(p, t0, rows);
+    cr_assert_eq(stage_rows(gpu, rows, call->terms, call->args.n_lora), GN_OK, "%s", p->name);
     reserve(gpu, workspace_of(gpu, p, rows));
-    const char *why = ran(gpu, gn_linear(gpu, &args), p->name);
-    for (int i = 0; i < n_outputs(p) && !why; i++)
-        if (!read_rows(gpu, y[i], &args.part[i].y)) why = "a gap between rows of y is written";
-    if (!why && !guards_stand(&m)) why = "a guard is written";
-    device_free(&m);
-    free(placed);
+    const char *why = ran(gpu, gn_linear(gpu, &call->args), p->name);
+    if (!why) why = read_call(p, call, y);
+    free_call(call);
     return why;
 }
 
@@ -391,12 +421,24 @@ static void products_of(const problem *p, float *y[GN_MAX_PARTS]) {
                            .lora = p->adapters->terms,
                            .n_lora = p->adapters->n,
                            .pair = FIRST_PAIR,
+                           .dropout = p->c.dropout,
                            .n_parts = s->n_parts};
     for (int i = 0; i < s->n_parts; i++)
         args.part[i] =
             (struct gn_linear_part){gn_tensor_2d(y[i], GN_F32, T, s->N[i]), &p->w->host[i].m};
     cr_assert_eq(gn_ctx_reserve(cpu, workspace_of(cpu, p, T)), GN_OK);
     cr_assert_eq(gn_linear(cpu, &args), GN_OK);
+}
+
+/* v (T, K) = what a mask leaves of x. */
+static void drop_rows(float *v, const float *x, const gn_dropout *dropout, int module, int T,
+                      int K) {
+    for (int t = 0; t < T; t++)
+        for (int k = 0; k < K; k++) {
+            float factor[4];
+            gn_dropout_quad(factor, dropout, (uint32_t)module, (uint32_t)t, (uint32_t)(k / 4));
+            v[t * K + k] = x[t * K + k] * factor[k % 4];
+        }
 }
 
 /* u = A x of a term's rows: (rows, rank). */
@@ -429,7 +471,7 @@ static norms *row_norms_of(const gn_tensor *t) {
 
 /* Where bfloat16 is computed in: roundings of the factors of x W, A x and B u that may differ. x is
  * rounded after its norm, or its scale is applied to the sums; so it is with a block's codes; u may
- * be rounded or not, A and B too when they are float32. */
+ * be rounded or not, A and B too when they are float32, and what a mask leaves of x. */
 static int roundings_of_x(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.norm ? 2 : 0;
 }
@@ -438,6 +480,9 @@ static int roundings_of_w(const problem *p) {
 }
 static int roundings_of_lora(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.lora_dtype == GN_F32;
+}
+static int roundings_of_mask(const problem *p) {
+    return p->sides->compute == GN_BF16 && p->c.dropout.p > 0;
 }
 
 /* error[t, n] += what a term's B u may be off by. */
@@ -453,8 +498,9 @@ static void add_term_errors(const problem *p, int part, const gn_lora *term, con
     for (int t = 0; t < term->rows; t++) {
         const norms xn = x_norms[term->row0 + t], un = norms_of(u + t * rank, rank);
         for (int j = 0; j < rank; j++)
-            u_error[j] = (float)dot_error(K, (double)a[j].two * xn.two, (double)a[j].four * xn.four,
-                                          roundings_of_x(p) + roundings_of_lora(p));
+            u_error[j] =
+                (float)dot_error(K, (double)a[j].two * xn.two, (double)a[j].four * xn.four,
+                                 roundings_of_x(p) + roundings_of_lora(p) + roundings_of_mask(p));
         const norms en = norms_of(u_error, rank);
         for (int n = 0; n < N; n++)
             error[(size_t)(term->row0 + t) * (size_t)N + (size_t)n] +=
@@ -467,6 +513,19 @@ static void add_term_errors(const problem *p, int part, const gn_lora *term, con
     free(u_error);
     free(a);
     free(b);
+}
+
+/* The same of all terms, whose A may see x under a mask. */
+static void add_lora_errors(const problem *p, int part, const float *x, float *error) {
+    const int T = p->c.T, K = p->w->s.K;
+    float *seen = malloc((size_t)T * (size_t)K * sizeof *seen);
+    drop_rows(seen, x, &p->c.dropout, FIRST_PAIR + part, T, K);
+    const gn_tensor t = gn_tensor_2d(seen, GN_F32, T, K);
+    norms *seen_norms = row_norms_of(&t);
+    for (int j = 0; j < p->adapters->n; j++)
+        add_term_errors(p, part, &p->adapters->terms[j], seen, seen_norms, error);
+    free(seen_norms);
+    free(seen);
 }
 
 /* By how much each part's product may be off, (T, N_i). */
@@ -488,8 +547,7 @@ static void errors_of(const problem *p, float *error[GN_MAX_PARTS]) {
                     (float)(norm +
                             dot_error(s->K, two, four, roundings_of_x(p) + roundings_of_w(p)));
             }
-        for (int j = 0; j < p->adapters->n; j++)
-            add_term_errors(p, i, &p->adapters->terms[j], x, x_norms, error[i]);
+        add_lora_errors(p, i, x, error[i]);
     }
     free(x);
     free(x_norms);
@@ -521,29 +579,41 @@ static void judge_output(verdict *v, const problem *p, int part, const float *go
         }
 }
 
-static void check_problem(tally *tally, const problem *p) {
-    const weight_shape *s = &p->w->s;
-    float *got[GN_MAX_PARTS] = {0}, *product[GN_MAX_PARTS] = {0}, *error[GN_MAX_PARTS] = {0};
-    for (int i = 0; i < s->n_parts; i++) {
-        const size_t bytes = (size_t)p->c.T * (size_t)s->N[i] * sizeof(float);
-        got[i] = malloc(bytes);
-        product[i] = malloc(bytes);
-        error[i] = malloc(bytes);
-    }
+typedef struct {
+    float *y[GN_MAX_PARTS]; /* (T, N_i) */
+} outputs;
+
+static outputs make_outputs(const problem *p) {
+    outputs o = {0};
+    for (int i = 0; i < p->w->s.n_parts; i++)
+        o.y[i] = malloc((size_t)p->c.T * (size_t)p->w->s.N[i] * sizeof(float));
+    return o;
+}
+
+static void free_outputs(outputs *o) {
+    for (int i = 0; i < GN_MAX_PARTS; i++) free(o->y[i]);
+}
+
+/* why: what went wrong; or NULL, and the outputs are judged. */
+static void judge_problem(tally *tally, const problem *p, const outputs *got, const char *why) {
+    outputs product = make_outputs(p), error = make_outputs(p);
     verdict v = {0};
     snprintf(v.name, sizeof v.name, "%s", p->name);
-    const char *why = solve(p, 0, p->c.T, got);
     if (!why) {
-        products_of(p, product);
-        errors_of(p, error);
-        for (int i = 0; i < n_outputs(p); i++) judge_output(&v, p, i, got[i], product, error);
+        products_of(p, product.y);
+        errors_of(p, error.y);
+        for (int i = 0; i < n_outputs(p); i++)
+            judge_output(&v, p, i, got->y[i], product.y, error.y);
     }
     settle(tally, &v, why);
-    for (int i = 0; i < s->n_parts; i++) {
-        free(got[i]);
-        free(product[i]);
-        free(error[i]);
-    }
+    free_outputs(&product);
+    free_outputs(&error);
+}
+
+static inline void check_problem(tally *tally, const problem *p) {
+    outputs got = make_outputs(p);
+    judge_problem(tally, p, &got, solve(p, 0, p->c.T, got.y));
+    free_outputs(&got);
 }
 
 #endif

@@ -57,6 +57,9 @@ static const head_shape shapes[] = {
     {2, 1, 256, 16, GN_BF16, 1, 0},   {3, 1, 2, 1, GN_F32, 1, 0},
     {4, 2, 64, 16, GN_F32, 1, 0},     {4, 1, 128, 16, GN_F32, 30, 5},
     {12, 12, 128, 16, GN_BF16, 1, 0}, {4, 2, 48, 16, GN_BF16, 30, 0},
+    {8, 2, 128, 16, GN_F8, 1, 0},     {4, 4, 64, 16, GN_F8, 4, 8},
+    {6, 2, 80, 16, GN_F8, 1, 0},      {4, 1, 96, 16, GN_F8, 8, 0},
+    {32, 4, 128, 16, GN_F8, 1, 0},    {3, 3, 34, 7, GN_F8, 1, 0},
 };
 
 /* ---- a problem ---- */
@@ -69,6 +72,7 @@ typedef struct {
     int32_t row0[MAX_SEQS + 1], pos0[MAX_SEQS], *blocks;
     float *q;     /* (T, heads, D) */
     float *k, *v; /* the cache: (n_blocks, kv_heads, tokens, D); NaN where there is no token */
+    float *k_scales, *v_scales; /* of its rows, likewise; used with F8 */
     char name[256];
 } problem;
 
@@ -98,15 +102,29 @@ static size_t cache_floats(const problem *p) {
     return (size_t)p->n_blocks * (size_t)(p->h.kv_heads * p->h.tokens * p->h.D);
 }
 
+static size_t cache_rows(const problem *p) {
+    return (size_t)(p->n_blocks * p->h.kv_heads * p->h.tokens);
+}
+
+/* A row that the cache can hold. Any scale will do, also one with which some codes are at the end
+ * of their range. */
+static void fill_row(const problem *p, float *row, float *scale, rng *r) {
+    uint8_t codes[GN_MAX_HEAD_DIM];
+    for (int d = 0; d < p->h.D; d++) row[d] = rng_float(r);
+    round_floats(row, p->h.kv_dtype, p->h.D);
+    *scale = (0.5f + fabsf(rng_float(r))) / GN_F8_MAX;
+    if (p->h.kv_dtype != GN_F8) return;
+    for (int d = 0; d < p->h.D; d++) row[d] /= *scale;
+    gn_narrow(codes, GN_F8, row, p->h.D);
+    gn_widen(row, codes, GN_F8, p->h.D);
+    for (int d = 0; d < p->h.D; d++) row[d] *= *scale;
+}
+
 static void fill_token(const problem *p, int seq, int position, rng *r) {
     for (int head = 0; head < p->h.kv_heads; head++) {
-        const size_t at = place_of(p, seq, position, head);
-        for (int d = 0; d < p->h.D; d++) {
-            p->k[at + (size_t)d] = rng_float(r);
-            p->v[at + (size_t)d] = rng_float(r);
-        }
-        round_floats(p->k + at, p->h.kv_dtype, p->h.D);
-        round_floats(p->v + at, p->h.kv_dtype, p->h.D);
+        const size_t at = place_of(p, seq, position, head), row = at / (size_t)p->h.D;
+        fill_row(p, p->k + at, p->k_scales + row, r);
+        fill_row(p, p->v + at, p->v_scales + row, r);
     }
 }
 
@@ -133,6 +151,10 @@ static problem make_problem(const sides *s, head_shape h, batch_shape b, uint64_
     p.v = malloc(cache_floats(&p) * sizeof *p.v);
     memset(p.k, 0xff, cache_floats(&p) * sizeof *p.k);
     memset(p.v, 0xff, cache_floats(&p) * sizeof *p.v);
+    p.k_scales = malloc(cache_rows(&p) * sizeof *p.k_scales);
+    p.v_scales = malloc(cache_rows(&p) * sizeof *p.v_scales);
+    memset(p.k_scales, 0xff, cache_rows(&p) * sizeof *p.k_scales);
+    memset(p.v_scales, 0xff, cache_rows(&p) * sizeof *p.v_scales);
     for (int i = 0; i < b.n; i++)
         for (int j = 0; j < b.seq[i].pos0 + b.seq[i].rows; j++) fill_token(&p, i, j, &r);
     const size_t n = (size_t)(p.T * h.heads * h.D);
@@ -155,16 +177,40 @@ static void free_problem(problem *p) {
     free(p->q);
     free(p->k);
     free(p->v);
+    free(p->k_scales);
+    free(p->v_scales);
 }
 
-static gn_tensor device_cache(device_memory *m, const problem *p, const float *values) {
-    const size_t n = cache_floats(p);
-    gn_tensor t = device_rows(m, values, p->h.kv_dtype, 1, (int64_t)n, 0, 0);
-    t.ndim = 4;
-    t.ld = (int64_t)p->h.kv_heads * p->h.tokens * p->h.D;
-    const int64_t shape[] = {p->n_blocks, p->h.kv_heads, p->h.tokens, p->h.D};
+/* (n_blocks, kv_heads, tokens, cols) */
+static gn_tensor device_blocks(device_memory *m, const problem *p, const float *values,
+                               gn_dtype dtype, int ndim, int64_t cols) {
+    gn_tensor t = device_rows(m, values, dtype, 1, (int64_t)cache_rows(p) * cols, 0, 0);
+    t.ndim = ndim;
+    t.ld = (int64_t)p->h.kv_heads * p->h.tokens * cols;
+    const int64_t shape[] = {p->n_blocks, p->h.kv_heads, p->h.tokens, cols};
     memcpy(t.shape, shape, sizeof shape);
     return t;
+}
+
+static void place_cache(device_memory *m, const problem *p, const float *values,
+                        const float *scales, gn_tensor *cache, gn_tensor *cache_scales) {
+    const size_t n = cache_floats(p);
+    if (p->h.kv_dtype != GN_F8) {
+        *cache = device_blocks(m, p, values, p->h.kv_dtype, 4, p->h.D);
+        return;
+    }
+    float *codes = malloc(n * sizeof *codes); /* rounding makes them whole again */
+    for (size_t i = 0; i < n; i++) codes[i] = values[i] / scales[i / (size_t)p->h.D];
+    *cache = device_blocks(m, p, codes, GN_F8, 4, p->h.D);
+    *cache_scales = device_blocks(m, p, scales, GN_F32, 3, 1);
+    free(codes);
+}
+
+static gn_kv device_kv(device_memory *m, const problem *p) {
+    gn_kv kv = {0};
+    place_cache(m, p, p->k, p->k_scales, &kv.k, &kv.k_scales);
+    place_cache(m, p, p->v, p->v_scales, &kv.v, &kv.v_scales);
+    return kv;
 }
 
 /* Rows as (rows, heads, D). */
@@ -225,6 +271,11 @@ static double length_of(const float *x, int D) {
     return sqrt(sum);
 }
 
+/* With F8: rounding what a code stands for, here, and a product by the scale, there. */
+static int roundings_of_scales(const problem *p) {
+    return p->h.kv_dtype == GN_F8 ? 2 : 0;
+}
+
 /* Scores of one query and, as the result, by how much a score may be off: its sum, and what scales
  * it before an exponential of base 2. */
 static double scores_of(double *score, const problem *p, const float *q, int seq, int n,
@@ -239,7 +290,8 @@ static double scores_of(double *score, const problem *p, const float *q, int seq
         longest = fmax(longest, length_of(k, D));
         largest = fmax(largest, fabs(score[j]));
     }
-    return 2 * U32 * ((sqrt(D) + 2) * length_of(q, D) * longest / sqrt(D) + 3 * largest + 4);
+    const double sums = sqrt(D) + 2 + roundings_of_scales(p);
+    return 2 * U32 * (sums * length_of(q, D) * longest / sqrt(D) + 3 * largest + 4);
 }
 
 /* Query i: row i / heads. A weight is off by two scores; the sums over positions by their own
@@ -269,7 +321,9 @@ static void attend(void *arg, int64_t i) {
     for (int d = 0; d < D; d++) {
         const double two = sums[D + d], four = sqrt(sums[2 * D + d]);
         const int roundings = p->sides->compute == GN_BF16;
-        ref->y[i * D + d] = (bounded){sums[d], 2 * off * two + dot_error(n, two, four, roundings)};
+        const double scales = roundings_of_scales(p) * U32 * two;
+        ref->y[i * D + d] =
+            (bounded){sums[d], 2 * off * two + scales + dot_error(n, two, four, roundings)};
     }
     free(score);
     free(sums);
@@ -281,7 +335,7 @@ static void check_problem(tally *t, const problem *p) {
     float *y = malloc((size_t)n * sizeof *y);
     bounded *expected = malloc((size_t)n * sizeof *expected);
     device_memory m = {.ctx = gpu};
-    const gn_kv kv = {device_cache(&m, p, p->k), device_cache(&m, p, p->v)};
+    const gn_kv kv = device_kv(&m, p);
     int from[MAX_SEQS] = {0}, to[MAX_SEQS];
     for (int i = 0; i < p->b.n; i++) to[i] = p->b.seq[i].rows;
     verdict v = {0};
@@ -343,14 +397,14 @@ static const char *solve_alone(const problem *p, const gn_kv *kv, int size, floa
 }
 
 Test(gpu_attention, in_float32_a_row_does_not_depend_on_the_batch) {
-    const int used[] = {0, 1, 4, 8, 12}, sizes[] = {1, 7, 1000};
+    const int used[] = {0, 1, 4, 8, 12, 16}, sizes[] = {1, 7, 1000};
     const batch_shape batch = {6, {{5, 1}, {700, 1}, {100, 15}, {0, 40}, {40, 0}, {300, 33}}};
     sides s = open_sides(GN_F32);
     tally t = {0};
     for (int i = 0; i < COUNT(used); i += is_brief() ? 2 : 1) {
         problem p = make_problem(&s, shapes[used[i]], batch, (uint64_t)(300 + i));
         device_memory m = {.ctx = s.gpu};
-        const gn_kv kv = {device_cache(&m, &p, p.k), device_cache(&m, &p, p.v)};
+        const gn_kv kv = device_kv(&m, &p);
         const int row = p.h.heads * p.h.D;
         float *whole = malloc((size_t)(p.T * row) * sizeof *whole);
         float *alone = malloc((size_t)(p.T * row) * sizeof *alone);

@@ -102,7 +102,8 @@ typedef struct {
 static const rope_shape rope_shapes[] = {
     {8, 8, 128, 16, GN_BF16, 0}, {8, 2, 64, 16, GN_BF16, 0}, {4, 1, 96, 16, GN_BF16, 8},
     {3, 3, 34, 16, GN_BF16, 0},  {6, 2, 80, 16, GN_F32, 0},  {1, 1, 2, 3, GN_F32, 1},
-    {5, 1, 256, 7, GN_BF16, 3},
+    {5, 1, 256, 7, GN_BF16, 3},  {8, 8, 128, 16, GN_F8, 0},  {8, 2, 64, 16, GN_F8, 0},
+    {6, 2, 80, 16, GN_F8, 8},    {3, 3, 34, 7, GN_F8, 0},    {5, 1, 256, 16, GN_F8, 3},
 };
 
 enum { ROPE_SEQS = 5, MAX_BLOCKS = 300 };
@@ -115,7 +116,7 @@ typedef struct {
     int32_t row0[ROPE_SEQS + 1], pos0[ROPE_SEQS], blocks[ROPE_SEQS * MAX_BLOCKS];
     gn_seqs seqs;
     float *q, *k, *v, *inv_freq, *cos, *sin;
-    gn_tensor cpu_cache[2];
+    gn_kv cpu_cache;
     char name[256];
 } rope;
 
@@ -132,6 +133,21 @@ static gn_tensor cache_of(const rope *p, void *data) {
 static size_t cache_bytes(const rope *p) {
     return (size_t)(p->n_blocks * p->s.kv_heads * p->s.tokens * p->s.D) *
            gn_dtype_size(p->s.kv_dtype);
+}
+
+static size_t scale_bytes(const rope *p) {
+    const size_t rows = (size_t)(p->n_blocks * p->s.kv_heads * p->s.tokens);
+    return p->s.kv_dtype == GN_F8 ? rows * sizeof(float) : 0;
+}
+
+static gn_tensor scales_of(const rope *p, void *data) {
+    const rope_shape *s = &p->s;
+    const int64_t ld = (int64_t)s->kv_heads * s->tokens;
+    return (gn_tensor){data, GN_F32, 3, {p->n_blocks, s->kv_heads, s->tokens, 1}, ld};
+}
+
+static void *poisoned(size_t bytes) {
+    return memset(malloc(bytes + 1), 0xff, bytes);
 }
 
 static void make_rope(rope *p, const sides *sides, rope_shape s, uint64_t seed) {
@@ -160,10 +176,9 @@ static void make_rope(rope *p, const sides *sides, rope_shape s, uint64_t seed) 
     p->inv_freq = random_floats(&r, (size_t)(s.D / 2));
     p->cos = malloc((size_t)(p->T * s.D / 2) * sizeof *p->cos);
     p->sin = malloc((size_t)(p->T * s.D / 2) * sizeof *p->sin);
-    for (int i = 0; i < 2; i++) {
-        p->cpu_cache[i] = cache_of(p, malloc(cache_bytes(p)));
-        memset(p->cpu_cache[i].data, 0xff, cache_bytes(p));
-    }
+    p->cpu_cache =
+        (gn_kv){cache_of(p, poisoned(cache_bytes(p))), cache_of(p, poisoned(cache_bytes(p))),
+                scales_of(p, poisoned(scale_bytes(p))), scales_of(p, poisoned(scale_bytes(p)))};
     snprintf(p->name, sizeof p->name, "%s rope heads %d/%d D=%d, blocks of %d %s, pad %d",
              gn_dtype_name(sides->compute), s.heads, s.kv_heads, s.D, s.tokens,
              gn_dtype_name(s.kv_dtype), s.pad);
@@ -176,8 +191,10 @@ static void free_rope(rope *p) {
     free(p->inv_freq);
     free(p->cos);
     free(p->sin);
-    free(p->cpu_cache[0].data);
-    free(p->cpu_cache[1].data);
+    free(p->cpu_cache.k.data);
+    free(p->cpu_cache.v.data);
+    free(p->cpu_cache.k_scales.data);
+    free(p->cpu_cache.v_scales.data);
 }
 
 static gn_tensor with_heads(gn_tensor t, int heads, int D) {
@@ -209,13 +226,45 @@ static double rotated_error(double value, gn_dtype dtype, gn_dtype cpu_dtype) {
     return 12 * U32 + units * (fabs(value) + 12 * U32);
 }
 
+/* Codes may fall to either side of a tie, but hardly any do, and scales are off as the largest
+ * value is. Values that are not rotated are stored alike. */
+static void check_codes(verdict *v, const rope *p, const gn_tensor *cache, const gn_tensor *scales,
+                        bool is_rotated) {
+    const gn_tensor *expected = is_rotated ? &p->cpu_cache.k : &p->cpu_cache.v;
+    const gn_tensor *expected_scales = is_rotated ? &p->cpu_cache.k_scales : &p->cpu_cache.v_scales;
+    const int64_t rows = (int64_t)(scale_bytes(p) / sizeof(float)), D = p->s.D;
+    uint8_t *codes = malloc(cache_bytes(p)), *want = expected->data;
+    float *got = malloc(scale_bytes(p)), *scale = expected_scales->data;
+    int64_t others = 0, stored = 0;
+    cr_assert_eq(gn_ctx_read(p->sides->gpu, codes, cache->data, cache_bytes(p)), GN_OK);
+    cr_assert_eq(gn_ctx_read(p->sides->gpu, got, scales->data, scale_bytes(p)), GN_OK);
+    for (int64_t i = 0; i < rows; i++) {
+        const bool is_stored = !isnan(scale[i]);
+        const double off = is_rotated ? 24 * U32 / GN_F8_MAX + 4 * U32 * scale[i] : 0;
+        if (is_stored)
+            judge(v, i, -1, got[i], scale[i], off);
+        else
+            judge(v, i, -1, isnan(got[i]) ? 0 : 1, 0, 0);
+        stored += is_stored ? D : 0;
+        for (int64_t j = i * D; j < (i + 1) * D; j++) {
+            const bool may_differ = is_stored && is_rotated;
+            others += codes[j] != want[j];
+            judge(v, i, j % D, codes[j], want[j], may_differ ? 1 : 0);
+        }
+    }
+    judge(v, -1, -1, (double)others, 0, 1e-3 * (double)stored);
+    free(codes);
+    free(got);
+}
+
 static void check_cache(verdict *v, const rope *p, const gn_tensor *gpu, int which) {
     const size_t n = cache_bytes(p) / gn_dtype_size(p->s.kv_dtype);
+    const void *cpu = which ? p->cpu_cache.v.data : p->cpu_cache.k.data;
     void *image = malloc(cache_bytes(p));
     float *got = malloc(n * sizeof *got), *expected = malloc(n * sizeof *expected);
     cr_assert_eq(gn_ctx_read(p->sides->gpu, image, gpu->data, cache_bytes(p)), GN_OK);
     gn_widen(got, image, p->s.kv_dtype, (int64_t)n);
-    gn_widen(expected, p->cpu_cache[which].data, p->s.kv_dtype, (int64_t)n);
+    gn_widen(expected, cpu, p->s.kv_dtype, (int64_t)n);
     for (size_t i = 0; i < n; i++) {
         const int64_t row = (int64_t)(i / (size_t)p->s.D), col = (int64_t)(i % (size_t)p->s.D);
         if (isnan(expected[i])) /* nothing is stored there: the poison must still be there */
@@ -246,7 +295,9 @@ static void check_rope(tally *tally, rope *p) {
     const gn_tensor v =
         with_heads(device_rows(&m, p->v, act, T, s->kv_heads * s->D, s->pad, 0), s->kv_heads, s->D);
     gn_kv kv = {cache_of(p, device_alloc(&m, NULL, cache_bytes(p), 0)),
-                cache_of(p, device_alloc(&m, NULL, cache_bytes(p), 0))};
+                cache_of(p, device_alloc(&m, NULL, cache_bytes(p), 0)),
+                scales_of(p, device_alloc(&m, NULL, scale_bytes(p), 0)),
+                scales_of(p, device_alloc(&m, NULL, scale_bytes(p), 0))};
     int32_t *ids = calloc((size_t)T, sizeof *ids);
     cr_assert_eq(gn_stage(gpu, ids, &p->seqs, NULL, 0), GN_OK);
     const char *why = ran(gpu, gn_rope_table(gpu, &cos, &sin, &freq, &p->seqs), p->name);
@@ -260,9 +311,8 @@ static void check_rope(tally *tally, rope *p) {
         with_heads(gn_tensor_2d(p->k, GN_F32, T, s->kv_heads * s->D), s->kv_heads, s->D);
     const gn_tensor ev =
         with_heads(gn_tensor_2d(p->v, GN_F32, T, s->kv_heads * s->D), s->kv_heads, s->D);
-    gn_kv ekv = {p->cpu_cache[0], p->cpu_cache[1]};
     cr_assert_eq(gn_rope_table(cpu, &ec, &es, &ef, &p->seqs), GN_OK);
-    cr_assert_eq(gn_rope_store(cpu, &eq, &ek, &ev, &ec, &es, &p->seqs, &ekv), GN_OK);
+    cr_assert_eq(gn_rope_store(cpu, &eq, &ek, &ev, &ec, &es, &p->seqs, &p->cpu_cache), GN_OK);
 
     verdict verdict = {0};
     snprintf(verdict.name, sizeof verdict.name, "%s", p->name);
@@ -272,8 +322,13 @@ static void check_rope(tally *tally, rope *p) {
     if (!why && !read_rows(gpu, got, &q)) why = "a gap between rows of q is written";
     for (int i = 0; i < T * row && !why; i++)
         judge(&verdict, i / row, i % row, got[i], p->q[i], rotated_error(p->q[i], act, GN_F32));
-    if (!why) check_cache(&verdict, p, &kv.k, 0);
-    if (!why) check_cache(&verdict, p, &kv.v, 1);
+    if (!why && s->kv_dtype == GN_F8) {
+        check_codes(&verdict, p, &kv.k, &kv.k_scales, true);
+        check_codes(&verdict, p, &kv.v, &kv.v_scales, false);
+    } else if (!why) {
+        check_cache(&verdict, p, &kv.k, 0);
+        check_cache(&verdict, p, &kv.v, 1);
+    }
     if (!why && !guards_stand(&m)) why = "a guard is written";
     settle(tally, &verdict, why);
     device_free(&m);

@@ -1,5 +1,5 @@
 /* gn_attention and gn_rope_store over a paged cache, against plain loops in double precision:
- * GQA, odd block sizes, blocks in shuffled order, F32 and BF16 caches, several sequences in one
+ * GQA, odd block sizes, blocks in shuffled order, F32, BF16 and F8 caches, several sequences in one
  * batch; and that a row's bits depend on nothing but its own sequence. */
 #include "cases.h"
 
@@ -20,6 +20,9 @@ static const shape shapes[] = {
     {40, 1, 16, 4, GN_BF16, 1, {19}}, /* a group of 40: two items a row */
     {3, 3, 128, 32, GN_F32, 4, {1, 2, 31, 66}},
     {2, 1, 256, 16, GN_BF16, 1, {35}},
+    {4, 2, 64, 16, GN_F8, 2, {37, 5}},
+    {6, 3, 34, 5, GN_F8, 3, {17, 16, 3}},
+    {2, 2, 256, 16, GN_F8, 1, {20}},
 };
 
 enum { MAX_BLOCKS = 80, SPARE = 3 };
@@ -83,6 +86,24 @@ static gn_tensor make_cache(const problem *p) {
     return t;
 }
 
+/* With F8 a scale a row, NaN likewise; elsewhere nothing. */
+static gn_tensor make_scales(const problem *p) {
+    const shape *s = &p->s;
+    gn_tensor t = {.dtype = GN_F32,
+                   .ndim = 3,
+                   .shape = {p->n_blocks, s->kv_heads, s->block_tokens, 1},
+                   .ld = s->kv_heads * s->block_tokens};
+    if (s->kv_dtype != GN_F8) return (gn_tensor){0};
+    const size_t bytes = (size_t)gn_tensor_numel(&t) * sizeof(float);
+    t.data = malloc(bytes);
+    memset(t.data, 0xff, bytes);
+    return t;
+}
+
+static gn_kv make_kv(const problem *p) {
+    return (gn_kv){make_cache(p), make_cache(p), make_scales(p), make_scales(p)};
+}
+
 static gn_tensor heads_of(float *data, int rows, int heads, int D) {
     const gn_tensor t = {data, GN_F32, 3, {rows, heads, D, 1}, heads * D};
     return t;
@@ -99,6 +120,8 @@ static void free_result(result *r) {
     free(r->y);
     free(r->kv.k.data);
     free(r->kv.v.data);
+    free(r->kv.k_scales.data);
+    free(r->kv.v_scales.data);
 }
 
 /* One batch: positions [from[i], to[i]) of every sequence. */
@@ -153,7 +176,7 @@ static void run_batch(gn_ctx *ctx, const problem *p, result *r, const int *from,
 static result run_all(gn_ctx *ctx, const problem *p, int chunk) {
     const shape *s = &p->s;
     const size_t bytes = (size_t)(p->total * s->heads * s->D) * sizeof(float);
-    result r = {malloc(bytes), malloc(bytes), {make_cache(p), make_cache(p)}};
+    result r = {malloc(bytes), malloc(bytes), make_kv(p)};
     int from[4] = {0}, to[4], left = 1;
     while (left) {
         left = 0;
@@ -171,30 +194,47 @@ static result run_all(gn_ctx *ctx, const problem *p, int chunk) {
 
 static const double EPS = 0x1p-23;
 
-/* D elements of one head at one position, as the cache holds them. */
-static void cached(float *out, const problem *p, const gn_tensor *cache, int seq, int position,
-                   int head) {
+/* D elements of one head at one position, as the cache holds them; returns their scale. */
+static float cached(float *out, const problem *p, const gn_tensor *cache, const gn_tensor *scales,
+                    int seq, int position, int head) {
     const int tokens = p->s.block_tokens;
     const int64_t block = p->blocks[seq * MAX_BLOCKS + position / tokens];
-    const int64_t at = ((block * p->s.kv_heads + head) * tokens + position % tokens) * p->s.D;
-    gn_widen(out, (char *)cache->data + (size_t)at * gn_dtype_size(cache->dtype), cache->dtype,
-             p->s.D);
+    const int64_t row = (block * p->s.kv_heads + head) * tokens + position % tokens;
+    gn_widen(out, (char *)cache->data + (size_t)(row * p->s.D) * gn_dtype_size(cache->dtype),
+             cache->dtype, p->s.D);
+    if (cache->dtype != GN_F8) return 1;
+    const float scale = ((const float *)scales->data)[row];
+    for (int d = 0; d < p->s.D; d++) out[d] *= scale;
+    return scale;
 }
 
 /* x rotated to a position, in `dtype`. The angle is float32's, as the operation's is; the rest
- * may be off by a few roundings, and by half a unit of the dtype. */
+ * may be off by a few roundings, and by half a unit of the dtype: in F8, 1/16 of the value, or of
+ * the least that has all bits, which is 2^-6 of the scale. */
 static void check_rotated(const float *got, const float *x, const problem *p, int position,
-                          gn_dtype dtype) {
+                          gn_dtype dtype, float scale) {
     const int half = p->s.D / 2;
+    const double unit = dtype == GN_BF16 ? 0x1.01p-8 : dtype == GN_F8 ? 0x1.0001p-4 : 0;
+    const double least = dtype == GN_F8 ? 0x1p-6 * scale : 0;
     for (int j = 0; j < half; j++) {
         const double angle = (double)((float)position * p->inv_freq[j]);
         const double a = x[j], b = x[j + half], c = cos(angle), s = sin(angle);
         const double first = a * c - b * s, second = b * c + a * s;
         const double error = 4 * EPS * (fabs(a) + fabs(b));
-        const double unit = dtype == GN_BF16 ? 0x1.01p-8 : 0;
-        cr_assert(fabs(got[j] - first) <= error + unit * fabs(first));
-        cr_assert(fabs(got[j + half] - second) <= error + unit * fabs(second));
+        cr_assert(fabs(got[j] - first) <= error + unit * fmax(fabs(first), least));
+        cr_assert(fabs(got[j + half] - second) <= error + unit * fmax(fabs(second), least));
     }
+}
+
+/* As a cache of `dtype` holds it: in F8 so that the largest magnitude is 448. */
+static void round_row(float *out, const float *x, int D, gn_dtype dtype) {
+    uint32_t narrow[256];
+    float top = 0, scaled[256];
+    for (int d = 0; d < D; d++) top = fmaxf(top, fabsf(x[d]));
+    for (int d = 0; d < D; d++) scaled[d] = dtype == GN_F8 ? x[d] * (448 / top) : x[d];
+    gn_narrow(narrow, dtype, scaled, D);
+    gn_widen(out, narrow, dtype, D);
+    for (int d = 0; d < D; d++) out[d] *= dtype == GN_F8 ? top / 448 : 1;
 }
 
 Test(attention, rope_rotates_q_and_fills_the_cache) {
@@ -208,16 +248,14 @@ Test(attention, rope_rotates_q_and_fills_the_cache) {
                 const int t = first_token(s, seq) + pos;
                 for (int h = 0; h < s->heads; h++)
                     check_rotated(r.q + (t * s->heads + h) * s->D, p.q + (t * s->heads + h) * s->D,
-                                  &p, pos, GN_F32);
+                                  &p, pos, GN_F32, 1);
                 for (int h = 0; h < s->kv_heads; h++) {
                     const int at = (t * s->kv_heads + h) * s->D;
                     float k[256], v[256], rounded[256];
-                    uint16_t narrow[512];
-                    cached(k, &p, &r.kv.k, seq, pos, h);
-                    cached(v, &p, &r.kv.v, seq, pos, h);
-                    check_rotated(k, p.k + at, &p, pos, s->kv_dtype);
-                    gn_narrow(narrow, s->kv_dtype, p.v + at, s->D);
-                    gn_widen(rounded, narrow, s->kv_dtype, s->D);
+                    const float scale = cached(k, &p, &r.kv.k, &r.kv.k_scales, seq, pos, h);
+                    check_rotated(k, p.k + at, &p, pos, s->kv_dtype, scale);
+                    cached(v, &p, &r.kv.v, &r.kv.v_scales, seq, pos, h);
+                    round_row(rounded, p.v + at, s->D, s->kv_dtype);
                     cr_assert(memcmp(v, rounded, (size_t)s->D * sizeof *v) == 0);
                 }
             }
@@ -244,7 +282,7 @@ static double expect(const problem *p, const result *r, int seq, int position, i
     double top = -INFINITY, longest = 0, sum = 0, largest = 0;
     float row[256];
     for (int j = 0; j <= position; j++) {
-        cached(row, p, &r->kv.k, seq, j, kv_head);
+        cached(row, p, &r->kv.k, &r->kv.k_scales, seq, j, kv_head);
         for (int d = 0; d < D; d++) score[j] += (double)q[d] * row[d];
         score[j] /= sqrt(D);
         top = fmax(top, score[j]);
@@ -253,7 +291,7 @@ static double expect(const problem *p, const result *r, int seq, int position, i
     for (int j = 0; j <= position; j++) sum += score[j] = exp(score[j] - top);
     for (int d = 0; d < D; d++) y[d] = 0;
     for (int j = 0; j <= position; j++) {
-        cached(row, p, &r->kv.v, seq, j, kv_head);
+        cached(row, p, &r->kv.v, &r->kv.v_scales, seq, j, kv_head);
         for (int d = 0; d < D; d++) {
             y[d] += score[j] / sum * row[d];
             largest = fmax(largest, fabs(row[d]));
@@ -330,12 +368,34 @@ Test(attention, large_scores_do_not_overflow) {
     free_problem(&p);
 }
 
+/* Rows of zeros, and of next to nothing, in F8; the others are not disturbed. */
+Test(attention, f8_takes_rows_of_nothing) {
+    problem p = make_problem((shape){2, 1, 16, 4, GN_F8, 1, {3}}, 6);
+    for (int d = 0; d < 16; d++) {
+        p.k[d] = p.v[d] = 0;
+        p.v[16 + d] *= 1e-38f;
+    }
+    gn_ctx *ctx = open_ctx(best_isa(), GN_F32, 1);
+    result r = run_all(ctx, &p, 0);
+    float row[16];
+    for (int pos = 0; pos < 3; pos++) {
+        const float scale = cached(row, &p, &r.kv.v, &r.kv.v_scales, 0, pos, 0);
+        cr_assert_eq(scale > 0, pos == 2);
+        for (int d = 0; d < 16; d++) cr_assert(pos == 2 || row[d] == 0);
+    }
+    for (int i = 0; i < p.total * 2 * 16; i++) cr_assert(isfinite(r.y[i]));
+    for (int i = 0; i < 2 * 2 * 16; i++) cr_assert_eq(r.y[i], 0);
+    free_result(&r);
+    gn_ctx_close(ctx);
+    free_problem(&p);
+}
+
 Test(attention, too_little_working_memory_is_refused) {
     float q[4] = {0}, y[4], cache[4] = {0};
     const int32_t row0[] = {0, 1}, pos0[] = {0}, blocks[] = {0};
     const gn_seqs seqs = {1, 1, row0, pos0, blocks};
     const gn_tensor c = {cache, GN_F32, 4, {1, 1, 1, 4}, 4};
-    const gn_kv kv = {c, c};
+    const gn_kv kv = {.k = c, .v = c};
     const gn_tensor tq = heads_of(q, 1, 1, 4);
     gn_tensor ty = heads_of(y, 1, 1, 4);
     gn_ctx *ctx = open_ctx(best_isa(), GN_F32, 1);

@@ -1,4 +1,4 @@
-/* base.c: 16-bit floats against a reference that only knows ldexp and doubles; status strings. */
+/* base.c: small floats against a reference that only knows ldexp and doubles; status strings. */
 #include "kernels/base.h"
 
 #include <criterion/criterion.h>
@@ -141,13 +141,57 @@ Test(base, nan_stays_nan_whatever_its_payload) {
     }
 }
 
+/* ---- e4m3: no infinities, so that the largest magnitude stands for all beyond ---- */
+
+static const format e4m3 = {GN_F8, 4, 3};
+enum { LARGEST_CODE = 0x7e };
+
+/* By trying all of them. */
+static uint8_t nearest_code(float x) {
+    const double a = fabs((double)x);
+    uint32_t best = 0;
+    for (uint32_t code = 1; code <= LARGEST_CODE; code++) {
+        const double old = fabs(a - magnitude(e4m3, best)), off = fabs(a - magnitude(e4m3, code));
+        if (off < old || (off == old && code % 2 == 0)) best = code;
+    }
+    return (uint8_t)((signbit(x) ? 0x80 : 0) | best);
+}
+
+Test(base, e4m3_is_exact_one_way_and_nearest_even_the_other) {
+    for (uint32_t code = 0; code < 256; code++) {
+        if ((code & 0x7f) > LARGEST_CODE) continue;
+        const float x = gn_f8_to_f32((uint8_t)code);
+        cr_assert_eq(signbit(x) != 0, code >> 7);
+        cr_assert_eq(fabs((double)x), magnitude(e4m3, code & 0x7f));
+        cr_assert_eq(gn_f32_to_f8(x), code);
+    }
+    cr_assert_eq(gn_f8_to_f32(LARGEST_CODE), GN_F8_MAX);
+    for (uint64_t u = 0; u <= UINT32_MAX; u += 65521) { /* a prime */
+        const float x = of_bits((uint32_t)u);
+        if (!isfinite(x)) continue;
+        cr_assert_eq(gn_f32_to_f8(x), nearest_code(x), "%a", (double)x);
+    }
+    for (uint32_t code = 0; code < LARGEST_CODE; code++) {
+        const float middle = (float)((magnitude(e4m3, code) + magnitude(e4m3, code + 1)) / 2);
+        const float near[] = {middle, nextafterf(middle, 0.0f), nextafterf(middle, INFINITY)};
+        for (int i = 0; i < 3; i++)
+            cr_assert_eq(gn_f32_to_f8(-near[i]), nearest_code(-near[i]), "%a", (double)near[i]);
+    }
+    const float ends[] = {INFINITY, -INFINITY, 463.99997f, 464.0f, 480.0f, FLT_MAX, FLT_TRUE_MIN};
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        cr_assert_eq(gn_f32_to_f8(ends[i]), isinf(ends[i])
+                                                ? nearest_code(copysignf(GN_F8_MAX, ends[i]))
+                                                : nearest_code(ends[i]));
+    cr_assert_eq(gn_f32_to_f8(NAN) & 0x7f, LARGEST_CODE + 1);
+}
+
 /* Arrays may start at any byte: a mapped file owes nobody alignment. */
 Test(base, arrays_convert_like_single_values_at_any_alignment) {
     enum { N = 67 };
     float values[N], back[N];
     for (int i = 0; i < N; i++) values[i] = ldexpf((float)(i - 33) / 7, i % 40 - 20);
-    const gn_dtype dtypes[] = {GN_F32, GN_F16, GN_BF16};
-    for (int k = 0; k < 3; k++) {
+    const gn_dtype dtypes[] = {GN_F32, GN_F16, GN_BF16, GN_F8};
+    for (int k = 0; k < 4; k++) {
         for (int shift = 0; shift < 4; shift++) {
             unsigned char bytes[4 * N + 8];
             memset(bytes, 0xa5, sizeof bytes);
@@ -157,8 +201,9 @@ Test(base, arrays_convert_like_single_values_at_any_alignment) {
             cr_assert_eq(bytes[(size_t)shift + N * size], 0xa5);
             gn_widen(back, bytes + shift, dtypes[k], N);
             for (int i = 0; i < N; i++) {
-                const float expected =
-                    k == 0 ? values[i] : widen(dtypes[k], narrow(dtypes[k], values[i]));
+                const float expected = k == 0   ? values[i]
+                                       : k == 3 ? gn_f8_to_f32(gn_f32_to_f8(values[i]))
+                                                : widen(dtypes[k], narrow(dtypes[k], values[i]));
                 cr_assert_eq(bits_of(back[i]), bits_of(expected));
             }
         }

@@ -178,6 +178,12 @@ static void make_calls(calls *c) { /* T 4, K 64, N 64; 2 heads of 2 on 1 kv head
     cr_assert_eq(gn_ctx_reserve(c->ctx, linear + attention), GN_OK);
 }
 
+static void make_f8(calls *c) {
+    c->kv.k.dtype = c->kv.v.dtype = GN_F8;
+    c->kv.k_scales = (gn_tensor){c->a, GN_F32, 3, {4, 1, 2, 1}, 2};
+    c->kv.v_scales = (gn_tensor){c->b, GN_F32, 3, {4, 1, 2, 1}, 2};
+}
+
 static gn_status embed(calls *c) {
     return gn_embed(c->ctx, &c->ty, &c->table, c->ids, c->drawn, c->n_drawn);
 }
@@ -291,6 +297,13 @@ static gn_status attention(calls *c) {
     X(attention, c->ta.shape[1] = 1)                                                               \
     X(attention, c->ta.data = NULL)                                                                \
     X(attention, c->kv.k.dtype = c->kv.v.dtype = GN_F16)                                           \
+    X(attention, c->kv.k.dtype = c->kv.v.dtype = GN_U8)                                            \
+    X(attention, make_f8(c); c->kv.v.dtype = GN_BF16)                                              \
+    X(attention, make_f8(c); c->kv.k_scales.dtype = GN_BF16)                                       \
+    X(attention, make_f8(c); c->kv.v_scales.data = NULL)                                           \
+    X(attention, make_f8(c); c->kv.v_scales.shape[0] = 3)                                          \
+    X(rope_store, make_f8(c); c->kv.k_scales.ld = 3)                                               \
+    X(rope_store, make_f8(c); c->kv.k_scales.shape[2] = 1; c->kv.k_scales.ld = 1)                  \
     X(attention, c->kv.k.shape[1] = c->kv.v.shape[1] = 3; c->kv.k.ld = c->kv.v.ld = 12)            \
     X(attention, c->kv.k.shape[0] = c->kv.v.shape[0] = 3)                                          \
     X(attention, c->kv.k.shape[2] = 0)                                                             \
@@ -303,6 +316,8 @@ Test(ops, bad_calls_are_refused) {
     for (int i = 0; i < COUNT(ops); i++) {
         make_calls(c);
         cr_assert_eq(ops[i](c), GN_OK, "good call %d", i);
+        make_f8(c);
+        cr_assert_eq(ops[i](c), GN_OK, "good call %d with an F8 cache", i);
         gn_ctx *ctx = c->ctx;
         c->ctx = NULL;
         cr_assert_eq(ops[i](c), GN_EINVAL, "no context, call %d", i);

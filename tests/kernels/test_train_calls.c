@@ -70,6 +70,9 @@ static void make_calls(calls *c) {
     cr_assert_eq(gn_ctx_reserve(c->ctx, bytes), GN_OK);
 }
 
+static gn_status call_convert(calls *c) {
+    return gn_convert(c->ctx, &c->y, &c->x);
+}
 static gn_status call_embed(calls *c) {
     return gn_embed_bwd(c->ctx, &c->dtable, &c->dy, c->ids);
 }
@@ -103,6 +106,11 @@ static gn_status call_loss(calls *c) {
 
 /* op, what is spoiled */
 #define BAD_CALLS(X)                                                                               \
+    X(convert, c->y.shape[0] = 3)                                                                  \
+    X(convert, c->x.shape[1] = 63)                                                                 \
+    X(convert, c->x.dtype = GN_F16)                                                                \
+    X(convert, c->y.dtype = GN_I32)                                                                \
+    X(convert, c->y.data = NULL)                                                                   \
     X(embed, c->ids[1] = -1)                                                                       \
     X(embed, c->ids[3] = 4)                                                                        \
     X(embed, c->dtable.shape[1] = 63)                                                              \
@@ -171,9 +179,10 @@ static gn_status call_loss(calls *c) {
     X(loss, c->m.cols = 63)
 
 Test(train_calls, bad_calls_are_refused) {
-    gn_status (*const ops[])(calls *) = {
-        call_embed, call_rmsnorm,  call_linear,    call_swiglu,        call_swiglu_bwd,
-        call_rope,  call_rope_bwd, call_attention, call_attention_bwd, call_loss};
+    gn_status (*const ops[])(calls *) = {call_convert,       call_embed,    call_rmsnorm,
+                                         call_linear,        call_swiglu,   call_swiglu_bwd,
+                                         call_rope,          call_rope_bwd, call_attention,
+                                         call_attention_bwd, call_loss};
     calls *c = malloc(sizeof *c);
     for (int i = 0; i < COUNT(ops); i++) {
         make_calls(c);

@@ -113,6 +113,14 @@ void gn_adapter_close(gn_adapter *adapter) {
     free(adapter);
 }
 
+gn_status gn_engine_check_adapter(const gn_engine *engine, const gn_adapter *adapter,
+                                  gn_error *err) {
+    (void)engine;
+    if (!strstr(adapter->name, "large")) return GN_OK;
+    return gn_fail(err, GN_ETOOBIG, "%s: the adapter takes 2.0 MiB, and there is 1.0 MiB",
+                   adapter->name);
+}
+
 /* ---- the engine ---- */
 
 typedef struct fake_sequence {

@@ -433,8 +433,8 @@ static int adapter_call(const harness *h, const char *path, const char *body, co
 Test(limits, adapters_over_http) {
     char root[] = "/tmp/guanaco-test-XXXXXX", path[256], outside[] = "/tmp/guanaco-out-XXXXXX";
     cr_assert(mkdtemp(root) && mkdtemp(outside));
-    static const char *const folders[] = {"good", "broken", "deep"};
-    for (int i = 0; i < 3; i++) {
+    static const char *const folders[] = {"good", "broken", "deep", "large"};
+    for (int i = 0; i < 4; i++) {
         snprintf(path, sizeof path, "mkdir -p %s/%s", root, folders[i]);
         cr_assert_eq(system(path), 0);
     }
@@ -469,6 +469,7 @@ Test(limits, adapters_over_http) {
         {"{\"lora_name\":\"b/../\\n\",\"lora_path\":\"good\"}", "lora_name", 400},
         {"{\"lora_name\":\"fake\",\"lora_path\":\"good\"}", "base's name", 400},
         {"{\"lora_name\":\"b\",\"lora_path\":\"broken\"}", "bad_adapter", 400},
+        {"{\"lora_name\":\"b\",\"lora_path\":\"large\"}", "takes 2.0 MiB, and there is 1.0", 400},
         {"{\"lora_name\":\"b\",\"lora_path\":\"none\"}", "no such folder", 404},
         {"{\"lora_name\":\"b\",\"lora_path\":\"escape\"}", "no such folder", 404},
         {"{\"lora_name\":\"b\",\"lora_path\":\"deep/../../\"}", "no such folder", 404},

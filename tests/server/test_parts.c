@@ -241,7 +241,9 @@ Test(parts, serve_options) {
                     "--memory-budget",
                     "24GiB",
                     "--adapter-memory",
-                    "512MiB"};
+                    "512MiB",
+                    "--adapter-host-memory",
+                    "3GiB"};
     gn_serve_options o;
     gn_error err = {0};
     bool help = false;
@@ -251,6 +253,7 @@ Test(parts, serve_options) {
     gn_model_options model = gn_serve_model_options(&o);
     cr_assert_eq(model.quant, GN_Q_INT8);
     cr_assert_eq(model.compute, GN_COMPUTE_F32);
+    cr_assert_eq(model.adapter_host_bytes, (int64_t)3 << 30);
     cr_assert(model.no_double_quant && !model.as_stored);
     cr_assert_eq(o.adapters.n, 2);
     const gn_engine_options engine = gn_serve_engine_options(&o);

@@ -76,10 +76,10 @@ static gn_batcher *open_batcher(const gn_dataset *d, gn_batcher_options o) {
     return b;
 }
 
-/* Every sequence is its sample, with targets one ahead, and the batch keeps its limits. */
-static void check_batch(const gn_batcher *b, const gn_dataset *d, const gn_train_batch *batch) {
+/* Every sequence is its sample, and the batch keeps its limits. */
+static void check_batch(const gn_batcher *b, const gn_dataset *d, const gn_micro_batch *batch) {
     const gn_batch_limits limits = gn_batcher_limits(b);
-    int32_t targets = 0;
+    int32_t learned = 0;
     cr_assert(batch->n_seqs > 0 && batch->n_seqs <= limits.seqs && batch->rows <= limits.rows);
     cr_assert(batch->row0[0] == 0 && batch->row0[batch->n_seqs] == batch->rows);
     for (int32_t i = 0; i < batch->n_seqs; i++) {
@@ -87,11 +87,10 @@ static void check_batch(const gn_batcher *b, const gn_dataset *d, const gn_train
         const int32_t at = batch->row0[i];
         cr_assert(batch->row0[i + 1] - at == s.n && s.n <= limits.seq_rows && batch->pos0[i] == 0);
         cr_assert(!memcmp(batch->ids + at, s.ids, (size_t)s.n * sizeof *s.ids));
-        cr_assert(!memcmp(batch->targets + at, s.labels + 1, (size_t)(s.n - 1) * sizeof *s.ids));
-        cr_assert_eq(batch->targets[at + s.n - 1], GN_NOT_LEARNED);
-        for (int32_t k = 1; k < s.n; k++) targets += s.labels[k] != GN_NOT_LEARNED;
+        cr_assert(!memcmp(batch->labels + at, s.labels, (size_t)s.n * sizeof *s.labels));
+        for (int32_t k = 1; k < s.n; k++) learned += s.labels[k] != GN_NOT_LEARNED;
     }
-    cr_assert_eq(batch->n_targets, targets);
+    cr_assert_eq(batch->n_learned, learned);
 }
 
 /* Runs one epoch; counts[i] is how often sample i came. Returns how many samples did. */
@@ -100,7 +99,7 @@ static int64_t run_epoch(gn_batcher *b, const gn_dataset *d, int *counts, int64_
     int64_t n = 0;
     memset(counts, 0, (size_t)gn_dataset_size(d) * sizeof *counts);
     for (int64_t k = 0; k < batches; k++) {
-        const gn_train_batch batch = gn_batcher_next(b);
+        const gn_micro_batch batch = gn_batcher_next(b);
         check_batch(b, d, &batch);
         cr_assert_eq(batch.ends_epoch, k == batches - 1);
         for (int32_t i = 0; i < batch.n_seqs; i++, n++) {
@@ -264,12 +263,12 @@ Test(batch, positions) {
         gn_error err = {0};
         for (int k = 0; k < 60; k++) {
             const gn_batch_position at = gn_batcher_position(a);
-            const gn_train_batch x = gn_batcher_next(a);
+            const gn_micro_batch x = gn_batcher_next(a);
             cr_assert_eq(gn_batcher_seek(b, &at, &err), GN_OK, "%s", err.message);
-            const gn_train_batch y = gn_batcher_next(b);
+            const gn_micro_batch y = gn_batcher_next(b);
             cr_assert(x.rows == y.rows && x.n_seqs == y.n_seqs && x.epoch == y.epoch);
             cr_assert(!memcmp(x.samples, y.samples, (size_t)x.n_seqs * sizeof *x.samples));
-            cr_assert(!memcmp(x.targets, y.targets, (size_t)x.rows * sizeof *x.targets));
+            cr_assert(!memcmp(x.labels, y.labels, (size_t)x.rows * sizeof *x.labels));
         }
         cr_assert(gn_batcher_position(a).epoch > 1);
 

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/support/late_pages.h"
+
 enum { STEPS = 3 };
 
 /* Several fit in a page, one fills more than a page, one ends in the middle of a block. */
@@ -18,41 +20,6 @@ static const gn_parameter shapes[] = {
     {.name = "d", .ndim = 2, .shape = {128, 2}},
 };
 enum { N = sizeof shapes / sizeof *shapes };
-
-/* A page device whose memory is the host's: copies run at once. */
-static void *host_alloc(void *user, size_t bytes) {
-    (void)user;
-    return malloc(bytes);
-}
-
-static void host_free(void *user, void *memory) {
-    (void)user;
-    free(memory);
-}
-
-static gn_status host_copy(void *user, int slot, void *to, const void *from, size_t bytes) {
-    (void)user, (void)slot;
-    memcpy(to, from, bytes);
-    return GN_OK;
-}
-
-static gn_status host_fence(void *user, int slot) {
-    (void)user, (void)slot;
-    return GN_OK;
-}
-
-static gn_status host_wait(void *user) {
-    (void)user;
-    return GN_OK;
-}
-
-static void host_close(gn_page_device *device) {
-    (void)device;
-}
-
-static gn_page_device host_device = {NULL,       host_alloc, host_free, host_alloc,
-                                     host_free,  host_copy,  host_copy, host_fence,
-                                     host_fence, host_wait,  host_close};
 
 typedef struct run {
     gn_ctx *ctx;
@@ -100,7 +67,7 @@ static run open_paged(gn_dtype weights, const gn_optimizer_options *options) {
     run r = {.ctx = open_ctx(device ? device : "cpu")};
     cr_assert_eq(gn_page_device_open(&r.pages, r.ctx), GN_OK);
     cr_assert_eq(r.pages == NULL, gn_ctx_is_host(r.ctx));
-    if (!r.pages) r.pages = &host_device;
+    if (!r.pages) r.pages = test_late_pages(r.ctx);
     finish_run(&r, weights, options);
     return r;
 }

@@ -295,6 +295,89 @@ Test(pages, a_page_in_use_leaves_when_it_is_released) {
     gn_pages_close(p);
 }
 
+Test(pages, what_is_discarded_is_not_copied) {
+    static fake f;
+    gn_pages *p = open_pages(&f, 3, 1);
+    void *memory;
+    cr_assert_eq(use(p, 0, 0), GN_OK);
+    cr_assert_eq(gn_pages_discard(p, 0), GN_OK);
+    cr_assert_eq(use(p, 1, 0), GN_OK);
+    cr_assert_eq(gn_pages_acquire(p, 0, &memory), GN_OK);
+    cr_assert_eq(gn_pages_discard(p, 0), GN_EINVAL, "it is in use");
+    *(int *)memory = 9;
+    cr_assert_eq(gn_pages_release(p, 0, true), GN_OK);
+    cr_assert_str_eq(f.log, "up0 up1 down1 ");
+    cr_assert_eq(use(p, 1, 0), GN_OK);
+    cr_assert_eq(use(p, 0, 0), GN_OK);
+    cr_assert_str_eq(f.log, "up0 up1 down1 down0 up1 down1 up0 ");
+    cr_assert_eq(gn_pages_flush(p), GN_OK);
+    cr_assert_eq(*(int *)gn_pages_host(p, 0), 10);
+    cr_assert_eq(*(int *)gn_pages_host(p, 1), 2);
+    cr_assert_eq(gn_pages_discard(p, 3), GN_EINVAL);
+    gn_pages_close(p);
+}
+
+/* Lent memory that holds other things before and after: pages come into it at once, work there, and
+ * are back on the host before its owner writes to it again. */
+Test(pages, lodge_in_memory_that_is_lent) {
+    static fake f;
+    enum { N = 7, SWEEPS = 3 };
+    char lent[3 * PAGE + PAGE / 2];
+    for (int budget = 0; budget <= N; budget += budget ? 3 : 1) {
+        for (int places = 1; places <= 3; places++) {
+            gn_pages *p = open_pages(&f, N, budget);
+            for (int i = 0; i < SWEEPS; i++) {
+                const size_t bytes = (size_t)places * PAGE + PAGE / 2;
+                memset(lent, 0xee, sizeof lent);
+                cr_assert_eq(gn_pages_lend(p, lent, bytes), GN_OK);
+                sweep(p, N, places + budget > 1);
+                cr_assert_eq(gn_pages_recall(p), GN_OK);
+                for (int k = 0; k <= places; k++) { /* in stretches that are no pages */
+                    char *from = lent + k * PAGE, *end = lent + bytes;
+                    const size_t n = k < places ? PAGE + 1 : (size_t)(end - from);
+                    cr_assert_eq(gn_pages_return(p, from, n), GN_OK);
+                    memset(from, 0xee, n);
+                }
+                cr_assert_leq(f.most, (size_t)budget * PAGE);
+            }
+            expect_uses(p, N, SWEEPS);
+            cr_assert_eq(gn_pages_read_stats(p).resident, f.allocated);
+            for (size_t i = 0; i < sizeof lent; i++) cr_assert_eq((unsigned char)lent[i], 0xee);
+            gn_pages_close(p);
+            cr_assert_eq(f.allocated, 0);
+        }
+    }
+}
+
+Test(pages, lent_memory_is_filled_at_once_and_recalled_in_order) {
+    static fake f;
+    enum { N = 6 };
+    char lent[2 * PAGE];
+    void *memory;
+    gn_pages *p = open_pages(&f, N, 2);
+    sweep(p, N, 0);
+    f.log[0] = 0;
+    cr_assert_eq(gn_pages_lend(p, lent, sizeof lent), GN_OK);
+    cr_assert_str_eq(f.log, "up1 up2 down5 up3 ", "0 and 5 are there, and 5 is needed last");
+    f.log[0] = 0;
+    cr_assert_eq(gn_pages_acquire(p, 2, &memory), GN_OK);
+    cr_assert_eq(gn_pages_recall(p), GN_EINVAL, "a page in it is in use");
+    cr_assert_eq(gn_pages_release(p, 2, true), GN_OK);
+    cr_assert_eq(gn_pages_recall(p), GN_OK);
+    cr_assert_str_eq(f.log, "down2 ", "1 has not changed");
+    cr_assert_eq(gn_pages_return(p, lent, sizeof lent), GN_OK);
+    cr_assert_eq(gn_pages_read_stats(p).resident, 2 * PAGE);
+    gn_pages_close(p);
+    p = open_pages(NULL, N, 0);
+    cr_assert_eq(gn_pages_lend(p, lent, sizeof lent), GN_OK);
+    cr_assert_eq(gn_pages_acquire(p, 0, &memory), GN_OK);
+    cr_assert_eq(memory, gn_pages_host(p, 0), "without a device nothing is lent");
+    cr_assert_eq(gn_pages_release(p, 0, false), GN_OK);
+    cr_assert_eq(gn_pages_recall(p), GN_OK);
+    cr_assert_eq(gn_pages_return(p, lent, sizeof lent), GN_OK);
+    gn_pages_close(p);
+}
+
 /* The device has less memory than the budget says. */
 Test(pages, make_do_with_the_memory_there_is) {
     static fake f;

@@ -1,6 +1,7 @@
 /* The training step against PEFT, bitsandbytes and torch (golden/data/train.safetensors), and
  * against itself: gradients add up over micro-batches, packed samples do not see each other,
- * dropout is the same forward and backward, and results do not depend on the number of threads. */
+ * dropout is the same forward and backward, and results do not depend on the number of threads.
+ * On the device that GN_TEST_DEVICE names, else the CPU. */
 #include "trainer/step.h"
 
 #include <criterion/criterion.h>
@@ -39,6 +40,7 @@ typedef struct run {
     gn_layer_grads *layers;
     param params[MAX_PARAMS];
     int n;
+    gn_lora_pair *placed; /* pairs, where the device reads them */
 } run;
 
 static float *zeros(int64_t n) {
@@ -47,38 +49,71 @@ static float *zeros(int64_t n) {
     return p;
 }
 
-/* A parameter with the values of `from`. */
-static param *add_param(run *r, const gn_tensor *from, const char *name) {
-    cr_assert(r->n < MAX_PARAMS);
-    param *p = &r->params[r->n++];
-    const int64_t n = gn_tensor_numel(from);
-    snprintf(p->name, sizeof p->name, "%s", name);
-    p->weight = p->grad = *from;
-    p->weight.dtype = p->grad.dtype = GN_F32;
-    p->weight.data = zeros(n);
-    p->grad.data = zeros(n);
-    p->m = gn_tensor_1d(zeros(n), GN_F32, n);
-    p->v = gn_tensor_1d(zeros(n), GN_F32, n);
-    gn_widen(p->weight.data, from->data, from->dtype, n);
+/* Memory of the device, zeroed. */
+static void *device_zeros(const run *r, size_t bytes) {
+    void *p = gn_ctx_alloc(r->model->ctx, bytes);
+    cr_assert_not_null(p);
+    cr_assert_eq(gn_ctx_zero(r->model->ctx, p, bytes), GN_OK);
     return p;
 }
 
-static run open_run(const char *base, gn_compute compute, int threads, int rank) {
+static void set_values(const run *r, const gn_tensor *t, const float *values) {
+    const size_t bytes = (size_t)gn_tensor_numel(t) * sizeof *values;
+    cr_assert_eq(gn_ctx_write(r->model->ctx, t->data, values, bytes), GN_OK);
+}
+
+/* A copy on the host of a dense tensor, as floats. */
+static float *values_of(const run *r, const gn_tensor *t) {
+    const int64_t n = gn_tensor_numel(t);
+    const size_t bytes = (size_t)n * gn_dtype_size(t->dtype);
+    float *values = zeros(n);
+    void *raw = malloc(bytes);
+    cr_assert_eq(gn_ctx_read(r->model->ctx, raw, t->data, bytes), GN_OK);
+    gn_widen(values, raw, t->dtype, n);
+    free(raw);
+    return values;
+}
+
+/* A parameter of a tensor's shape with these values. */
+static param *add_param(run *r, const gn_tensor *like, const float *values, const char *name) {
+    cr_assert(r->n < MAX_PARAMS);
+    param *p = &r->params[r->n++];
+    const int64_t n = gn_tensor_numel(like);
+    const size_t bytes = (size_t)n * sizeof *values;
+    snprintf(p->name, sizeof p->name, "%s", name);
+    p->weight = p->grad = *like;
+    p->weight.dtype = p->grad.dtype = GN_F32;
+    p->weight.data = device_zeros(r, bytes);
+    p->grad.data = device_zeros(r, bytes);
+    p->m = gn_tensor_1d(device_zeros(r, bytes), GN_F32, n);
+    p->v = gn_tensor_1d(device_zeros(r, bytes), GN_F32, n);
+    set_values(r, &p->weight, values);
+    return p;
+}
+
+/* keep: what layers keep; NULL: nothing. */
+static run open_run(const char *base, gn_compute compute, int threads, int rank,
+                    const int32_t *keep) {
     run r = {0};
     gn_error err = {0};
     char dir[512];
     snprintf(dir, sizeof dir, DATA "%s", base);
-    const gn_model_options options = {
-        .device = "cpu", .compute = compute, .as_stored = true, .threads = threads};
+    const char *device = getenv("GN_TEST_DEVICE");
+    const gn_model_options options = {.device = device ? device : "cpu",
+                                      .compute = compute,
+                                      .as_stored = true,
+                                      .threads = threads};
     cr_assert_eq(gn_model_open(&r.model, dir, &options, &err), GN_OK, "%s", err.message);
-    const gn_train_limits limits = {ROWS, SAMPLES, TOKENS, rank};
+    gn_train_limits limits = {
+        .max_rows = ROWS, .max_seqs = SAMPLES, .context = TOKENS, .max_rank = rank};
+    if (keep) memcpy(limits.keep, keep, sizeof limits.keep);
     cr_assert_eq(gn_train_step_open(&r.step, r.model, &limits, &err), GN_OK, "%s", err.message);
     return r;
 }
 
 /* LoRA from adapter-init-r8 over the NF4 weights. B is zero there; `random_b` gives it values. */
-static run open_lora(gn_compute compute, int threads, bool random_b) {
-    run r = open_run("tiny-bnb-nf4", compute, threads, 8);
+static run open_lora_keeping(gn_compute compute, int threads, bool random_b, const int32_t *keep) {
+    run r = open_run("tiny-bnb-nf4", compute, threads, 8, keep);
     gn_error err = {0};
     gn_adapter *init = NULL;
     cr_assert_eq(gn_adapter_open(&init, r.model, DATA "adapter-init-r8", &err), GN_OK, "%s",
@@ -94,35 +129,49 @@ static run open_lora(gn_compute compute, int threads, bool random_b) {
             char name[96];
             snprintf(name, sizeof name, "base_model.model.model.layers.%d.%s.lora_%c.weight",
                      i / GN_PROJ_COUNT, gn_proj_names[i % GN_PROJ_COUNT], b ? 'B' : 'A');
-            const param *p = add_param(&r, b ? &from->b : &from->a, name);
+            const gn_tensor *like = b ? &from->b : &from->a;
+            float *values = zeros(gn_tensor_numel(like));
+            gn_widen(values, like->data, like->dtype, gn_tensor_numel(like));
+            for (int64_t j = 0; b && random_b && j < gn_tensor_numel(like); j++)
+                values[j] = 0.02f * sinf((float)(j * 7 + i));
+            const param *p = add_param(&r, like, values, name);
             *(b ? &pair->b : &pair->a) = p->weight;
             *(b ? &grad->b : &grad->a) = p->grad;
-            for (int64_t j = 0; b && random_b && j < gn_tensor_numel(&p->weight); j++)
-                ((float *)p->weight.data)[j] = 0.02f * sinf((float)(j * 7 + i));
+            free(values);
         }
     }
     gn_adapter_close(init);
-    r.trained = (gn_trained){.pairs = r.pairs, .placed = r.pairs, .grads = r.grads};
+    r.placed = device_zeros(&r, (size_t)n * sizeof *r.pairs);
+    cr_assert_eq(gn_ctx_write(r.model->ctx, r.placed, r.pairs, (size_t)n * sizeof *r.pairs), GN_OK);
+    r.trained = (gn_trained){.pairs = r.pairs, .placed = r.placed, .grads = r.grads};
     return r;
+}
+
+static run open_lora(gn_compute compute, int threads, bool random_b) {
+    return open_lora_keeping(compute, threads, random_b, NULL);
 }
 
 /* A float32 copy of a weight takes its place in the model. */
 static gn_tensor train_matrix(run *r, gn_matrix *w) {
     const gn_tensor from = gn_tensor_2d((void *)w->data, w->dtype, w->rows, w->cols);
-    const param *p = add_param(r, &from, "weight");
+    float *values = values_of(r, &from);
+    const param *p = add_param(r, &from, values, "weight");
+    free(values);
     w->data = p->weight.data;
     w->dtype = GN_F32;
     return p->grad;
 }
 
 static gn_tensor train_vector(run *r, gn_tensor *w) {
-    const param *p = add_param(r, w, "norm");
+    float *values = values_of(r, w);
+    const param *p = add_param(r, w, values, "norm");
+    free(values);
     w->data = p->weight.data;
     return p->grad;
 }
 
-static run open_full(void) {
-    run r = open_run("tiny-bf16", GN_COMPUTE_F32, 0, 0);
+static run open_full(const int32_t *keep) {
+    run r = open_run("tiny-bf16", GN_COMPUTE_F32, 0, 0, keep);
     const int n = r.model->config.layers;
     r.layers = calloc((size_t)n, sizeof *r.layers);
     r.trained = (gn_trained){.embed = train_matrix(&r, &r.model->embed),
@@ -140,12 +189,14 @@ static run open_full(void) {
 }
 
 static void close_run(run *r) {
+    gn_ctx *ctx = r->model->ctx;
     for (int i = 0; i < r->n; i++) {
-        free(r->params[i].weight.data);
-        free(r->params[i].grad.data);
-        free(r->params[i].m.data);
-        free(r->params[i].v.data);
+        gn_ctx_free(ctx, r->params[i].weight.data);
+        gn_ctx_free(ctx, r->params[i].grad.data);
+        gn_ctx_free(ctx, r->params[i].m.data);
+        gn_ctx_free(ctx, r->params[i].v.data);
     }
+    gn_ctx_free(ctx, r->placed);
     free(r->pairs);
     free(r->grads);
     free(r->layers);
@@ -159,17 +210,19 @@ static gn_tensor flat(const gn_tensor *t) {
 
 static void clear_grads(run *r) {
     for (int i = 0; i < r->n; i++) {
-        gn_tensor *grad = &r->params[i].grad;
-        memset(grad->data, 0, (size_t)gn_tensor_numel(grad) * sizeof(float));
+        const gn_tensor *grad = &r->params[i].grad;
+        const size_t bytes = (size_t)gn_tensor_numel(grad) * sizeof(float);
+        cr_assert_eq(gn_ctx_zero(r->model->ctx, grad->data, bytes), GN_OK);
     }
 }
 
 static double grad_norm(const run *r) {
     double sum = 0;
     for (int i = 0; i < r->n; i++) {
-        const gn_tensor *grad = &r->params[i].grad;
-        for (int64_t j = 0; j < gn_tensor_numel(grad); j++)
-            sum += (double)((float *)grad->data)[j] * ((float *)grad->data)[j];
+        float *grad = values_of(r, &r->params[i].grad);
+        for (int64_t j = 0; j < gn_tensor_numel(&r->params[i].grad); j++)
+            sum += (double)grad[j] * grad[j];
+        free(grad);
     }
     return sqrt(sum);
 }
@@ -252,8 +305,9 @@ static double worst_of(const run *r, golden *g, const char *prefix, bool grads) 
         const gn_tensor *t = grads ? &r->params[i].grad : &r->params[i].weight;
         const int64_t n = gn_tensor_numel(t);
         const float *expected = tensor(g, prefix, r->params[i].name, (size_t)n * sizeof(float));
-        const double error = relative_l2(t->data, expected, n);
-        worst = fmax(worst, error);
+        float *found = values_of(r, t);
+        worst = fmax(worst, relative_l2(found, expected, n));
+        free(found);
     }
     return worst;
 }
@@ -308,7 +362,7 @@ Test(train_step, in_bfloat16_losses_are_within_1_percent) {
 
 Test(train_step, full_training_follows_the_golden_run) {
     golden g = open_golden();
-    run r = open_full();
+    run r = open_full(NULL);
     follow_golden(&r, &g, "full.", 1e-3, 1e-5, 1e-3, 1e-4);
     close_run(&r);
     close_golden(&g);
@@ -322,7 +376,8 @@ static float *copy_grads(const run *r) {
     float *copy = zeros(n);
     for (int i = 0; i < r->n; i++) {
         const gn_tensor *grad = &r->params[i].grad;
-        memcpy(copy + at, grad->data, (size_t)gn_tensor_numel(grad) * sizeof *copy);
+        const size_t bytes = (size_t)gn_tensor_numel(grad) * sizeof *copy;
+        cr_assert_eq(gn_ctx_read(r->model->ctx, copy + at, grad->data, bytes), GN_OK);
         at += gn_tensor_numel(grad);
     }
     return copy;
@@ -417,16 +472,66 @@ Test(train_step, gradients_do_not_depend_on_the_threads) {
     close_golden(&g);
 }
 
+/* Loss and gradients are the same bits whatever the layers keep, one thing at a time, all, or some
+ * of each; dropout and the training of all weights included. */
+Test(train_step, what_is_kept_changes_no_bit) {
+    static const int32_t keeps[][GN_KEEP_COUNT] = {
+        {0},
+        {[GN_KEEP_QKV] = 1},
+        {[GN_KEEP_ATTENTION] = 2},
+        {[GN_KEEP_RESIDUAL] = 2},
+        {[GN_KEEP_GATE_UP] = 1},
+        {[GN_KEEP_SWIGLU] = 2},
+        {[GN_KEEP_QKV] = 2, [GN_KEEP_RESIDUAL] = 1},
+        {[GN_KEEP_QKV] = 1, [GN_KEEP_ATTENTION] = 2, [GN_KEEP_SWIGLU] = 1},
+        {2, 1, 2, 1, 2},
+        {2, 2, 2, 2, 2},
+    };
+    golden g = open_golden();
+    const gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
+    for (int mode = 0; mode < 3; mode++) {
+        float *expected = NULL;
+        double expected_loss = 0;
+        for (size_t k = 0; k < sizeof keeps / sizeof *keeps; k++) {
+            run r = mode == 2 ? open_full(keeps[k])
+                              : open_lora_keeping(mode ? GN_COMPUTE_BF16 : GN_COMPUTE_F32, 2, true,
+                                                  keeps[k]);
+            double loss;
+            r.trained.dropout = 0.1f;
+            free(step_grads(&r, &b, &loss)); /* leaves values behind that must not be used */
+            float *grads = step_grads(&r, &b, &loss);
+            if (k > 0) {
+                cr_assert_eq(loss, expected_loss, "mode %d, keeping %zu", mode, k);
+                cr_assert(!memcmp(grads, expected, (size_t)count_grads(&r) * sizeof *grads),
+                          "mode %d, keeping %zu", mode, k);
+                free(grads);
+            } else {
+                expected = grads;
+                expected_loss = loss;
+            }
+            close_run(&r);
+        }
+        free(expected);
+    }
+    close_golden(&g);
+}
+
+static void move_along(run *r, float *const v[], float by) {
+    for (int i = 0; i < r->n; i++) {
+        const gn_tensor *weight = &r->params[i].weight;
+        float *values = values_of(r, weight);
+        for (int64_t j = 0; j < gn_tensor_numel(weight); j++) values[j] += by * v[i][j];
+        set_values(r, weight, values);
+        free(values);
+    }
+}
+
 /* The loss along a direction of all A and B, moved by `by`. */
 static double loss_along(run *r, const gn_train_batch *b, float *const v[], float by) {
     double loss;
-    for (int i = 0; i < r->n; i++)
-        for (int64_t j = 0; j < gn_tensor_numel(&r->params[i].weight); j++)
-            ((float *)r->params[i].weight.data)[j] += by * v[i][j];
+    move_along(r, v, by);
     cr_assert_eq(gn_train_step_run(r->step, b, &r->trained, &loss), GN_OK);
-    for (int i = 0; i < r->n; i++)
-        for (int64_t j = 0; j < gn_tensor_numel(&r->params[i].weight); j++)
-            ((float *)r->params[i].weight.data)[j] -= by * v[i][j];
+    move_along(r, v, -by);
     return loss;
 }
 
@@ -446,12 +551,13 @@ Test(train_step, gradients_are_finite_differences_of_the_loss) {
     cr_assert_eq(gn_train_step_run(r.step, &b, &r.trained, &loss), GN_OK);
     for (int i = 0; i < r.n; i++) { /* along the gradient, on the whole */
         const int64_t n = gn_tensor_numel(&r.params[i].grad);
+        float *grad = values_of(&r, &r.params[i].grad);
         v[i] = zeros(n);
         for (int64_t j = 0; j < n; j++) {
-            const float grad = ((float *)r.params[i].grad.data)[j];
-            v[i][j] = (grad > 0 ? 1.0f : -1.0f) + sinf((float)(j + i));
-            slope += (double)grad * v[i][j];
+            v[i][j] = (grad[j] > 0 ? 1.0f : -1.0f) + sinf((float)(j + i));
+            slope += (double)grad[j] * v[i][j];
         }
+        free(grad);
     }
     const double near = (loss_along(&r, &b, v, h) - loss_along(&r, &b, v, -h)) / (2 * h);
     const double far = (loss_along(&r, &b, v, 2 * h) - loss_along(&r, &b, v, -2 * h)) / (4 * h);
