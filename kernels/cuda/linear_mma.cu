@@ -98,25 +98,16 @@ static __device__ __forceinline__ struct source source_of(const struct product &
     return s;
 }
 
-/* As it is stored, and what it is in units of. */
+/* As it is stored, and what it is in units of; or itself. */
 struct stored_scale {
     uint32_t value;
     float absmax;
 };
 
-/* Past the last block, where x is zero: the last one's again. */
-static __device__ __forceinline__ struct stored_scale load_scale(const struct product &p,
-                                                                 const struct source &s, int k) {
-    k = min(k, p.blocks - 1);
-    if (!s.nested_absmax) return {__ldg((const uint32_t *)s.scales + k * GN_CUDA_TILE_ROWS), 0.0f};
-    return {__ldg(s.scales + k * GN_CUDA_TILE_ROWS),
-            __ldg(s.nested_absmax + (uint32_t)(s.block0 + k) / GN_NESTED_BLOCK)};
-}
-
 static __device__ __forceinline__ float decode_scale(const struct source &s,
                                                      struct stored_scale stored) {
-    if (!s.nested_absmax) return __uint_as_float(stored.value);
-    return __fadd_rn(__fmul_rn(*nested_at(s.table, (int)stored.value), stored.absmax), s.offset);
+    if (!s.nested_absmax) return stored.absmax;
+    return __fadd_rn(__fmul_rn(*nested_at(s.table, stored.value), stored.absmax), s.offset);
 }
 
 /* A step's weights: of each block, the lane's bytes of two tiles. */
@@ -137,13 +128,24 @@ static __device__ __forceinline__ void load_block(struct step_weights<STEP> &w,
                   s.tiles[h] + (int64_t)k * GN_CUDA_TILE_BYTES + j * GN_CUDA_TILE_BYTES, n);
 }
 
+/* The lane's scales of a step, and as with blocks. */
 template <int STEP>
 static __device__ __forceinline__ void load_scales(struct step_weights<STEP> &w,
                                                    const struct product &p, const struct source &s,
                                                    int step, int lane) {
+    const int k = step * STEP + lane % 2 * (STEP / 2);
 #pragma unroll
-    for (int i = 0; i < STEP / 2; i++)
-        w.scale[i] = load_scale(p, s, step * STEP + lane % 2 * (STEP / 2) + i);
+    for (int i = 0; i < STEP / 2; i++) {
+        struct stored_scale &to = w.scale[i];
+        const int n = p.blocks - k - i, at = (k + i) * GN_CUDA_TILE_ROWS;
+        if (s.nested_absmax) {
+            load_once(to.value, s.scales + at, n);
+            load_once(to.absmax, s.nested_absmax + (uint32_t)(s.block0 + k + i) / GN_NESTED_BLOCK,
+                      n);
+        } else {
+            load_once(to.absmax, (const float *)s.scales + at, n);
+        }
+    }
 }
 
 /* Weights of a step, if they exist before block `end`, on their way to L2. */

@@ -118,7 +118,7 @@ template <int N> static __device__ __forceinline__ uint8_t *stage_at(int stage) 
 static __device__ __forceinline__ uint8_t *above_entry(int entry) {
     return shared + entry * ENTRY_BYTES + ENTRY_BYTES / 2;
 }
-static __device__ __forceinline__ float *nested_at(int table, int code) {
+static __device__ __forceinline__ float *nested_at(int table, uint32_t code) {
     return (float *)above_entry(table * 8 + code / 32) + code % 32;
 }
 /* Barriers: a stage is full; it is empty. */
