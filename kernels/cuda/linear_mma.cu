@@ -14,8 +14,8 @@
  *     together, each asking L2 for half in one copy: x is most of the traffic. One thread copies.
  *   - x comes from a kernel before this one, normalised, rounded, and in the very order that
  *     stages have: by block of K, swizzled, its columns permuted as tiles permute those of weights.
- *     With few tokens its blocks have room beside those of products: it starts while the product
- *     before ends, and the next product while it runs.
+ *     Its blocks have room beside those of products: so it starts while the product before ends,
+ *     and the next product while it runs.
  *   - All (tile of outputs, step of K) pairs stand in one line, of which every cluster takes an
  *     equal piece, whatever the shape. Where a piece ends within a tile, its sums go to working
  *     memory; those who share a tile wait for each other when they have nothing else left to do,
@@ -26,7 +26,6 @@
  * shared memory 64 for lookups, 64 (128) for B, and x. Reading its 2064 bytes from memory at
  * 4.3 TB/s takes 114. */
 #include "linear_mma_finish.cuh"
-#include "linear_mma_pack.cuh"
 
 /* The table of pairs (see linear_decode.cu), and what decodes scales: of every part, or of gate and
  * up. */
@@ -252,9 +251,9 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
         } else if (i + 1 < run.end) {
             step = 0;
             end = min(p.steps, run.end - i - 1);
-            int here = thread; /* nothing of this waits through the loop */
-            keep(here);
-            source = source_of<N>(p, (i + 1) / p.steps, warpgroup, here / WARP, here % WARP);
+            int same = thread; /* so that nothing made of it waits through the loop */
+            keep(same);
+            source = source_of<N>(p, (i + 1) / p.steps, warpgroup, same / WARP, same % WARP);
             prefetch_tile<STEP>(p, source, step, end, lane);
             load_block(w, p, source, step, 0);
         } /* else: what was there, in vain */

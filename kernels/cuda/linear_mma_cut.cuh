@@ -4,6 +4,7 @@
 #define GN_CUDA_LINEAR_MMA_CUT_CUH
 
 #include "linear_mma.cuh"
+#include "linear_mma_pack.cuh"
 
 enum {
     PEERS = 2,       /* blocks of a cluster, which share x */
@@ -21,23 +22,22 @@ enum {
     L2_BLOCKS = 16,               /* of K, whose weights are in registers or on their way to L2 */
 };
 
-/* How a block is cut for tiles of N tokens. Few tokens leave the kernel before this one its room:
- * its blocks and this kernel's then run on an SM at once. */
+/* How a block is cut for tiles of N tokens. Registers and shared memory are left for a block of
+ * pack_kernel, which then runs beside this kernel's. */
 template <int N> struct cut {
     static constexpr bool FEW = N <= 64;
-    static constexpr int GROUPS = FEW ? 3 : 2; /* what registers allow */
-    static constexpr int TILES = GROUPS * GROUP_TILES;
-    static constexpr int STEP = N == 32 ? 4 : 2; /* 64-wide blocks of K in a stage */
+    static constexpr int GROUPS = FEW ? 3 : 2;   /* what registers allow */
+    static constexpr int STEP = N <= 32 ? 4 : 2; /* 64-wide blocks of K in a stage */
     static constexpr int L2_STEPS = L2_BLOCKS / STEP;
     static constexpr int X_BYTES = N * ROW_BYTES;
     static constexpr int STAGE_BYTES = STEP * X_BYTES;
-    static constexpr int STAGES = N == 32   ? 4
-                                  : N == 64 ? 8
-                                            : (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
+    static constexpr int STAGES = N <= 32 ? 4 : N <= 64 ? 8 : N <= 96 ? 6 : 5;
     static constexpr int SHARED_BYTES = TABLE_BYTES + STAGES * STAGE_BYTES;
-    static constexpr int X_AHEAD = STAGES - 2; /* steps: two for warps to drift apart */
+    static constexpr int X_AHEAD = STAGES - 2; /* steps; the other two let warps drift apart */
     static constexpr int THREADS = GROUPS * GROUP_THREADS;
     static constexpr int REGISTERS = FEW ? 152 : 224; /* of a thread */
+    static_assert(THREADS * REGISTERS + PACK_THREADS * PACK_REGISTERS <= 65536, "room beside it");
+    static_assert(SHARED_BYTES <= 224 * 1024, "the same");
     static_assert(STAGES <= MAX_STAGES, "barriers stand above the table's entries");
     static_assert(X_BYTES % 1024 == 0, "whole swizzled eights");
     static_assert(STEP % PEERS == 0, "a block copies whole blocks of K for the cluster");

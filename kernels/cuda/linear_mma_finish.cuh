@@ -118,7 +118,7 @@ template <int N>
 static __device__ __forceinline__ void leave(const struct product &p, float (&acc)[N / 2],
                                              struct run run, int last, int warpgroup, int thread) {
     int cluster = (int)blockIdx.x / PEERS;
-    keep(cluster), keep(thread), keep(warpgroup); /* nothing of this waits through the loop */
+    keep(cluster), keep(thread), keep(warpgroup); /* nothing made of them waits through the loop */
     const int tile = last / p.steps;
     const bool whole = tile * p.steps >= run.first && (tile + 1) * p.steps == last + 1;
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
