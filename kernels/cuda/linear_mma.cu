@@ -274,7 +274,9 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
                 load_block(w, p, source, step + 1, 0, step + 1 < end);
             add_up<N>(acc, c, top, bottom);
         }
-        if (lane < PEERS) barrier_arrive_cluster(peer_empty + t.stage * 8);
+        if (lane < PEERS &&
+            i + C::STAGES < run.end) /* or nobody waits, and the other may be gone */
+            barrier_arrive_cluster(peer_empty + t.stage * 8);
         t = next<N>(t);
         if (leaves) leave<N>(p, acc, run, i, warpgroup, thread);
     }
@@ -308,7 +310,6 @@ static __global__ void __maxnreg__(cut<N>::REGISTERS)
     keep(thread); /* or it is made again in each step */
     multiply_run<N>(p, run, warpgroup, thread);
     finish_run<N>(p, run, warpgroup, thread);
-    sync_cluster(); /* copies and arrivals of the other have come */
 }
 
 /* ---- the call ---- */

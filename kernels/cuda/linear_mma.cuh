@@ -58,10 +58,6 @@ static __device__ __forceinline__ void arrive_at_cluster(void) {
 static __device__ __forceinline__ void wait_for_cluster(void) {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-static __device__ __forceinline__ void sync_cluster(void) {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-    wait_for_cluster();
-}
 
 /* ---- copies in bulk: 16-byte aligned, of a multiple of 16 bytes ---- */
 
