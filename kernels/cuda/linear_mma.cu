@@ -274,8 +274,7 @@ static __device__ __forceinline__ void multiply_run(const struct product &p, str
                 load_block(w, p, source, step + 1, 0, step + 1 < end);
             add_up<N>(acc, c, top, bottom);
         }
-        if (lane < PEERS &&
-            i + C::STAGES < run.end) /* or nobody waits, and the other may be gone */
+        if (lane < PEERS && i + C::STAGES < run.end) /* or else nobody waits for it */
             barrier_arrive_cluster(peer_empty + t.stage * 8);
         t = next<N>(t);
         if (leaves) leave<N>(p, acc, run, i, warpgroup, thread);
@@ -309,7 +308,9 @@ static __global__ void __maxnreg__(cut<N>::REGISTERS)
     int thread = threadIdx.x % GROUP_THREADS;
     keep(thread); /* or it is made again in each step */
     multiply_run<N>(p, run, warpgroup, thread);
+    arrive_at_cluster();
     finish_run<N>(p, run, warpgroup, thread);
+    wait_for_cluster(); /* the other has what this one copied, and has arrived where it is to */
 }
 
 /* ---- the call ---- */

@@ -51,7 +51,7 @@ static __device__ __forceinline__ uint32_t peer_address(uint32_t at, int rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(at), "r"(rank));
     return peer;
 }
-/* For what barriers_ready has made ready; nothing else that was written need be seen. */
+/* Nothing that was written need be seen, but what barriers_ready has made ready. */
 static __device__ __forceinline__ void arrive_at_cluster(void) {
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
