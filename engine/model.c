@@ -118,7 +118,7 @@ static void count(gn_model *m, const gn_matrix *w) {
     m->weight_bytes += (int64_t)gn_matrix_bytes(w);
 }
 
-gn_status gn_model_finish(gn_model *m, const gn_model_options *options, gn_error *err) {
+gn_status gn_model_finish(gn_model *m, gn_error *err) {
     const gn_config *c = &m->config;
     float inv_freq[GN_MAX_HEAD_DIM / 2];
     gn_config_inv_freq(c, inv_freq);
@@ -133,7 +133,7 @@ gn_status gn_model_finish(gn_model *m, const gn_model_options *options, gn_error
     const int64_t norms = (2 * (int64_t)c->layers + 1) * c->hidden;
     m->parameters += norms;
     m->weight_bytes += norms * (int64_t)sizeof(float);
-    return gn_adapter_host_open(&m->adapters, m, options->adapter_host_bytes, err);
+    return GN_OK;
 }
 
 /* ---- from the folder ---- */
@@ -333,7 +333,9 @@ static gn_status load(loader *l) {
     gn_status status = gn_tokenizer_open(&m->tokenizer, m->dir, m->config.vocab, l->err);
     if (!status) status = gn_chat_template_open(&m->chat, l->options.chat_template, m->dir, l->err);
     if (!status) status = load_weights(l);
-    return status ? status : gn_model_finish(m, &l->options, l->err);
+    if (!status) status = gn_model_finish(m, l->err);
+    if (status) return status;
+    return gn_adapter_host_open(&m->adapters, m, l->options.adapter_host_bytes, l->err);
 }
 
 gn_status gn_model_open(gn_model **out, const char *dir, const gn_model_options *options,

@@ -25,8 +25,7 @@ GN_CHECKED gn_status gn_model_find_weight(const gn_file_tensor **out, const gn_t
 /* A tensor of a folder that the model computes or copies itself. */
 bool gn_model_is_redundant(const gn_config *config, const char *name);
 /* Once all weights are in place: sets inv_freq, counts parameters and bytes, frees what loading
- * needed, and makes room for adapters. */
-GN_CHECKED gn_status gn_model_finish(gn_model *model, const gn_model_options *options,
-                                     gn_error *err);
+ * needed. */
+GN_CHECKED gn_status gn_model_finish(gn_model *model, gn_error *err);
 
 #endif

@@ -141,7 +141,9 @@ static gn_status fill(gn_model *m, const gn_model_options *options, gn_error *er
         }
     }
     m->quant = plain ? GN_Q_NONE : GN_Q_NF4;
-    return status ? status : gn_model_finish(m, options, err);
+    if (!status) status = gn_model_finish(m, err);
+    return status ? status
+                  : gn_adapter_host_open(&m->adapters, m, options->adapter_host_bytes, err);
 }
 
 gn_status gn_model_synthetic(gn_model **out, const char *shape, const gn_model_options *options,

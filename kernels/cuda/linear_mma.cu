@@ -1,493 +1,188 @@
 /* linear_mma.cu - products of up to some hundred rows of x with 4-bit weights in tiles, on Hopper:
  * prefill of short prompts, decoding of many streams.
  *
- * Past some 50 rows it is the tensor cores that bound a product, not the memory: so what matters is
- * that they never wait. A weight is decoded once for up to 128 rows of x, in registers.
+ * Past some 50 rows it is the tensor cores that bound a product, before that the memory: so what
+ * matters is that neither waits. A weight is decoded once for up to 128 rows of x, in registers.
  *   - wgmma m64nNk16: 64 weight rows, decoded into registers, are its A operand; N rows of x are B,
  *     in shared memory. Four of them make a 64-wide block's float32 sums, to which the block's
  *     scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup decodes
  *     the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
- *   - A warp copies ahead, into a ring of stages of two blocks: weights and scales for all
- *     warpgroups (64 rows each), and x, which the two blocks of a cluster get together, each
- *     asking L2 for half: x is most of the traffic. Weights start before pdl_wait.
+ *   - Weights lie in memory as lanes hold them: so they are loaded straight into registers, a step
+ *     of some blocks ahead, and asked for into L2 some steps ahead. The first do not wait for the
+ *     kernel before (pdl_wait).
+ *   - x comes through a ring of stages, a step each, which the two blocks of a cluster get
+ *     together, each asking L2 for half in one copy: x is most of the traffic. One thread copies.
  *   - x comes from a kernel before this one, normalised, rounded, and in the very order that
  *     stages have: by block of K, swizzled, its columns permuted as tiles permute those of weights.
+ *     Its blocks have room beside those of products: so it starts while the product before ends,
+ *     and the next product while it runs.
  *   - All (tile of outputs, step of K) pairs stand in one line, of which every cluster takes an
  *     equal piece, whatever the shape. Where a piece ends within a tile, its sums go to working
  *     memory; those who share a tile wait for each other when they have nothing else left to do,
  *     and each finishes a part of its outputs, adding in a fixed order.
  *
  * What one 64-wide block of 64 rows costs an SM, in cycles, with 64 (128) rows of x: the tensor
- * cores 128 (256); each of four schedulers 32 for lookups, 32 (64) for scales, some 80 around them;
- * shared memory 64 for lookups, 64 (128) for B, 32 for weights on their way, and x. Reading its
- * 2064 bytes from memory at 4.3 TB/s takes 114. */
-#include "linear.cuh"
-#include "linear_mma.cuh"
-#include "linear_mma_pack.cuh"
-
-enum {
-    PEERS = 2,       /* blocks of a cluster, which share x */
-    GROUP_ROWS = 64, /* weight rows of a warpgroup */
-    GROUP_TILES = GROUP_ROWS / GN_CUDA_TILE_ROWS,
-    GROUP_THREADS = 128,
-    MAX_TOKENS = 128,         /* of a tile of outputs */
-    ROW_BYTES = GN_BLOCK * 2, /* of x, in a block of K */
-    ENTRY_BYTES = 256,        /* of the table; the upper half is free */
-    TABLE_BYTES = 256 * ENTRY_BYTES,
-    MAX_STAGES = 8,
-    BARRIER_ENTRY = 3 * 256 / 32, /* first entry above those of the tables that decode scales */
-    TABLES_BARRIER = 1,           /* of hardware; those after it are the warpgroups' */
-    FEW_REGISTERS = 24,           /* of a thread that copies */
-    LINE = 128,                   /* of L2 */
-    L2_AHEAD = 16, /* blocks of K that are asked for behind the stages at the start */
-    AT_ONCE = 4,   /* eights of tokens that a thread finishes at once */
-};
-
-/* How a block is cut for tiles of N tokens. */
-template <int N> struct cut {
-    static constexpr int GROUPS = N <= 64 ? 3 : 2; /* what registers allow */
-    static constexpr int TILES = GROUPS * GROUP_TILES;
-    static constexpr int X_BYTES = N * ROW_BYTES;
-    static constexpr int WEIGHTS = STEP * X_BYTES; /* offset in a stage */
-    static constexpr int STAGE_BYTES = WEIGHTS + TILES * STEP * GN_CUDA_TILE_BYTES;
-    static constexpr int STAGES = (227 * 1024 - TABLE_BYTES) / STAGE_BYTES;
-    static constexpr int SHARED_BYTES = TABLE_BYTES + STAGES * STAGE_BYTES;
-    static constexpr int THREADS = (GROUPS + 1) * GROUP_THREADS;
-    /* Of a thread: at the start, and of those that multiply when the others have given theirs. */
-    static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int MORE_REGISTERS =
-        (REGISTERS * THREADS - FEW_REGISTERS * GROUP_THREADS) / (GROUPS * GROUP_THREADS) / 8 * 8;
-    static_assert(STAGES <= MAX_STAGES, "barriers stand above the table's entries");
-    static_assert(STAGE_BYTES % 1024 == 0 && X_BYTES / PEERS % 1024 == 0, "whole swizzled eights");
-};
-
-/* One y: a part, or gate and up together, whose tiles of 8 rows then alternate. */
-struct part {
-    struct matrix m[2];
-    void *y;
-    int64_t y_ld;
-    int group0, column[2]; /* first group of 64 rows; where LoRA's sums have a matrix's rows */
-};
-
-struct product {
-    struct part part[GN_MAX_PARTS];
-    int n_parts, groups, T, token_tiles;
-    int blocks, steps; /* of 64 columns; of two blocks */
-    int tiles;         /* of outputs, for a whole cluster: GROUPS groups a block by N tokens */
-    int clusters;
-    const uint8_t *x;  /* (token_tiles, 2 steps, N) rows of a block */
-    const float *lora; /* (T, columns of all parts), or NULL */
-    int64_t lora_ld;
-    float4 *partials;
-    uint32_t *counters;
-    bool y_f32, swiglu, add;
-};
-
-extern __shared__ __align__(1024) uint8_t shared[];
-
-/* ---- who does what ---- */
-
-/* A cluster's piece of all steps. */
-struct run {
-    int first, end;
-};
-
-static __device__ __forceinline__ struct run run_of(const struct product &p, int cluster) {
-    const int all = p.tiles * p.steps;
-    return {all * cluster / p.clusters, all * (cluster + 1) / p.clusters};
-}
-/* The cluster that takes a step. */
-static __device__ __forceinline__ int cluster_of(const struct product &p, int step) {
-    return ((step + 1) * p.clusters - 1) / (p.tiles * p.steps);
-}
-
-/* A group of 64 weight rows. */
-struct group {
-    int part, i; /* i-th of the part */
-    bool exists;
-};
-
-/* Of a warpgroup in a tile. Those that fill the last tile read the last group again, in vain. */
-template <int N>
-static __device__ __forceinline__ struct group group_of(const struct product &p, int tile,
-                                                        int warpgroup) {
-    const int rank = (int)blockIdx.x % PEERS;
-    const int i = (tile / p.token_tiles * PEERS + rank) * cut<N>::GROUPS + warpgroup;
-    const int at = min(i, p.groups - 1);
-    struct group g = {0, 0, i < p.groups};
-    while (g.part + 1 < p.n_parts && at >= p.part[g.part + 1].group0) g.part++;
-    g.i = at - p.part[g.part].group0;
-    return g;
-}
-
-/* Tile h of a group: of matrix *m. */
-static __device__ __forceinline__ int tile_of(const struct product &p, struct group g, int h,
-                                              int *m) {
-    *m = p.swiglu ? h % 2 : 0;
-    const int tile = p.swiglu ? g.i * (GROUP_TILES / 2) + h / 2 : g.i * GROUP_TILES + h;
-    return min(tile, (p.part[g.part].m[*m].rows - 1) / GN_CUDA_TILE_ROWS);
-}
-
-/* ---- where things are in shared memory ---- */
-
-template <int N> static __device__ __forceinline__ uint8_t *stage_at(int stage) {
-    return shared + TABLE_BYTES + stage * cut<N>::STAGE_BYTES;
-}
-static __device__ __forceinline__ uint8_t *above_entry(int entry) {
-    return shared + entry * ENTRY_BYTES + ENTRY_BYTES / 2;
-}
-static __device__ __forceinline__ float *nested_at(int table, int code) {
-    return (float *)above_entry(table * 8 + code / 32) + code % 32;
-}
-/* Barriers: a stage is full; it is empty. */
-static __device__ __forceinline__ uint32_t full_at(int stage) {
-    return shared_address(above_entry(BARRIER_ENTRY)) + stage * 8;
-}
-static __device__ __forceinline__ uint32_t empty_at(int stage) {
-    return full_at(stage) + MAX_STAGES * 8;
-}
-
-/* The next stage of the ring, and the parity of its phase. */
-struct turn {
-    int stage;
-    uint32_t parity;
-};
-
-template <int N> static __device__ __forceinline__ struct turn next(struct turn t) {
-    return t.stage + 1 < cut<N>::STAGES ? turn{t.stage + 1, t.parity} : turn{0, t.parity ^ 1};
-}
+ * cores 128 (256); each of four schedulers 32 for lookups, 32 (64) for scales, some 60 around them;
+ * shared memory 64 for lookups, 64 (128) for B, and x. Reading its 2064 bytes from memory at
+ * 4.3 TB/s takes 114. */
+#include "linear_mma_finish.cuh"
 
 /* The table of pairs (see linear_decode.cu), and what decodes scales: of every part, or of gate and
- * up. By the warpgroups. */
+ * up. */
 template <int N> static __device__ void fill_tables(const struct product &p) {
-    enum { THREADS = cut<N>::GROUPS * GROUP_THREADS };
-    const float *code = p.part[0].m[0].code;
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
-        const uint32_t pair = pack(__ldg(code + i / 8 / 16), __ldg(code + i / 8 % 16));
-        *(uint4 *)(shared + i / 8 * ENTRY_BYTES + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+    enum { THREADS = cut<N>::THREADS };
+    static_assert(THREADS >= 256, "an entry a thread");
+    const int entry = threadIdx.x;
+    if (entry < 256) {
+        const float *code = p.part[0].m[0].code;
+        const uint32_t pair = pack(__ldg(code + entry / 16), __ldg(code + entry % 16));
+        for (int i = 0; i < 8; i++) /* turned, so that a warp's stores do not meet in a bank */
+            *(uint4 *)(shared + entry * ENTRY_BYTES + (i + entry) % 8 * 16) =
+                make_uint4(pair, pair, pair, pair);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < 256 * (p.swiglu ? 2 : p.n_parts); i += THREADS) {
         const struct matrix &m = p.swiglu ? p.part[0].m[i / 256] : p.part[i / 256].m[0];
         if (m.nested_code) *nested_at(i / 256, i % 256) = __ldg(m.nested_code + i % 256);
     }
-    sync_some(TABLES_BARRIER, THREADS);
 }
 
-/* ---- the warp that copies ---- */
+/* ---- x ---- */
 
-/* What a lane copies: its tile of 8 rows, from the first block of K on. */
-struct source {
-    const uint8_t *tiles, *scales;
-    int scale_bytes; /* of a block */
-};
-
+/* The run's step i of x, to the cluster: each block copies some blocks of K. By one thread. */
 template <int N>
-static __device__ __forceinline__ struct source source_of(const struct product &p, int tile,
-                                                          int lane) {
-    const struct group g = group_of<N>(p, tile, lane / GROUP_TILES);
-    int which;
-    const int64_t at = (int64_t)tile_of(p, g, lane % GROUP_TILES, &which) * p.blocks;
-    const struct matrix &m = p.part[g.part].m[which];
-    const int bytes = GN_CUDA_TILE_ROWS * (m.nested_code ? 1 : (int)sizeof(float));
-    return {m.tiles + at * GN_CUDA_TILE_BYTES, (const uint8_t *)m.scales + at * bytes, bytes};
-}
-
-/* A step's tile, of which the run has steps up to `end`: its scales, too, are on their way to L2,
- * for those who multiply ask a step ahead only. */
-template <int N>
-static __device__ __forceinline__ struct source begin_tile(const struct product &p, int step,
-                                                           int end, int lane) {
-    const struct source s = source_of<N>(p, step / p.steps, lane);
-    const int k = step % p.steps * STEP, n = min((end - step) * STEP, p.blocks - k);
-    const uint8_t *scales = s.scales + k * s.scale_bytes;
-    const int bytes = n * s.scale_bytes;
-    if (lane < cut<N>::TILES)
-        for (int i = 0; i < bytes + LINE; i += LINE) prefetch_line(scales + min(i, bytes - 1));
-    return s;
-}
-
-/* Step `step` of a tile: its weights. */
-template <int N>
-static __device__ __forceinline__ void copy_weights(const struct product &p, const struct source &s,
-                                                    int step, int stage, int lane) {
-    typedef cut<N> C;
-    const int k = step * STEP, n = min(STEP, p.blocks - k);
-    if (lane == 0)
-        barrier_expect(full_at(stage), n * C::TILES * GN_CUDA_TILE_BYTES + STEP * C::X_BYTES);
-    if (lane < C::TILES)
-        copy_bulk(
-            shared_address(stage_at<N>(stage) + C::WEIGHTS + lane * STEP * GN_CUDA_TILE_BYTES),
-            s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES, n * GN_CUDA_TILE_BYTES, full_at(stage));
-}
-
-/* x, this block's share of it, to the cluster. */
-template <int N>
-static __device__ __forceinline__ void copy_x(const struct product &p, int tile, int step,
-                                              int stage, int lane) {
-    typedef cut<N> C;
-    enum { SHARE = C::X_BYTES / PEERS };
-    if (lane >= STEP) return;
-    const int64_t block = ((int64_t)(tile % p.token_tiles) * p.steps + step) * STEP + lane;
+static __device__ __forceinline__ void copy_x(const struct product &p, int i, struct turn t) {
+    enum { SHARE = cut<N>::STAGE_BYTES / PEERS };
     const int share = (int)blockIdx.x % PEERS * SHARE;
-    copy_bulk_to((1 << PEERS) - 1, shared_address(stage_at<N>(stage) + lane * C::X_BYTES + share),
-                 p.x + block * C::X_BYTES + share, SHARE, full_at(stage));
-}
-
-template <int N>
-static __device__ __forceinline__ void copy_run(const struct product &p, struct run run, int lane) {
-    const int ahead = min(run.end, run.first + cut<N>::STAGES);
-    struct turn t = {0, 1};
-    struct source s = {};
-    for (int i = run.first; i < ahead; i++) { /* into stages that are empty, before the wait */
-        if (i == run.first || i % p.steps == 0) s = begin_tile<N>(p, i, run.end, lane);
-        copy_weights<N>(p, s, i % p.steps, i - run.first, lane);
-    }
-    const int k = ahead % p.steps * STEP;
-    if (ahead < run.end && k > 0 && lane < cut<N>::TILES)
-        prefetch_bulk(s.tiles + (int64_t)k * GN_CUDA_TILE_BYTES,
-                      min(p.blocks - k, L2_AHEAD) * GN_CUDA_TILE_BYTES);
-    pdl_wait();
-    for (int i = run.first; i < ahead; i++)
-        copy_x<N>(p, i / p.steps, i % p.steps, i - run.first, lane);
-    for (int i = ahead; i < run.end; i++) {
-        if (t.stage == 0) t.parity ^= 1;
-        if (i % p.steps == 0) s = begin_tile<N>(p, i, run.end, lane);
-        barrier_wait(empty_at(t.stage), t.parity);
-        copy_weights<N>(p, s, i % p.steps, t.stage, lane);
-        copy_x<N>(p, i / p.steps, i % p.steps, t.stage, lane);
-        t.stage = t.stage + 1 < cut<N>::STAGES ? t.stage + 1 : 0;
-    }
-}
-
-/* ---- the end of a tile ---- */
-
-/* The outputs of a thread: of rows `row` and `row` + 8 of a part, for some tokens; or with SWIGLU
- * of one row, of which the second value is up's. */
-struct outputs {
-    char *y; /* for the first token */
-    int ld, tokens;
-    const float *lora[2];
-    bool has[2];
-};
-
-template <int N>
-static __device__ __forceinline__ struct outputs outputs_of(const struct product &p, int tile,
-                                                            int warpgroup, int warp, int lane) {
-    const struct group g = group_of<N>(p, tile, warpgroup);
-    const struct part &part = p.part[g.part];
-    const int in_group = p.swiglu ? GROUP_ROWS / 2 : GROUP_ROWS, second = p.swiglu ? 0 : 8;
-    const int row = g.i * in_group + warp * (in_group / 4) + lane / 4;
-    const int token = tile % p.token_tiles * N + 2 * (lane % 4);
-    struct outputs o;
-    o.ld = (int)part.y_ld;
-    o.y = (char *)part.y + ((int64_t)token * o.ld + row) * (p.y_f32 ? 4 : 2);
-    o.tokens = p.T - token;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        o.lora[h] = p.lora + token * p.lora_ld + part.column[p.swiglu ? h : 0] + row + h * second;
-        o.has[h] = g.exists && row + h * second < part.m[0].rows;
-    }
-    return o;
-}
-
-/* Sums of two rows of two tokens each, of n eights of tokens. */
-typedef float some_sums[AT_ONCE][2][2];
-
-/* Those of eights first, first + step, .... What is read is read before anything is written, so as
- * to wait once. */
-static __device__ __forceinline__ void finish(const struct product &p, const struct outputs &o,
-                                              int first, int step, int n, some_sums &sums) {
-    enum { VALUES = AT_ONCE * 4 };
-    const int second = p.swiglu ? 0 : 8;
-    int token[AT_ONCE][2];
-#pragma unroll
-    for (int i = 0; i < AT_ONCE * 2; i++) {
-        token[i / 2][i % 2] = 8 * (first + i / 2 * step) + i % 2;
-        if (i / 2 >= n) token[i / 2][i % 2] = INT32_MAX;
-    }
-    if (p.add) {
-        float old[AT_ONCE][2][2] = {};
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            const int t = token[i / 4][i % 2], h = i / 2 % 2;
-            if (t < o.tokens && o.has[h])
-                old[i / 4][h][i % 2] = load_fresh((const float *)o.y + t * o.ld + h * 8);
-        }
-#pragma unroll
-        for (int i = 0; i < VALUES; i++)
-            sums[i / 4][i / 2 % 2][i % 2] += old[i / 4][i / 2 % 2][i % 2];
-    }
-    if (p.lora) {
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            const int t = token[i / 4][i % 2], h = i / 2 % 2;
-            if (t < o.tokens && o.has[h]) sums[i / 4][h][i % 2] += o.lora[h][t * (int)p.lora_ld];
-        }
-    }
-    if (p.swiglu) {
-#pragma unroll
-        for (int i = 0; i < AT_ONCE * 2; i++)
-            sums[i / 2][0][i % 2] = silu(sums[i / 2][0][i % 2]) * sums[i / 2][1][i % 2];
-    }
-#pragma unroll
-    for (int i = 0; i < VALUES; i++) {
-        const int t = token[i / 4][i % 2], h = i / 2 % 2;
-        if (t >= o.tokens || !o.has[h] || (h > 0 && p.swiglu)) continue;
-        const int at = t * o.ld + h * second;
-        if (p.y_f32)
-            ((float *)o.y)[at] = sums[i / 4][h][i % 2];
-        else
-            ((bf16 *)o.y)[at] = from_float<bf16>(sums[i / 4][h][i % 2]);
-    }
-}
-
-static __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
-    sync_some(TABLES_BARRIER + 1 + warpgroup, GROUP_THREADS);
-}
-
-/* Two counters of a block's tile: warpgroups that have left their sums; those that have done with
- * them. */
-static __device__ __forceinline__ uint32_t *counters_of(const struct product &p, int tile) {
-    return p.counters + 2 * (tile * PEERS + (int)blockIdx.x % PEERS);
-}
-
-/* Where a cluster leaves its sums of a tile: (N / 8) times a float4 of every thread. A run has two
- * such tiles at most, the one it begins in and the one it ends in. */
-template <int N>
-static __device__ __forceinline__ float4 *partials_at(const struct product &p, int cluster,
-                                                      int tile, int warpgroup) {
-    const int slot = run_of(p, cluster).first < tile * p.steps ? 1 : 0;
-    const int block = cluster * PEERS + (int)blockIdx.x % PEERS;
-    return p.partials +
-           (int64_t)((block * 2 + slot) * cut<N>::GROUPS + warpgroup) * (N / 8 * GROUP_THREADS);
-}
-
-/* A tile's sums, of the steps that this run has: to y or, if they are not all, to working memory.
- * Registers move up, so that the loop is short: it runs once a tile, from cold memory. */
-template <int N>
-static __device__ __forceinline__ void leave(const struct product &p, float (&acc)[N / 2], int tile,
-                                             bool whole, int warpgroup, int thread) {
-    const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
-    float4 *to = partials_at<N>(p, (int)blockIdx.x / PEERS, tile, warpgroup) + thread;
-#pragma unroll 1
-    for (int i = 0; i < N / 8; i += AT_ONCE) {
-        if (whole) {
-            some_sums sums;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE * 4; j++) sums[j / 4][j / 2 % 2][j % 2] = acc[j];
-            finish(p, o, i, 1, AT_ONCE, sums);
-        } else {
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                to[(i + j) * GROUP_THREADS] =
-                    make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-        }
-#pragma unroll
-        for (int j = 0; j < N / 2; j++)
-            acc[j] = j + 4 * AT_ONCE < N / 2 ? acc[j + 4 * AT_ONCE] : 0.0f;
-    }
-    if (whole) return;
-    __threadfence();
-    sync_warpgroup(warpgroup);
-    if (thread == 0) atomicAdd(counters_of(p, tile), 1u);
-}
-
-/* Of a tile that several clusters have a part of: finishes every n-th eight of its tokens, when all
- * sums are there. */
-template <int N>
-static __device__ __forceinline__ void finish_shared(const struct product &p, int tile,
-                                                     int warpgroup, int thread) {
-    const int first = cluster_of(p, tile * p.steps), last = cluster_of(p, (tile + 1) * p.steps - 1);
-    const int n = last - first + 1;
-    uint32_t *counters = counters_of(p, tile);
-    if (thread == 0)
-        while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
-    sync_warpgroup(warpgroup);
-    const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
-#pragma unroll 1
-    for (int i = (int)blockIdx.x / PEERS - first; i < N / 8; i += AT_ONCE * n) {
-        some_sums sums = {};
-        const int some = min(AT_ONCE, (N / 8 - i + n - 1) / n);
-#pragma unroll 2
-        for (int cluster = first; cluster <= last; cluster++) {
-            const float4 *from = partials_at<N>(p, cluster, tile, warpgroup) + thread;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (j >= some) continue;
-                const float4 v = __ldcg(from + (i + j * n) * GROUP_THREADS);
-                sums[j][0][0] += v.x;
-                sums[j][0][1] += v.y;
-                sums[j][1][0] += v.z;
-                sums[j][1][1] += v.w;
-            }
-        }
-        finish(p, o, i, n, some, sums);
-    }
-    sync_warpgroup(warpgroup);
-    if (thread == 0 && atomicAdd(counters + 1, 1u) == (uint32_t)(n * cut<N>::GROUPS) - 1) {
-        counters[0] = 0;
-        counters[1] = 0;
-    }
+    const uint8_t *from =
+        p.x + (int64_t)(i % (p.token_tiles * p.steps)) * cut<N>::STAGE_BYTES + share;
+    barrier_wait(empty_at(t.stage), t.parity);
+    barrier_expect(full_at(t.stage), cut<N>::STAGE_BYTES);
+    copy_bulk_to((1 << PEERS) - 1, shared_address(stage_at<N>(t.stage) + share), from, SHARE,
+                 full_at(t.stage));
 }
 
 /* ---- warpgroups that multiply ---- */
 
-/* Scales of a tile, as a lane loads them: those of row lane % 16 of the warp, of block lane / 16 of
- * a step. */
-struct scale_source {
-    const uint8_t *scales;      /* of the row's first block of K */
+/* What a lane multiplies with x: of rows g and g + 8 of its warp. And the scales that it loads: of
+ * one row of the warp, of half a step's blocks. */
+struct source {
+    const uint8_t *tiles[2]; /* its bytes of a row's first block of K */
+    const uint8_t *scales;
     const float *nested_absmax; /* NULL: scales are stored as they are */
     float offset;
     int block0, table;
 };
 
 template <int N>
-static __device__ __forceinline__ struct scale_source
-scale_source_of(const struct product &p, int tile, int warpgroup, int warp, int lane) {
+static __device__ __forceinline__ struct source source_of(const struct product &p, int tile,
+                                                          int warpgroup, int warp, int lane) {
     const struct group g = group_of<N>(p, tile, warpgroup);
-    int which;
-    const int t = tile_of(p, g, warp * 2 + lane / 8 % 2, &which);
-    const struct matrix &m = p.part[g.part].m[which];
-    const int64_t at = (int64_t)t * p.blocks * GN_CUDA_TILE_ROWS + lane % 8;
-    const int row = min(t * GN_CUDA_TILE_ROWS + lane % 8, m.rows - 1);
-    return {(const uint8_t *)m.scales + at * (m.nested_code ? 1 : (int)sizeof(float)),
-            m.nested_code ? m.nested_absmax : NULL, m.offset, row * p.blocks,
-            p.swiglu ? which : g.part};
+    struct source s = {};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int which;
+        const int t = tile_of(p, g, warp * 2 + h, &which);
+        const struct matrix &m = p.part[g.part].m[which];
+        s.tiles[h] = m.tiles + (int64_t)t * p.blocks * GN_CUDA_TILE_BYTES + lane * 8;
+        if (h != lane / 16) continue;
+        const int row = lane % 16 / 2;
+        const int64_t at = (int64_t)t * p.blocks * GN_CUDA_TILE_ROWS + row;
+        s.scales = (const uint8_t *)m.scales + at * (m.nested_code ? 1 : (int)sizeof(float));
+        s.nested_absmax = m.nested_code ? m.nested_absmax : NULL;
+        s.offset = m.offset;
+        s.block0 = min(t * GN_CUDA_TILE_ROWS + row, m.rows - 1) * p.blocks;
+        s.table = p.swiglu ? which : g.part;
+    }
+    return s;
 }
 
-/* As it is stored, and what it is in units of. */
+/* As it is stored, and what it is in units of; or itself. */
 struct stored_scale {
     uint32_t value;
     float absmax;
 };
 
-/* Past the last block, where x is zero: the last one's again. */
-static __device__ __forceinline__ struct stored_scale
-load_scale(const struct product &p, const struct scale_source &s, int step, int lane) {
-    const int k = min(step * STEP + lane / 16, p.blocks - 1);
-    if (!s.nested_absmax) return {__ldg((const uint32_t *)s.scales + k * GN_CUDA_TILE_ROWS), 0.0f};
-    return {__ldg(s.scales + k * GN_CUDA_TILE_ROWS),
-            __ldg(s.nested_absmax + (uint32_t)(s.block0 + k) / GN_NESTED_BLOCK)};
+static __device__ __forceinline__ float decode_scale(const struct source &s,
+                                                     struct stored_scale stored) {
+    if (!s.nested_absmax) return stored.absmax;
+    return __fadd_rn(__fmul_rn(*nested_at(s.table, stored.value), stored.absmax), s.offset);
 }
 
-static __device__ __forceinline__ float decode_scale(const struct scale_source &s,
-                                                     struct stored_scale stored) {
-    if (!s.nested_absmax) return __uint_as_float(stored.value);
-    return __fadd_rn(__fmul_rn(*nested_at(s.table, (int)stored.value), stored.absmax), s.offset);
+/* A step's weights: of each block, the lane's bytes of two tiles. */
+template <int STEP> struct step_weights {
+    uint2 block[STEP][2];
+    struct stored_scale scale[STEP / 2];
+};
+
+/* Block j of a step, if the step exists; past the last block, where x is zero, what was there. */
+template <int STEP>
+static __device__ __forceinline__ void load_block(struct step_weights<STEP> &w,
+                                                  const struct product &p, const struct source &s,
+                                                  int step, int j, bool exists = true) {
+    const int k = step * STEP, n = exists ? p.blocks - k - j : 0;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        load_once(w.block[j][h],
+                  s.tiles[h] + (int64_t)k * GN_CUDA_TILE_BYTES + j * GN_CUDA_TILE_BYTES, n);
+}
+
+/* The lane's scales of a step, and as with blocks. */
+template <int STEP>
+static __device__ __forceinline__ void load_scales(struct step_weights<STEP> &w,
+                                                   const struct product &p, const struct source &s,
+                                                   int step, int lane) {
+    const int k = step * STEP + lane % 2 * (STEP / 2);
+#pragma unroll
+    for (int i = 0; i < STEP / 2; i++) {
+        struct stored_scale &to = w.scale[i];
+        const int n = p.blocks - k - i, at = (k + i) * GN_CUDA_TILE_ROWS;
+        if (s.nested_absmax) {
+            load_once(to.value, s.scales + at, n);
+            load_once(to.absmax, s.nested_absmax + (uint32_t)(s.block0 + k + i) / GN_NESTED_BLOCK,
+                      n);
+        } else {
+            load_once(to.absmax, (const float *)s.scales + at, n);
+        }
+    }
+}
+
+/* Weights of a step, if they exist before block `end`, on their way to L2. */
+template <int STEP>
+static __device__ __forceinline__ void prefetch_step(const struct source &s, int step, int end,
+                                                     int lane) {
+    enum { LINES = STEP * GN_CUDA_TILE_BYTES / LINE };
+    const int line = lane % LINES, k = step * STEP;
+    if (lane < 2 * LINES && k + line * LINE / GN_CUDA_TILE_BYTES < end)
+        prefetch_line((lane < LINES ? s.tiles[0] : s.tiles[1]) + (int64_t)k * GN_CUDA_TILE_BYTES +
+                      line * LINE);
+}
+
+/* At the beginning of a tile, of which the run has steps [step, end): the first steps that
+ * registers do not ask for themselves, and all scales. */
+template <int STEP>
+static __device__ __forceinline__ void
+prefetch_tile(const struct product &p, const struct source &s, int step, int end, int lane) {
+    const int scale_bytes = GN_CUDA_TILE_ROWS * (s.nested_absmax ? 1 : (int)sizeof(float));
+    const int last = min(end * STEP, p.blocks);
+#pragma unroll 1
+    for (int i = step * STEP * scale_bytes + lane % 16 * LINE; i < last * scale_bytes;
+         i += 16 * LINE)
+        prefetch_line(s.scales + i);
+#pragma unroll 1
+    for (int i = 1; i < L2_BLOCKS / STEP; i++) prefetch_step<STEP>(s, step + i, last, lane);
 }
 
 static __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte, uint32_t lane4) {
     return *(const uint32_t *)(shared + __byte_perm(word, lane4, 0x5504 | byte << 4));
 }
 
-/* The A operands of a warp's 16 rows and 64 columns: of two tiles. */
-static __device__ __forceinline__ void decode(uint32_t a[16], const uint8_t *tiles,
+/* The A operands of a warp's 16 rows and 64 columns. */
+static __device__ __forceinline__ void decode(uint32_t a[16], const uint2 codes[2],
                                               uint32_t lane4) {
-    const uint2 top = *(const uint2 *)(tiles + 2 * lane4);
-    const uint2 bottom = *(const uint2 *)(tiles + STEP * GN_CUDA_TILE_BYTES + 2 * lane4);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const uint32_t t = j < 2 ? top.x : top.y, b = j < 2 ? bottom.x : bottom.y;
+        const uint32_t t = j < 2 ? codes[0].x : codes[0].y, b = j < 2 ? codes[1].x : codes[1].y;
         const int byte = j % 2 * 2;
         a[4 * j] = look_up(t, byte, lane4);
         a[4 * j + 1] = look_up(b, byte, lane4);
@@ -496,11 +191,10 @@ static __device__ __forceinline__ void decode(uint32_t a[16], const uint8_t *til
     }
 }
 
-/* Starts c = a times a block of x. */
+/* Starts c = a times a block of x, as described. */
 template <int N>
 static __device__ __forceinline__ void start(float (&c)[N / 2], const uint32_t a[16],
-                                             const uint8_t *x) {
-    const uint64_t rows = describe_rows(shared_address(x));
+                                             uint64_t rows) {
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; j++) wgmma(c, a + 4 * j, rows + j * (32 >> 4), j > 0);
@@ -516,50 +210,74 @@ static __device__ __forceinline__ void add_up(float (&acc)[N / 2], float (&c)[N 
     for (int i = 0; i < N / 2; i++) acc[i] += (i % 4 < 2 ? top : bottom) * c[i];
 }
 
+/* While a block is multiplied the next one is decoded, and the one a step further asked for. */
 template <int N>
 static __device__ __forceinline__ void multiply_run(const struct product &p, struct run run,
                                                     int warpgroup, int thread) {
     typedef cut<N> C;
+    constexpr int STEP = C::STEP;
     const int lane = thread % WARP, warp = thread / WARP;
     const uint32_t lane4 = lane * 4, peer_empty = peer_address(empty_at(0), lane % PEERS);
-    /* offset in a stage */
-    const int tiles = C::WEIGHTS + (warpgroup * GROUP_TILES + warp * 2) * STEP * GN_CUDA_TILE_BYTES;
     float acc[N / 2] = {}, c[N / 2] = {};
     uint32_t a[2][16];
-    int tile = run.first / p.steps, from = run.first - tile * p.steps;
-    struct turn t = {0, 0};
-    struct scale_source source = scale_source_of<N>(p, tile, warpgroup, warp, lane);
-    struct stored_scale stored = load_scale(p, source, from, lane);
-    barrier_wait(full_at(0), 0);
-    decode(a[0], stage_at<N>(0) + tiles, lane4);
-    for (int left = run.end - run.first; left > 0; tile++, from = 0) {
-        const int end = min(p.steps, from + left);
-#pragma unroll 1
-        for (int step = from; step < end; step++) {
-            const uint8_t *stage = stage_at<N>(t.stage);
-            start<N>(c, a[0], stage);
-            const float scale = decode_scale(source, stored);
-            stored = load_scale(p, source, step + 1, lane);
-            float scales[4];
+    int step = run.first % p.steps;
+    int end = min(p.steps, step + run.end - run.first); /* of the run in the tile */
+    struct source source = source_of<N>(p, run.first / p.steps, warpgroup, warp, lane);
+    struct step_weights<STEP> w = {};
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                scales[j] = __shfl_sync(0xffffffffu, scale, 8 * j + lane / 4);
-            decode(a[1], stage + tiles + GN_CUDA_TILE_BYTES, lane4);
-            add_up<N>(acc, c, scales[0], scales[1]);
-
-            start<N>(c, a[1], stage + C::X_BYTES);
-            const struct turn ahead = --left > 0 ? next<N>(t) : t; /* at the end: in vain */
-            barrier_wait(full_at(ahead.stage), ahead.parity);
-            decode(a[0], stage_at<N>(ahead.stage) + tiles, lane4);
-            add_up<N>(acc, c, scales[2], scales[3]);
-            if (lane < PEERS) barrier_arrive_cluster(peer_empty + t.stage * 8);
-            t = ahead;
+    for (int j = 0; j < STEP; j++) load_block(w, p, source, step, j);
+    load_scales(w, p, source, step, lane);
+    prefetch_tile<STEP>(p, source, step, end, lane);
+    fill_tables<N>(p);
+    __syncthreads();
+    wait_for_cluster(); /* its barriers are ready */
+    pdl_wait();
+    struct turn t = {0, 0};
+#pragma unroll 1
+    for (int i = 0; i < min(run.end - run.first, C::X_AHEAD); i++)
+        if (threadIdx.x == 0) copy_x<N>(p, run.first + i, {i, 1}); /* all stages are empty */
+    decode(a[0], w.block[0], lane4);
+    load_block(w, p, source, step + 1, 0, step + 1 < end);
+#pragma unroll 1
+    for (int i = run.first; i < run.end; i++) {
+        if (threadIdx.x == 0 && i + C::X_AHEAD < run.end)
+            copy_x<N>(p, i + C::X_AHEAD, to_fill<N>(t));
+        float scale[STEP / 2];
+#pragma unroll
+        for (int j = 0; j < STEP / 2; j++) scale[j] = decode_scale(source, w.scale[j]);
+        const bool leaves = step + 1 == end;
+        if (!leaves) {
+            prefetch_step<STEP>(source, ++step + C::L2_STEPS - 1, min(end * STEP, p.blocks), lane);
+        } else if (i + 1 < run.end) {
+            step = 0;
+            end = min(p.steps, run.end - i - 1);
+            int same = thread; /* so that nothing made of it waits through the loop */
+            keep(same);
+            source = source_of<N>(p, (i + 1) / p.steps, warpgroup, same / WARP, same % WARP);
+            prefetch_tile<STEP>(p, source, step, end, lane);
+            load_block(w, p, source, step, 0);
+        } /* else: what was there, in vain */
+        load_scales(w, p, source, step, lane);
+        const uint64_t rows = describe_rows(shared_address(stage_at<N>(t.stage)));
+        __syncwarp();
+        barrier_wait(full_at(t.stage), t.parity);
+#pragma unroll
+        for (int j = 0; j < STEP; j++) {
+            start<N>(c, a[j % 2], rows + j * (C::X_BYTES >> 4));
+            const int by = lane / 4 * 2 + j / (STEP / 2);
+            const float top = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by),
+                        bottom = __shfl_sync(0xffffffffu, scale[j % (STEP / 2)], by + 16);
+            decode(a[(j + 1) % 2], w.block[(j + 1) % STEP], lane4);
+            if (j + 1 < STEP)
+                load_block(w, p, source, step, j + 1);
+            else
+                load_block(w, p, source, step + 1, 0, step + 1 < end);
+            add_up<N>(acc, c, top, bottom);
         }
-        if (left > 0) {
-            source = scale_source_of<N>(p, tile + 1, warpgroup, warp, lane);
-            stored = load_scale(p, source, 0, lane);
-        }
-        leave<N>(p, acc, tile, from == 0 && end == p.steps, warpgroup, thread);
+        if (lane < PEERS && i + C::STAGES < run.end) /* or else nobody waits for it */
+            barrier_arrive_cluster(peer_empty + t.stage * 8);
+        t = next<N>(t);
+        if (leaves) leave<N>(p, acc, run, i, warpgroup, thread);
     }
 }
 
@@ -574,7 +292,7 @@ static __device__ __forceinline__ void finish_run(const struct product &p, struc
 }
 
 template <int N>
-static __global__ void __launch_bounds__(cut<N>::THREADS, 1)
+static __global__ void __maxnreg__(cut<N>::REGISTERS)
     mma_kernel(const __grid_constant__ struct product p) {
     typedef cut<N> C;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
@@ -586,20 +304,13 @@ static __global__ void __launch_bounds__(cut<N>::THREADS, 1)
         barrier_init(empty_at(threadIdx.x), PEERS * C::GROUPS * (GROUP_THREADS / WARP));
         barriers_ready();
     }
-    sync_cluster();
-    if (warpgroup == C::GROUPS) {
-        give_registers<FEW_REGISTERS>();
-        if (warp == C::GROUPS * (GROUP_THREADS / WARP)) copy_run<N>(p, run, threadIdx.x % WARP);
-    } else {
-        take_registers<C::MORE_REGISTERS>();
-        int thread = threadIdx.x % GROUP_THREADS;
-        asm("" : "+r"(thread)); /* or it is made again in each step */
-        fill_tables<N>(p);
-        pdl_wait();
-        multiply_run<N>(p, run, warpgroup, thread);
-        finish_run<N>(p, run, warpgroup, thread);
-    }
-    sync_cluster(); /* copies and arrivals of the other have come */
+    arrive_at_cluster();
+    int thread = threadIdx.x % GROUP_THREADS;
+    keep(thread); /* or it is made again in each step */
+    multiply_run<N>(p, run, warpgroup, thread);
+    arrive_at_cluster();
+    finish_run<N>(p, run, warpgroup, thread);
+    wait_for_cluster(); /* the other has what this one copied, and has arrived where it is to */
 }
 
 /* ---- the call ---- */
@@ -609,11 +320,12 @@ typedef void mma_fn(const struct product);
 /* A kernel, by how many tokens its tiles have. */
 struct variant {
     mma_fn *kernel;
-    int tokens, groups, threads, shared_bytes;
+    int tokens, groups, step, threads, shared_bytes;
 };
 
 template <int N> static struct variant variant_of(void) {
-    return {mma_kernel<N>, N, cut<N>::GROUPS, cut<N>::THREADS, cut<N>::SHARED_BYTES};
+    typedef cut<N> C;
+    return {mma_kernel<N>, N, C::GROUPS, C::STEP, C::THREADS, C::SHARED_BYTES};
 }
 
 static struct variant variant_for(int tokens) {
@@ -679,10 +391,11 @@ static struct plan plan_of(const gn_ctx *ctx, int64_t rows, int64_t K, int64_t c
     plan.variant = variant_for((int)((rows + plan.token_tiles - 1) / plan.token_tiles));
     const int64_t tile_groups = plan.variant.groups * PEERS;
     plan.tiles = (int)((groups + tile_groups - 1) / tile_groups) * plan.token_tiles;
-    plan.steps = (int)((K / GN_BLOCK + STEP - 1) / STEP);
+    plan.steps = (int)((K / GN_BLOCK + plan.variant.step - 1) / plan.variant.step);
     const int64_t all = (int64_t)plan.tiles * plan.steps;
     plan.clusters = (int)(all < ctx->cuda->mma_clusters ? all : ctx->cuda->mma_clusters);
-    plan.x_bytes = (size_t)plan.token_tiles * plan.variant.tokens * plan.steps * STEP * ROW_BYTES;
+    plan.x_bytes =
+        (size_t)plan.token_tiles * plan.variant.tokens * plan.steps * plan.variant.step * ROW_BYTES;
     plan.dense_bytes = lora ? (size_t)(rows * K) * sizeof(bf16) : 0;
     plan.sums_bytes = lora ? (size_t)(rows * columns) * sizeof(float) : 0;
     plan.partials_bytes = (size_t)plan.clusters * PEERS * 2 * plan.variant.groups * GROUP_ROWS *
@@ -784,9 +497,10 @@ static gn_status pack_x(gn_ctx *ctx, const gn_linear_args *args, const struct pl
     s.eps = args->eps;
     s.T = (int)x->shape[0];
     s.blocks = (int)(x->shape[1] / GN_BLOCK);
+    s.all_blocks = plan->steps * plan->variant.step;
     s.in_pairs = x->ld % 2 == 0 && is_aligned(x->data, 2 * gn_dtype_size(x->dtype)) &&
                  is_aligned(s.norm, sizeof(float2));
-    const int tokens = plan->variant.tokens, chunks = plan->steps * STEP * 8;
+    const int tokens = plan->variant.tokens, chunks = s.all_blocks * 8;
     const dim3 grid((unsigned)(plan->token_tiles * tokens),
                     s.norm ? 1 : (unsigned)((chunks + PACK_THREADS - 1) / PACK_THREADS));
     gn_status status = GN_OK;

@@ -51,21 +51,16 @@ static __device__ __forceinline__ uint32_t peer_address(uint32_t at, int rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(at), "r"(rank));
     return peer;
 }
-static __device__ __forceinline__ void sync_cluster(void) {
-    asm volatile("barrier.cluster.arrive.release;\n"
-                 "barrier.cluster.wait.acquire;" ::
-                     : "memory");
+/* Nothing that was written need be seen, but what barriers_ready has made ready. */
+static __device__ __forceinline__ void arrive_at_cluster(void) {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+static __device__ __forceinline__ void wait_for_cluster(void) {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 /* ---- copies in bulk: 16-byte aligned, of a multiple of 16 bytes ---- */
 
-static __device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, uint32_t bytes,
-                                                 uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                 "%2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
 /* To the same place of every block in the mask, each counting at its own barrier. */
 static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to, const void *from,
                                                     uint32_t bytes, uint32_t barrier) {
@@ -75,17 +70,12 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
                  : "memory");
 }
 
-static __device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-}
+/* ---- global memory ---- */
 
-/* ---- registers: a warpgroup's share of the block's ---- */
-
-template <int N> static __device__ __forceinline__ void give_registers(void) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> static __device__ __forceinline__ void take_registers(void) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+/* What the block's other threads wrote before they met this one at a barrier is seen by whoever
+ * sees the sum (load_acquire). */
+static __device__ __forceinline__ void add_release(uint32_t *at, uint32_t v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
 /* ---- products of a warpgroup ---- */
