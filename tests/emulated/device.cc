@@ -9,7 +9,6 @@
 extern "C" { /* for tests in C */
 #include "kernels/cuda/linear.h"
 }
-#include "kernels/cuda/linear_ahead.h"
 
 /* What gn_cuda_batch points to. */
 struct staged {
@@ -111,17 +110,7 @@ static gn_status linear(gn_ctx *ctx, const gn_linear_args *args) {
     return ctx->compute == GN_F32 ? gn_cuda_linear_exact(ctx, args)
                                   : gn_cuda_linear_dense(ctx, args);
 }
-/* No weights are dequantized ahead. */
-gn_status gn_cuda_ahead_take(gn_ctx *, const gn_linear_args *, int64_t, const void **w) {
-    *w = NULL;
-    return GN_OK;
-}
-gn_status gn_cuda_ahead_begin(gn_ctx *, const gn_linear_args *, int64_t) {
-    return GN_OK;
-}
-int gn_cuda_ahead_sms_left(const gn_ctx *, int64_t) {
-    return 0;
-}
+
 extern "C" {
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *, int64_t, int64_t, int64_t, int64_t, int) {
     return 0;
@@ -163,6 +152,7 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     s->table.linear_workspace = linear_workspace;
     s->table.linear_bwd = gn_cuda_linear_bwd;
     s->table.linear_bwd_workspace = gn_cuda_linear_bwd_workspace;
+    s->table.convert = gn_cuda_convert;
     s->table.swiglu = gn_cuda_swiglu;
     s->table.swiglu_bwd = gn_cuda_swiglu_bwd;
     s->table.rope = gn_cuda_rope;
