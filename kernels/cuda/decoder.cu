@@ -11,10 +11,9 @@
  *     part of x in registers, as the mma's B operand: rows of x are the mma's columns, of which
  *     there are 8; unused ones are zero and cost nothing.
  *   - A step is a group by up to 256 columns, 2 KiB. A warp loads the next one's blocks into the
- *     registers of those that it has multiplied, and has the first ones of the next phase fetched
- *     into L2 before it waits for the others. (cp.async into shared memory would cost as much of
- *     its bandwidth as all lookups; loads into registers across a barrier would be waited for
- *     before it.)
+ *     registers of those that it has multiplied, also across barriers, and has the one after it
+ *     fetched into L2. (Through shared memory, cp.async would cost as much of its bandwidth as
+ *     all lookups; that bandwidth bounds this kernel.)
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
  *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
  *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
@@ -86,13 +85,14 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     int lane = threadIdx.x % WARP;
     keep(lane);
     const bool helps = LORA && warp >= WARPS;
+    struct step step = {};
     struct cursor cur = {};
     cur.at = -1;
     if (warp < PHASES - 1) load_phase(p, warp, lane);
     wait_for_all_copies();
     __syncthreads();
     if (!helps) {
-        look_ahead(&cur, p, 0, warp, lane);
+        load_step<DQ>(&step, &cur, p, 0, warp, lane);
         fill_tables(p);
     }
     if (threadIdx.x == 0) *first_item() = item_of(p, blockIdx.x);
@@ -105,19 +105,26 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
         if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const enum kind kind = phase_at(i)->kind;
         if (warp == 0) load_phase(p, i + PHASES - 1, lane);
+        if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
             struct cursor *saved = (struct cursor *)(shared + CURSORS_AT) + warp;
-            if (!helps) look_ahead(&cur, p, i, warp, lane);
-            if (!helps && lane == 0) *saved = cur;
-            __syncwarp();
+            if (!helps) {
+                if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
+                if (lane == 0) *saved = cur;
+                __syncwarp();
+            }
             attend(p, *phase_at(i), warp, lane);
-            if (!helps) cur = *saved;
+            step = {};
+            if (!helps) {
+                cur = *saved;
+                load_step<DQ>(&step, &cur, p, i, warp, lane);
+            }
         } else if (kind == PREPARE && !helps) {
             prepare<MOST, LORA>(p, *phase_at(i));
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         } else if (kind != PREPARE) {
-            multiply<MOST, DQ, LORA>(p, i, &cur, warp, lane);
+            multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
         }
         if (warp == 0) wait_for_all_copies();
     }

@@ -11,7 +11,6 @@ enum {
     THREADS = WARPS * WARP,
     HELPERS = 2, /* warps beside them, for LoRA */
     UNITS = 4,   /* blocks of 64 columns in a step */
-    AHEAD = 2,   /* steps of a warp that are on their way into L2, after the next one */
     MAX_T = GN_DECODER_MAX_ROWS,
     MAX_D = 128,
     GROUP_ROWS = 2 * GN_CUDA_TILE_ROWS,
@@ -87,9 +86,9 @@ struct slot {
 /* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
     NESTED_AT = 0,
-    SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float),          /* (MAX_T, WARPS) */
-    SLOTS_AT = SQUARES_AT + MAX_T * WARPS * (int)sizeof(float), /* (MAX_T) */
-    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot),    /* (MAX_T, MAX_D / 2) */
+    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
+    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
     PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
     PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
@@ -162,12 +161,13 @@ struct step {
 };
 
 /* A warp's steps in their order: for each phase, for each batch of groups, for each UNITS of its
- * blocks of columns, for each group. The cursor is at the step after the one that registers hold;
- * between phases, at the next one's first. All lanes have the same. */
+ * blocks of columns, for each group. The cursor is at the step after the one that registers hold,
+ * also across barriers. All lanes have the same. */
 struct alignas(16) cursor {
     int at; /* phase */
     int batch_begin, batch_end, group, block;
-    int left; /* blocks of the warp from this one on; UNITS of them are the step's */
+    int left;  /* blocks of the warp from this one on; UNITS of them are the step's */
+    int holds; /* registers hold a step */
     /* Offsets, in shared memory, of its halves' weights. The first half's blocks begin with
      * tile_block, the second's `apart` further, where a row has row_blocks. The next group's are
      * `stride` further, for `run` groups with this one; 0: to be found out. */
@@ -185,10 +185,10 @@ static __device__ __forceinline__ void begin_batch(struct cursor *cur, const str
     cur->left = blocks.end - blocks.begin;
 }
 
-/* From the end of a batch's groups to its next blocks, the next batch, or the next phase up to
- * `last`; false: nothing for this warp. */
+/* From the end of a batch's groups to its next blocks, the next batch, or the next phase; false:
+ * nothing for this warp. It does not look beyond attention, which needs the registers. */
 static __device__ __forceinline__ bool find_step(struct cursor *cur, const struct program &p,
-                                                 int last, int warp) {
+                                                 int current, int warp) {
     if (cur->batch_begin < cur->batch_end) {
         const struct phase &ph = *phase_at(cur->at);
         const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
@@ -198,6 +198,7 @@ static __device__ __forceinline__ bool find_step(struct cursor *cur, const struc
         if (cur->left > 0) return true;
         begin_batch(cur, p, groups, blocks, cur->batch_end);
     }
+    const int last = phase_at(current)->kind == QKV ? current : min(current + 1, p.n_phases - 1);
     while (cur->group == cur->batch_end && cur->at < last) {
         const struct phase &ph = *phase_at(++cur->at);
         const struct range groups = groups_of(ph), blocks = blocks_of(ph, warp);
@@ -221,29 +222,16 @@ static __device__ __forceinline__ int block_of(const struct cursor *cur, int h) 
     return cur->tile_block + h * cur->apart;
 }
 
-/* The step that is `groups` groups and `blocks` blocks after the cursor's, on its way into L2: 8
- * lanes for each half. */
+/* The cursor's step, or that of a later group, on its way into L2: 8 lanes for each half. */
 static __device__ __forceinline__ void prefetch_step(const struct cursor *cur, int groups,
-                                                     int blocks, int lane) {
+                                                     int lane) {
     const int h = lane / 8 % 2, line = lane % 8 * 128;
-    const int block = block_of(cur, h) + groups * cur->stride + blocks;
-    if (line < min(UNITS, cur->left - blocks) * GN_CUDA_TILE_BYTES)
+    const int block = block_of(cur, h) + groups * cur->stride;
+    if (lane < 16 && line < min(UNITS, cur->left) * GN_CUDA_TILE_BYTES)
         prefetch_line(weight_of(cur, h).tiles + (int64_t)block * GN_CUDA_TILE_BYTES + line);
 }
 
-/* Up to AHEAD steps after the cursor's, in the batch's first blocks, and on into the next ones. */
-static __device__ __forceinline__ void prefetch_steps(const struct cursor *cur, int lane) {
-    int groups = 1 + lane / 16, blocks = 0;
-    for (int i = groups; i <= AHEAD; i += 2, groups += 2) {
-        while (groups >= cur->run) {
-            groups -= cur->run;
-            blocks += UNITS;
-        }
-        prefetch_step(cur, groups, blocks, lane);
-    }
-}
-
-static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p, int warp,
+static __device__ __forceinline__ void point(struct cursor *cur, const struct program &p,
                                              int lane) {
     const struct phase &ph = *phase_at(cur->at);
     int tile = 2 * cur->group, w = 0, other = 0;
@@ -269,31 +257,24 @@ static __device__ __forceinline__ void point(struct cursor *cur, const struct pr
     cur->other = (int)((const uint8_t *)&ph.w[other] - shared);
     cur->tile_block = tile * ph.blocks + cur->block;
     cur->row_blocks = ph.blocks;
-    if (cur->block == blocks_of(ph, warp).begin) prefetch_steps(cur, lane);
+    if (cur->run > 1) prefetch_step(cur, 1, lane);
 }
 
 static __device__ __forceinline__ void advance(struct cursor *cur, int lane) {
     cur->group++;
     cur->tile_block += cur->stride;
     cur->run--;
-    if (lane < 16 && cur->run > AHEAD) prefetch_step(cur, AHEAD, 0, lane);
+    if (cur->run > 1) prefetch_step(cur, 1, lane);
 }
 
-/* Blocks of the cursor's step, up to phase `last`; 0: there is none. */
+/* Blocks of the cursor's step; 0: there is none yet. */
 static __device__ __forceinline__ int next_units(struct cursor *cur, const struct program &p,
-                                                 int last, int warp, int lane) {
+                                                 int current, int warp, int lane) {
     if (cur->run <= 0) {
-        if (cur->group == cur->batch_end && !find_step(cur, p, last, warp)) return 0;
-        point(cur, p, warp, lane);
+        if (cur->group == cur->batch_end && !find_step(cur, p, current, warp)) return 0;
+        point(cur, p, lane);
     }
     return min(UNITS, cur->left);
-}
-
-/* The first weights after phase `current`, if the next one has some, on their way into L2. */
-static __device__ __forceinline__ void look_ahead(struct cursor *cur, const struct program &p,
-                                                  int current, int warp, int lane) {
-    if (next_units(cur, p, min(current + 1, p.n_phases - 1), warp, lane) > 0 && lane < 16)
-        prefetch_step(cur, 0, 0, lane);
 }
 
 /* Where a lane's codes of both halves of the cursor's step are. */
@@ -335,16 +316,18 @@ static __device__ __forceinline__ void load_unit(struct step *s, struct halves c
         load_once(s->codes[j][h], codes.at[h] + j * GN_CUDA_TILE_BYTES, n - j);
 }
 
-/* The phase's first step. */
+/* A step into registers that hold none. */
 template <bool DQ>
 static __device__ __forceinline__ void load_step(struct step *s, struct cursor *cur,
                                                  const struct program &p, int current, int warp,
                                                  int lane) {
+    if (cur->holds) return;
     const int n = next_units(cur, p, current, warp, lane);
-    if (n == 0 || cur->at != current) return;
+    if (n == 0) return;
     const struct halves codes = load_scales<DQ>(s, cur, n, lane);
 #pragma unroll
     for (int j = 0; j < UNITS; j++) load_unit(s, codes, j, n);
+    cur->holds = 1;
     advance(cur, lane);
 }
 
