@@ -13,7 +13,7 @@
  *   - A step is a group by up to 256 columns, 2 KiB. A warp loads the next one's blocks into the
  *     registers of those that it has multiplied, also across barriers, and has the one after it
  *     fetched into L2. (Through shared memory, cp.async would cost as much of its bandwidth as
- *     all lookups; that bandwidth bounds this kernel.)
+ *     all lookups.)
  *   - A packed byte becomes two bf16 codes by one lookup in a table of 256 pairs, of which every
  *     lane has a copy in its own bank. Entries are 256 bytes apart: the address, the byte's then 4
  *     times the lane, is one byte permutation. A block's scale multiplies its float32 sums.
