@@ -26,8 +26,11 @@ static gn_status copy_bytes(const char *from, const char *to, gn_error *err) {
     bool ok = out != NULL;
     for (size_t n; ok && (n = fread(buffer, 1, sizeof buffer, in)) > 0;)
         ok = fwrite(buffer, 1, n, out) == n;
-    if (ok) ok = !ferror(in) && fflush(out) == 0 && fsync(fileno(out)) == 0;
-    const gn_status status = ok ? GN_OK : gn_fail(err, GN_EIO, "%s: %s", to, strerror(errno));
+    const bool is_read = !ferror(in);
+    if (ok && is_read) ok = fflush(out) == 0 && fsync(fileno(out)) == 0;
+    const gn_status status =
+        ok && is_read ? GN_OK
+                      : gn_fail(err, GN_EIO, "%s: %s", is_read ? to : from, strerror(errno));
     fclose(in);
     if (out) fclose(out);
     return status;

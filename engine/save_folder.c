@@ -20,7 +20,20 @@ gn_status gn_text_write(const char *path, const char *text, gn_error *err) {
     return status;
 }
 
+gn_status gn_text_replace(const char *path, const char *text, gn_error *err) {
+    char *temporary;
+    if (asprintf(&temporary, "%s.partial", path) < 0)
+        return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
+    gn_status status = gn_text_write(temporary, text, err);
+    if (!status && rename(temporary, path) != 0)
+        status = gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
+    if (status) unlink(temporary);
+    free(temporary);
+    return status ? status : gn_sync_parent(path, err);
+}
+
 gn_status gn_folder_make(const char *dir, gn_error *err) {
+    if (!*dir) return gn_fail(err, GN_EINVAL, "a folder's name is empty");
     char *path = strdup(dir);
     if (!path) return gn_fail(err, GN_ENOMEM, "out of memory");
     gn_status status = GN_OK;
@@ -37,18 +50,6 @@ gn_status gn_folder_make(const char *dir, gn_error *err) {
     return status;
 }
 
-gn_status gn_text_replace(const char *path, const char *text, gn_error *err) {
-    char *temporary;
-    if (asprintf(&temporary, "%s.partial", path) < 0)
-        return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
-    gn_status status = gn_text_write(temporary, text, err);
-    if (!status && rename(temporary, path) != 0)
-        status = gn_fail(err, GN_EIO, "%s: %s", path, strerror(errno));
-    if (status) unlink(temporary);
-    free(temporary);
-    return status ? status : gn_sync_parent(path, err);
-}
-
 void gn_folder_remove(const char *path) {
     DIR *d = opendir(path);
     for (struct dirent *entry; d && (entry = readdir(d));) {
@@ -63,6 +64,17 @@ static void free_names(gn_save_folder *f) {
     free(f->path);
     free(f->temporary);
     *f = (gn_save_folder){0};
+}
+
+gn_status gn_save_folder_check(const char *path, const char *file, const char *kind,
+                               gn_error *err) {
+    char *inside;
+    if (access(path, F_OK) != 0 || rmdir(path) == 0) return GN_OK;
+    if (asprintf(&inside, "%s/%s", path, file) < 0)
+        return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
+    const bool is_kind = access(inside, F_OK) == 0;
+    free(inside);
+    return is_kind ? GN_OK : gn_fail(err, GN_EEXIST, "%s exists already, and is no %s", path, kind);
 }
 
 gn_status gn_save_folder_open(gn_save_folder *f, const char *path, gn_error *err) {

@@ -36,15 +36,18 @@ static gn_status read_open_file(int fd, gn_mapping *m, gn_error *err) {
     m->data = malloc(m->bytes);
     if (!m->data) return gn_fail(err, GN_ENOMEM, "%s: no memory for %zu bytes", m->path, m->bytes);
     size_t done = 0;
+    int reason = 0;
     while (done < m->bytes) {
         const ssize_t n = read(fd, m->data + done, m->bytes - done);
         if (n < 0 && errno == EINTR) continue;
+        if (n < 0) reason = errno;
         if (n <= 0) break;
         done += (size_t)n;
     }
     if (done == m->bytes) return GN_OK;
     free(m->data);
-    return gn_fail(err, GN_EIO, "%s: %zu of %zu bytes can be read", m->path, done, m->bytes);
+    return gn_fail(err, GN_EIO, "%s: %zu of %zu bytes can be read%s%s", m->path, done, m->bytes,
+                   reason ? ": " : "", reason ? strerror(reason) : "");
 }
 
 static gn_status map_open_file(int fd, gn_mapping *m, gn_error *err) {

@@ -3,15 +3,12 @@
 #include "trainer/adapter_writer.h"
 
 #include <cjson/cJSON.h>
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "engine/save_folder.h"
-#include "engine/tensor_file.h"
+#include "trainer/masters.h"
 
 /* ---- adapter_config.json ---- */
 
@@ -149,37 +146,15 @@ static entry *make_entries(const gn_parameters *p, gn_dtype dtype) {
     entry *entries = calloc(p->n + 1, sizeof *entries);
     for (size_t i = 0; entries && i < p->n; i++) {
         const gn_parameter *item = &p->items[i];
-        gn_file_tensor *t = &entries[i].tensor;
         char *name;
         if (asprintf(&name, "base_model.model.%s", item->name) < 0) {
             free_entries(entries, p->n);
             return NULL;
         }
-        *t = (gn_file_tensor){.name = name, .dtype = dtype, .ndim = item->ndim};
-        t->bytes = (size_t)item->numel * gn_dtype_size(dtype);
-        memcpy(t->shape, item->shape, sizeof t->shape);
-        entries[i].parameter = i;
+        entries[i] = (entry){gn_master_tensor(item, name, dtype), i};
     }
     if (entries) qsort(entries, p->n, sizeof *entries, by_name);
     return entries;
-}
-
-static gn_status write_tensor(gn_safetensors_writer *w, gn_optimizer *o, const entry *e,
-                              gn_error *err) {
-    const gn_parameter *item = &gn_optimizer_parameters(o)->items[e->parameter];
-    float *values = malloc((size_t)item->numel * sizeof *values);
-    void *narrow = malloc(e->tensor.bytes);
-    gn_status status = values && narrow ? GN_OK : GN_ENOMEM;
-    if (!status) status = gn_optimizer_get(o, GN_STATE_MASTER, e->parameter, values);
-    if (!status) {
-        gn_narrow(narrow, e->tensor.dtype, values, item->numel);
-        status = gn_safetensors_write(w, narrow, e->tensor.bytes, err);
-    } else {
-        gn_fail(err, status, "%s: %s", item->name, gn_status_text(status));
-    }
-    free(values);
-    free(narrow);
-    return status;
 }
 
 static gn_status write_tensors(const char *path, gn_optimizer *o, const entry *entries,
@@ -193,7 +168,8 @@ static gn_status write_tensors(const char *path, gn_optimizer *o, const entry *e
     gn_status status = gn_safetensors_create(&w, path, tensors, n, metadata, err);
     free(tensors);
     if (status) return status;
-    for (size_t i = 0; i < n && !status; i++) status = write_tensor(w, o, &entries[i], err);
+    for (size_t i = 0; i < n && !status; i++)
+        status = gn_master_write(w, o, entries[i].parameter, entries[i].tensor.dtype, err);
     if (!status) return gn_safetensors_commit(w, err);
     gn_safetensors_abort(w);
     return status;
@@ -225,23 +201,10 @@ gn_status gn_adapter_write(const char *dir, const gn_adapter_config *config, gn_
     return status ? status : write_model(dir, config, o, err);
 }
 
-/* Nothing, an empty folder, or an adapter's. */
-static gn_status check_place(const char *dir, gn_error *err) {
-    struct stat st;
-    char *config;
-    if (stat(dir, &st) != 0 || rmdir(dir) == 0) return GN_OK;
-    if (asprintf(&config, "%s/adapter_config.json", dir) < 0)
-        return gn_fail(err, GN_ENOMEM, "%s: out of memory", dir);
-    const bool is_adapter = access(config, F_OK) == 0;
-    free(config);
-    return is_adapter ? GN_OK
-                      : gn_fail(err, GN_EEXIST, "%s exists already, and is no adapter", dir);
-}
-
 gn_status gn_adapter_save(const char *dir, const gn_adapter_config *config, gn_optimizer *o,
                           gn_error *err) {
     gn_save_folder folder;
-    gn_status status = check_place(dir, err);
+    gn_status status = gn_save_folder_check(dir, "adapter_config.json", "adapter", err);
     if (!status) status = gn_save_folder_open(&folder, dir, err);
     if (status) return status;
     status = gn_adapter_write(folder.temporary, config, o, err);

@@ -10,16 +10,16 @@
 typedef struct gn_bench {
     const char *kind, *name; /* "decode"; the model's name for reports */
     gn_model *model;
-    gn_adapter *adapter;         /* or NULL */
-    gn_rates rates;              /* what the device can do at best */
-    double peak_bytes;           /* of the device's memory; on a CPU, of what this process held */
+    gn_adapter *adapter; /* or NULL */
+    gn_rates rates;      /* what the device can do at best */
+    double peak_bytes;   /* of the device's memory; on a CPU, of what this process held */
     /* Tokens of a prompt and of a reply; requests at a time. In training a batch is `streams`
      * sequences of `prompt` tokens. */
     int prompt, tokens, streams;
-    int rank;      /* of the LoRA that is trained */
-    float dropout; /* likewise */
-    int max_batch_tokens;        /* 0: the engine's default */
-    int64_t memory;              /* a budget; 0: the engine's default */
+    int rank;             /* of the LoRA that is trained */
+    float dropout;        /* likewise */
+    int max_batch_tokens; /* 0: the engine's default */
+    int64_t memory;       /* a budget; 0: the engine's default */
     gn_kv_dtype kv_dtype;
     bool json;
     gn_error *err;

@@ -3,93 +3,58 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "trainer/bench.h"
-#include "trainer/train_memory.h"
+#include "trainer/trainable.h"
 
-enum { ROUNDS = 5, PER_PAIR = 2 };
-static const double LEARNING_RATE = 1e-4;
+enum { ROUNDS = 5 };
+static const double LEARNING_RATE = 1e-4, SCALE = 0.25;
 
 /* A training run, as much of one as a benchmark needs. */
 typedef struct run {
     gn_bench *bench;
     gn_model *model;
-    gn_train_wanted wanted;
+    gn_trainable *trainable;
+    gn_train_limits limits;
+    gn_optimizer_options options;
     gn_train_memory plan;
-    gn_parameter *items;
-    size_t *groups;
-    gn_page_device *devices[2]; /* of gradients' pages, and of the optimizer's */
-    gn_parameters *parameters;
+    gn_page_device *device; /* of the optimizer's pages */
     gn_optimizer *optimizer;
     gn_train_step *step;
-    gn_lora_pair *pairs, *grads;
-    void *placed; /* pairs, where the device reads them */
-    gn_trained trained;
     int32_t *ids, *row0, *pos0;
 } run;
 
-static size_t count_pairs(const run *r) {
-    return (size_t)r->model->config.layers * GN_PROJ_COUNT;
-}
+/* ---- open and close ---- */
 
-/* ---- what is trained ---- */
-
-static gn_status want(run *r) {
+static gn_status plan_memory(run *r) {
     const gn_bench *b = r->bench;
-    const size_t layers = (size_t)r->model->config.layers, n = PER_PAIR * count_pairs(r);
-    r->items = calloc(n, sizeof *r->items);
-    r->groups = calloc(layers, sizeof *r->groups);
-    r->pairs = calloc(count_pairs(r), sizeof *r->pairs);
-    r->grads = calloc(count_pairs(r), sizeof *r->grads);
-    if (!r->items || !r->groups || !r->pairs || !r->grads)
-        return gn_fail(b->err, GN_ENOMEM, "out of memory");
-    for (size_t i = 0; i < count_pairs(r); i++) {
-        const gn_matrix *w = &r->model->layers[i / GN_PROJ_COUNT].proj[i % GN_PROJ_COUNT];
-        r->items[2 * i] = (gn_parameter){.name = "A", .ndim = 2, .shape = {b->rank, w->cols}};
-        r->items[2 * i + 1] = (gn_parameter){.name = "B", .ndim = 2, .shape = {w->rows, b->rank}};
-    }
-    for (size_t i = 0; i < layers; i++) r->groups[i] = i * PER_PAIR * GN_PROJ_COUNT;
-    r->wanted = (gn_train_wanted){.limits = {.max_rows = b->streams * b->prompt,
-                                             .max_seqs = b->streams,
-                                             .context = b->prompt,
-                                             .max_rank = b->rank},
-                                  .items = r->items,
-                                  .n_items = n,
-                                  .groups = r->groups,
-                                  .n_groups = layers,
-                                  .weights = GN_BF16,
-                                  .grads = GN_F32,
-                                  .optimizer = {.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f},
-                                  .paged = true,
-                                  .accumulation = 1};
-    return gn_train_memory_plan(&r->plan, r->model, &r->wanted, b->memory, b->err);
-}
-
-static void find_grads(run *r, int layer) {
-    const size_t first = (size_t)layer * GN_PROJ_COUNT;
-    for (size_t i = first; i < first + GN_PROJ_COUNT; i++) {
-        r->grads[i].a = gn_parameter_grad(r->parameters, PER_PAIR * i);
-        r->grads[i].b = gn_parameter_grad(r->parameters, PER_PAIR * i + 1);
-    }
-}
-
-static gn_status begin_layer(void *user, int layer) {
-    run *r = user;
-    gn_status status = gn_grads_acquire(r->parameters, (size_t)layer);
-    if (!status && layer > 0) status = gn_grads_prefetch(r->parameters, (size_t)layer - 1);
-    if (!status) find_grads(r, layer);
-    return status;
-}
-
-static gn_status end_layer(void *user, int layer) {
-    return gn_grads_release(((run *)user)->parameters, (size_t)layer, true);
+    r->limits = (gn_train_limits){.max_rows = b->streams * b->prompt,
+                                  .max_seqs = b->streams,
+                                  .context = b->prompt,
+                                  .max_rank = b->rank};
+    r->options = (gn_optimizer_options){.beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f};
+    gn_train_wanted wanted = {.limits = r->limits,
+                              .weights = gn_ctx_activation(r->model->ctx),
+                              .grads = GN_F32,
+                              .optimizer = r->options,
+                              .paged = true,
+                              .accumulation = 1};
+    wanted.items = gn_trainable_items(r->trainable, &wanted.n_items);
+    wanted.groups = gn_trainable_groups(r->trainable, &wanted.n_groups);
+    const gn_status status = gn_train_memory_plan(&r->plan, r->model, &wanted, b->memory, b->err);
+    if (status) return status;
+    memcpy(r->limits.keep, r->plan.keep, sizeof r->limits.keep);
+    r->options.budget = r->plan.optimizer_budget;
+    return GN_OK;
 }
 
 /* Any values will do, B's too: zeros would be as fast, but measure nothing. */
-static gn_status set_weights(run *r) {
+static gn_status set_weights(const run *r) {
+    const gn_parameters *p = gn_trainable_parameters(r->trainable);
     gn_status status = GN_OK;
-    for (size_t i = 0; i < r->parameters->n && !status; i++) {
-        const int64_t n = r->parameters->items[i].numel;
+    for (size_t i = 0; i < p->n && !status; i++) {
+        const int64_t n = p->items[i].numel;
         float *values = malloc((size_t)n * sizeof *values);
         if (!values) return GN_ENOMEM;
         for (int64_t j = 0; j < n; j++) values[j] = 0.01f * sinf((float)(j % 1009 + (int64_t)i));
@@ -99,49 +64,16 @@ static gn_status set_weights(run *r) {
     return status;
 }
 
-static gn_status bind(run *r) {
-    gn_ctx *ctx = r->model->ctx;
-    const size_t bytes = count_pairs(r) * sizeof *r->pairs;
-    for (size_t i = 0; i < count_pairs(r); i++)
-        r->pairs[i] = (gn_lora_pair){.rank = r->bench->rank,
-                                     .scale = 0.25f,
-                                     .a = gn_parameter_weight(r->parameters, PER_PAIR * i),
-                                     .b = gn_parameter_weight(r->parameters, PER_PAIR * i + 1)};
-    r->placed = gn_ctx_alloc(ctx, bytes);
-    if (!r->placed) return GN_ENOMEM;
-    r->trained = (gn_trained){.pairs = r->pairs,
-                              .placed = r->placed,
-                              .grads = r->grads,
-                              .dropout = r->bench->dropout,
-                              .lodger = gn_optimizer_pages(r->optimizer)};
-    if (r->plan.grads_travel) {
-        r->trained.begin_layer = begin_layer;
-        r->trained.end_layer = end_layer;
-        r->trained.user = r;
-    } else {
-        for (int i = 0; i < r->model->config.layers; i++) find_grads(r, i);
-    }
-    return gn_ctx_write(ctx, r->placed, r->pairs, bytes);
-}
-
-/* ---- open and close ---- */
-
-static gn_status open_trained(run *r) {
-    const gn_train_wanted *w = &r->wanted;
-    const gn_grad_options paged = {r->groups, w->n_groups, r->plan.grad_budget, r->devices[0]};
-    gn_optimizer_options options = w->optimizer;
-    options.budget = r->plan.optimizer_budget;
-    gn_status status =
-        gn_parameters_open_paged(&r->parameters, r->model->ctx, w->items, w->n_items, w->weights,
-                                 w->grads, r->plan.grads_travel ? &paged : NULL, r->bench->err);
-    if (!status)
-        status =
-            gn_optimizer_open(&r->optimizer, r->parameters, &options, r->devices[1], r->bench->err);
+static gn_status open_optimizer(run *r) {
+    gn_error *err = r->bench->err;
+    gn_status status = gn_page_device_open(&r->device, r->model->ctx);
+    if (status) return gn_fail(err, status, "pages: %s", gn_status_text(status));
+    status = gn_optimizer_open(&r->optimizer, gn_trainable_parameters(r->trainable), &r->options,
+                               r->device, err);
     if (status) return status;
+    gn_trainable_lodge(r->trainable, gn_optimizer_pages(r->optimizer));
     status = set_weights(r);
-    if (!status) status = bind(r);
-    return status ? gn_fail(r->bench->err, status, "LoRA weights: %s", gn_status_text(status))
-                  : GN_OK;
+    return status ? gn_fail(err, status, "LoRA weights: %s", gn_status_text(status)) : GN_OK;
 }
 
 static gn_status open_batch(run *r) {
@@ -156,29 +88,23 @@ static gn_status open_batch(run *r) {
 }
 
 static gn_status open_run(run *r) {
-    gn_status status = want(r);
-    for (int i = 0; i < 2 && !status; i++) {
-        status = gn_page_device_open(&r->devices[i], r->model->ctx);
-        if (status) gn_fail(r->bench->err, status, "pages: %s", gn_status_text(status));
-    }
-    if (!status) status = open_trained(r);
+    const gn_bench *b = r->bench;
+    const gn_lora_options lora = {
+        .rank = b->rank, .alpha = SCALE * b->rank, .dropout = (double)b->dropout, .modules = "all"};
+    gn_status status = gn_trainable_open_over(&r->trainable, r->model, &lora, b->err);
+    if (!status) status = plan_memory(r);
+    if (!status) status = gn_trainable_allocate(r->trainable, &r->plan, b->err);
+    if (!status) status = open_optimizer(r);
     if (!status) status = open_batch(r);
-    if (status) return status;
-    gn_train_limits limits = r->wanted.limits;
-    for (int i = 0; i < GN_KEEP_COUNT; i++) limits.keep[i] = r->plan.keep[i];
-    return gn_train_step_open(&r->step, r->model, &limits, r->bench->err);
+    if (!status) status = gn_train_step_open(&r->step, r->model, &r->limits, b->err);
+    return status;
 }
 
 static void close_run(run *r) {
     gn_train_step_close(r->step);
     gn_optimizer_close(r->optimizer);
-    gn_parameters_close(r->parameters);
-    for (int i = 0; i < 2; i++) gn_page_device_close(r->devices[i]);
-    gn_ctx_free(r->model->ctx, r->placed);
-    free(r->items);
-    free(r->groups);
-    free(r->pairs);
-    free(r->grads);
+    gn_page_device_close(r->device);
+    gn_trainable_close(r->trainable);
     free(r->ids);
     free(r->row0);
     free(r->pos0);
@@ -198,8 +124,9 @@ static gn_status update(run *r, int number) {
                             .is_last = true};
     batch.scale = 1.0f / (float)gn_train_count(&batch);
     double loss, norm;
-    gn_status status = gn_grads_clear(r->parameters);
-    if (!status) status = gn_train_step_run(r->step, &batch, &r->trained, &loss);
+    gn_status status = gn_grads_clear(gn_trainable_parameters(r->trainable));
+    if (!status)
+        status = gn_train_step_run(r->step, &batch, gn_trainable_views(r->trainable), &loss);
     if (!status) status = gn_optimizer_prefetch(r->optimizer);
     if (!status) status = gn_optimizer_grad_norm(r->optimizer, &norm);
     if (!status) status = gn_optimizer_step(r->optimizer, LEARNING_RATE, gn_clip_scale(norm, 0.3));
@@ -232,7 +159,7 @@ static double flop_of(const run *r) {
     const double rows = (double)r->bench->streams * r->bench->prompt;
     const double again = 1 + r->plan.recomputed;
     double weights = 0, lora = 0;
-    for (size_t i = 0; i < count_pairs(r); i++) {
+    for (int i = 0; i < c->layers * GN_PROJ_COUNT; i++) {
         const gn_matrix *w = &r->model->layers[i / GN_PROJ_COUNT].proj[i % GN_PROJ_COUNT];
         weights += 2.0 * (double)w->rows * (double)w->cols;
         lora += 2.0 * r->bench->rank * (double)(w->rows + w->cols);

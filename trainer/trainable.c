@@ -51,7 +51,7 @@ void gn_trainable_close(gn_trainable *t) {
     gn_adapter_close(t->init);
     gn_parameters_close(t->parameters);
     gn_page_device_close(t->grad_device);
-    gn_model_close(t->model);
+    if (t->owns_model) gn_model_close(t->model);
     for (size_t i = 0; i < t->n_items; i++) free((char *)t->items[i].name);
     free(t->items);
     free(t->pairs);
@@ -95,12 +95,14 @@ static gn_status check_base(const gn_model *m, bool quantized, gn_error *err) {
     return GN_OK;
 }
 
-static gn_status open_base(gn_trainable *t, const gn_model_choice *choice, gn_error *err) {
+static gn_status open_base(gn_model **out, const gn_model_choice *choice, gn_error *err) {
     gn_adapter *none;
-    const gn_status status = gn_model_choice_open(choice, &t->model, &none, err);
+    gn_status status = gn_model_choice_open(choice, out, &none, err);
     if (status) return status;
-    const bool quantized = choice->quant != GN_Q_NONE && !t->model->config.bnb_4bit;
-    return check_base(t->model, quantized, err);
+    const bool quantized = choice->quant != GN_Q_NONE && !(*out)->config.bnb_4bit;
+    status = check_base(*out, quantized, err);
+    if (status) gn_model_close(*out);
+    return status;
 }
 
 /* ---- LoRA: which modules ---- */
@@ -259,18 +261,16 @@ static gn_status bind_pairs(gn_trainable *t, gn_error *err) {
     return status ? gn_fail(err, status, "the adapter's table: %s", gn_status_text(status)) : GN_OK;
 }
 
-static gn_status open_lora(gn_trainable *t, const gn_model_choice *choice, const gn_lora_options *o,
-                           gn_error *err) {
-    gn_status status = open_base(t, choice, err);
-    if (status) return status;
+static gn_status open_lora(gn_trainable *t, const gn_lora_options *o, gn_error *err) {
     t->pairs = calloc((size_t)count_pairs(t), sizeof *t->pairs);
     t->grads = calloc((size_t)count_pairs(t), sizeof *t->grads);
     t->pair_of = calloc((size_t)count_pairs(t), sizeof *t->pair_of);
     t->groups = calloc((size_t)t->model->config.layers, sizeof *t->groups);
     if (!t->pairs || !t->grads || !t->pair_of || !t->groups)
         return gn_fail(err, GN_ENOMEM, "out of memory");
-    t->adapter = (gn_adapter_config){.base = choice->dir, .dropout = o->dropout, .dtype = GN_F32};
-    status = o->init_adapter ? adapt_as_init(t, o->init_adapter, err) : adapt_chosen(t, o, err);
+    t->adapter = (gn_adapter_config){.base = t->model->dir, .dropout = o->dropout, .dtype = GN_F32};
+    gn_status status =
+        o->init_adapter ? adapt_as_init(t, o->init_adapter, err) : adapt_chosen(t, o, err);
     if (!status) status = list_items(t, err);
     t->trained.dropout = (float)o->dropout;
     t->trained.seed = t->seed = o->seed;
@@ -280,9 +280,24 @@ static gn_status open_lora(gn_trainable *t, const gn_model_choice *choice, const
 gn_status gn_trainable_open_lora(gn_trainable **out, const gn_model_choice *choice,
                                  const gn_lora_options *options, gn_error *err) {
     *out = NULL;
+    gn_model *model;
+    gn_status status = open_base(&model, choice, err);
+    if (status) return status;
+    status = gn_trainable_open_over(out, model, options, err);
+    if (status)
+        gn_model_close(model);
+    else
+        (*out)->owns_model = true;
+    return status;
+}
+
+gn_status gn_trainable_open_over(gn_trainable **out, gn_model *model,
+                                 const gn_lora_options *options, gn_error *err) {
+    *out = NULL;
     gn_trainable *t = calloc(1, sizeof *t);
     if (!t) return gn_fail(err, GN_ENOMEM, "out of memory");
-    const gn_status status = open_lora(t, choice, options, err);
+    t->model = model;
+    const gn_status status = open_lora(t, options, err);
     if (status)
         gn_trainable_close(t);
     else

@@ -28,6 +28,9 @@ typedef struct gn_lora_options {
  * or 32-bit. A weight that is not finite is GN_EFORMAT, naming it. */
 GN_CHECKED gn_status gn_trainable_open_lora(gn_trainable **out, const gn_model_choice *choice,
                                             const gn_lora_options *options, gn_error *err);
+/* The same over a model that is open already, and stays the caller's. */
+GN_CHECKED gn_status gn_trainable_open_over(gn_trainable **out, gn_model *model,
+                                            const gn_lora_options *options, gn_error *err);
 /* All weights of a 16- or 32-bit folder; with `random` only its shape, and weights drawn by the
  * seed as LLaMA's are. */
 GN_CHECKED gn_status gn_trainable_open_full(gn_trainable **out, const gn_model_choice *choice,

@@ -166,6 +166,7 @@ gn_status gn_trainable_open_full(gn_trainable **out, const gn_model_choice *choi
     *out = NULL;
     gn_trainable *t = calloc(1, sizeof *t);
     if (!t) return gn_fail(err, GN_ENOMEM, "out of memory");
+    t->owns_model = true;
     t->random = random;
     t->seed = seed;
     const gn_status status = open_full(t, choice, err);

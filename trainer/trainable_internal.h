@@ -16,6 +16,7 @@ typedef struct gn_weight_place {
 
 struct gn_trainable {
     gn_model *model;
+    bool owns_model;
     gn_parameter *items; /* of the parameters; names are owned */
     size_t n_items;
     gn_parameters *parameters;
