@@ -6,7 +6,6 @@
  * A block that had to leave comes back the same way; the hash says whether it is what it was. */
 #include "engine/adapter.h"
 
-#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>

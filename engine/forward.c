@@ -9,7 +9,6 @@
 #include "engine/forward.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "engine/adapter_memory.h"
 #include "engine/hash.h"

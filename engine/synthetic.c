@@ -2,7 +2,6 @@
  *
  * Codes are random bits and scales random bytes: made in a second, and as slow to read as real
  * ones. Values come out with a standard deviation of about 0.02. */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,8 +1,6 @@
 /* bench_client.c - HTTP requests, all on one libuv loop that ends when their connections do. */
 #include "trainer/bench_client.h"
 
-#include <string.h>
-
 static gn_call *call_of(llhttp_t *parser) {
     return parser->data;
 }

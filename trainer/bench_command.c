@@ -1,5 +1,4 @@
 /* bench_command.c - `guanaco-trainer bench`: how fast, and how far from what could be. */
-#include <string.h>
 
 #include "trainer/bench.h"
 

@@ -1,5 +1,4 @@
 /* bench_engine.c - decoding and prefill as a server does them, through the engine. */
-#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
