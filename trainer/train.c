@@ -274,6 +274,12 @@ static gn_status evaluate(gn_train_run *run) {
     gn_status status = run_evaluation(run, sums);
     if (status) return status;
     const double loss = sums[LOSS] / fmax(sums[WEIGHT], 1);
+    if (!isfinite(loss))
+        return gn_fail(run->err, GN_EINVAL,
+                       "step %lld: the held-out loss is %g: training has diverged, or the base "
+                       "model is broken. What was saved before stays; a lower --learning-rate may "
+                       "help",
+                       (long long)run->state.step, loss);
     const bool is_better = loss < run->state.best_loss;
     status = gn_train_report_evaluation(run, loss, (int64_t)sums[WEIGHT]);
     run->state.evaluations_lost = is_better ? 0 : run->state.evaluations_lost + 1;
