@@ -44,9 +44,4 @@ static __device__ __forceinline__ void copy_async(void *to, const void *from, bo
         copy_async<8>(to, from);
 }
 
-static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const bf162 v = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&v;
-}
-
 #endif
