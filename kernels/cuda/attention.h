@@ -90,10 +90,4 @@ scale_of(const gn_cuda_attention_args &a, const float *scales, int64_t block, in
     return 1.0f;
 }
 
-/* Two floats as a register of a matrix fragment, `low` first. */
-static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    const bf162 pair = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&pair;
-}
-
 #endif

@@ -2,19 +2,19 @@
  * Twin: cpu/attention_train.c, whose head has the formulas.
  *
  * In bfloat16 both are flash attention on the matrix units. Forward is that of
- * attention_tiles.cuh. Backward recomputes the weights P from the scores and lse:
+ * attention_tiles.cuh. Backward recomputes the weights P from the scores and lse.
  *
- *   A unit is 128 keys of a sequence under one kv head, or 64 where a chip has little shared
+ * A unit of it is 128 keys of a sequence under one kv head, or 64 where a chip has little shared
  * memory; a block keeps their dK and dV in registers and passes over the queries that see them, 64
  * at a time, for every head of the group. P and dS go through shared memory, which turns them. So
  * scores are computed once and there are five products, where a pass of its own for dQ would take
  * seven.
  *
- *   dQ of 64 queries is a sum over units, in float32 in global memory and in a fixed order: from
- * the diagonal down to the first keys. A counter of each such tile says how many have added theirs.
- * As every unit begins at its diagonal, units that start together reach a tile in that order, and
- *   hardly ever wait. Blocks take units from a ticket, a sequence's last keys first, so that those
- *   a block may wait for are never behind it. The last one to add writes dQ.
+ * dQ of 64 queries is a sum over units, in float32 in global memory and in a fixed order: from the
+ * diagonal down to the first keys. A counter of each such tile says how many have added theirs. As
+ * every unit begins at its diagonal, units that start together reach a tile in that order, and
+ * hardly ever wait. Blocks take units from a ticket, a sequence's last keys first, so that those a
+ * block may wait for are never behind it. The last one to add writes dQ.
  *
  * Exact, for float32 and every shape that those do not take: a warp per query, and per key for dK
  * and dV, in float32. A row's result depends on its sequence alone. */

@@ -27,6 +27,17 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16(x);
 }
 
+/* Two floats as a register of a matrix fragment, `low` first. */
+static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    const bf162 pair = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t *)&pair;
+}
+
+/* What other kernels or blocks write: from L2, never from a stale L1. */
+static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
+    return __ldcg((const uint4 *)at);
+}
+
 static __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);

@@ -172,7 +172,7 @@ static int find_rows(const gn_cross_entropy_args *args, int64_t t, struct turn *
     return n;
 }
 
-/* Rows [v0, v0 + v) and columns [c0, c0 + c) of lm_head. */
+/* A region of lm_head, as products multiply it. */
 static gn_status weight_of(const struct call *op, gn_cuda_region r, gn_cuda_factor *w) {
     const gn_matrix *m = op->args->lm_head;
     if (gn_cuda_is_stored(op->ctx, m)) {

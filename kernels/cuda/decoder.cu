@@ -212,7 +212,10 @@ static bool same_floats(gn_ctx *ctx, const float *a, const float *b, int n) {
 }
 
 static bool is_weight(gn_ctx *ctx, const gn_matrix *m, const gn_matrix *like) {
-    return gn_cuda_is_tiled(m) && m->rows % GROUP_ROWS == 0 && !m->absmax_u8 == !like->absmax_u8 &&
+    return gn_cuda_is_tiled(m) && m->rows % GROUP_ROWS == 0 &&
+           m->rows * (m->cols / GN_BLOCK) <
+               INT32_MAX / GN_CUDA_TILE_ROWS && /* counted in 32 bits */
+           !m->absmax_u8 == !like->absmax_u8 &&
            same_floats(ctx, m->code, like->code, 16) &&
            same_floats(ctx, m->nested_code, like->nested_code, 256);
 }

@@ -124,13 +124,6 @@ static __device__ __forceinline__ struct phase *phase_at(int i) {
     return (struct phase *)(shared + PHASES_AT) + i % PHASES;
 }
 
-/* ---- memory ---- */
-
-/* What other blocks write: from L2, never from a stale L1. */
-static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
-    return __ldcg((const uint4 *)at);
-}
-
 /* ---- who does what ---- */
 
 /* A block's groups of a phase; a warp's blocks of columns. */

@@ -30,7 +30,7 @@
 static __device__ void fill_tables(const struct product &p, const struct work &w) {
     const struct matrix &first = p.part[w.part].m[0];
     const int entry = (int)threadIdx.x / 2, half = (int)threadIdx.x % 2;
-    const uint32_t pair = pack(__ldg(first.code + entry / 16), __ldg(first.code + entry % 16));
+    const uint32_t pair = pack_bf16(__ldg(first.code + entry / 16), __ldg(first.code + entry % 16));
     for (int i = 0; i < 4; i++)
         *(uint4 *)(shared + entry * ENTRY_BYTES + half * 64 + (i + entry) % 4 * 16) =
             make_uint4(pair, pair, pair, pair);
@@ -108,8 +108,8 @@ static __device__ __forceinline__ void scale_x(const struct product &p, const st
                 w1 = __ldg(weights + 1);
             }
             const float4 y0 = scaled(x0, w0, &squares), y1 = scaled(x1, w1, &squares);
-            *staged(p, item) =
-                make_uint4(pack(y0.x, y0.y), pack(y0.z, y0.w), pack(y1.x, y1.y), pack(y1.z, y1.w));
+            *staged(p, item) = make_uint4(pack_bf16(y0.x, y0.y), pack_bf16(y0.z, y0.w),
+                                          pack_bf16(y1.x, y1.y), pack_bf16(y1.z, y1.w));
         }
         squares = warp_sum(squares);
         if (lane == 0) all[item.t * WARPS + warp] += squares;

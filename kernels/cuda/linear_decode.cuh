@@ -10,9 +10,8 @@ enum {
     THREADS = WARPS * WARP,
     MAX_TOKENS = 16,
     MAX_RANK_BITS = 3, /* 8 blocks in a cluster */
-    UNIT_TILES = 2,
-    DEPTH = 4,     /* units a warp has in registers or on their way there */
-    L2_AHEAD = 16, /* units on their way into L2 */
+    DEPTH = 4,         /* units a warp has in registers or on their way there */
+    L2_AHEAD = 16,     /* units on their way into L2 */
     ENTRY_BYTES = 256,
     TABLE_BYTES = 256 * ENTRY_BYTES,
     WARP_ENTRIES = 256 / WARPS,
@@ -66,16 +65,6 @@ static __device__ __forceinline__ uint2 load_weights(const uint8_t *at) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
                  : "=r"(v.x), "=r"(v.y)
                  : "l"(at));
-    return v;
-}
-
-/* What other kernels or blocks write: from L2, never from a stale L1. */
-static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at)
-                 : "memory");
     return v;
 }
 

@@ -31,7 +31,8 @@ static __device__ __forceinline__ uint4 load_bf16x8(const gn_tensor *t, int64_t 
     if (n >= 8 && is_bf16_vector(t, i)) return __ldg((const uint4 *)((const bf16 *)t->data + i));
     float v[8];
     for (int j = 0; j < 8; j++) v[j] = j < n ? element(t, i + j) : 0.0f;
-    return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+    return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                      pack_bf16(v[6], v[7]));
 }
 
 static __device__ __forceinline__ void load_f32x8(float v[8], const gn_tensor *t, int64_t i,

@@ -120,10 +120,10 @@ static __device__ __forceinline__ void load_scales(const struct product &p, cons
             const int64_t at = ((int64_t)tile * p.blocks + s.k) * GN_CUDA_TILE_ROWS;
             uint8_t *to = scales_at(p, warp, i * R + r) + lane % 2 * 32;
             if (matrix.nested_code) {
-                copy_async(to, (const uint8_t *)matrix.scales + at, false);
+                copy_async<8>(to, (const uint8_t *)matrix.scales + at);
             } else {
-                copy_async(to, (const float *)matrix.scales + at, true);
-                copy_async(to + 16, (const float *)matrix.scales + at + 4, true);
+                copy_async<16>(to, (const float *)matrix.scales + at);
+                copy_async<16>(to + 16, (const float *)matrix.scales + at + 4);
             }
         }
     }

@@ -35,7 +35,7 @@ template <int N> static __device__ void fill_tables(const struct product &p) {
     const int entry = threadIdx.x;
     if (entry < 256) {
         const float *code = p.part[0].m[0].code;
-        const uint32_t pair = pack(__ldg(code + entry / 16), __ldg(code + entry % 16));
+        const uint32_t pair = pack_bf16(__ldg(code + entry / 16), __ldg(code + entry % 16));
         for (int i = 0; i < 8; i++) /* turned, so that a warp's stores do not meet in a bank */
             *(uint4 *)(shared + entry * ENTRY_BYTES + (i + entry) % 8 * 16) =
                 make_uint4(pair, pair, pair, pair);

@@ -60,8 +60,9 @@ static __device__ __forceinline__ void put_chunk(uint4 *to, bf16 *dense, const s
         if (s.norm) w = load_chunk(s.norm, i, s.in_pairs);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            pairs[c] = s.norm ? pack(a.v[c].x * factor * w.v[c].x, a.v[c].y * factor * w.v[c].y)
-                              : pack(a.v[c].x, a.v[c].y);
+            pairs[c] = s.norm
+                           ? pack_bf16(a.v[c].x * factor * w.v[c].x, a.v[c].y * factor * w.v[c].y)
+                           : pack_bf16(a.v[c].x, a.v[c].y);
             if (dense)
                 *(uint32_t *)(dense + (int64_t)t * s.blocks * GN_BLOCK + chunk_column(i, c)) =
                     pairs[c];

@@ -1,5 +1,4 @@
-/* linear_tiles.cuh - 4-bit weights in tiles as product kernels take them, and the ways to memory
- * that those kernels share. */
+/* linear_tiles.cuh - 4-bit weights in tiles as product kernels take them. */
 #ifndef GN_CUDA_LINEAR_TILES_CUH
 #define GN_CUDA_LINEAR_TILES_CUH
 
@@ -35,18 +34,6 @@ static inline bool is_matrix(const gn_matrix *m) {
     return gn_cuda_is_tiled(m) && m->rows * (m->cols / GN_BLOCK) < INT32_MAX / 8 &&
            is_aligned(m->data, 8) &&
            is_aligned(m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax, scale);
-}
-
-static __device__ __forceinline__ void copy_async(void *to, const void *from, bool is_16) {
-    if (is_16)
-        copy_async<16>(to, from);
-    else
-        copy_async<8>(to, from);
-}
-
-static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const bf162 v = __floats2bfloat162_rn(low, high);
-    return *(const uint32_t *)&v;
 }
 
 #endif

@@ -11,7 +11,7 @@ struct swiglu {
     int64_t per_row, pieces; /* of N columns: of a row, and of all rows */
 };
 
-/* Where thread i works; false: nowhere. */
+/* Where this thread works; false: nowhere. */
 template <int N>
 static __device__ __forceinline__ bool find(const struct swiglu &o, int64_t *row, int64_t *col) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
