@@ -109,15 +109,19 @@ static gn_status upload(void *user, int slot, void *device, const void *host, si
 
 static gn_status download(void *user, int slot, void *host, const void *device, size_t bytes) {
     struct cuda_pages *p = pages_of(user);
-    const gn_status status =
-        copy(&p->slots[slot], p->down, host, device, bytes, cudaMemcpyDeviceToHost);
+    gn_status status = make_slots(p, slot + 1);
+    if (!status)
+        status = copy(&p->slots[slot], p->down, host, device, bytes, cudaMemcpyDeviceToHost);
     if (!status) p->slots[slot].downloaded = host;
     return status;
 }
 
 static gn_status begin_use(void *user, int slot) {
-    const struct cuda_pages *p = pages_of(user);
-    return gn_cuda_status(cudaStreamWaitEvent(gn_cuda_stream(p->ctx), p->slots[slot].copied, 0));
+    struct cuda_pages *p = pages_of(user);
+    const gn_status status = make_slots(p, slot + 1);
+    return status ? status
+                  : gn_cuda_status(
+                        cudaStreamWaitEvent(gn_cuda_stream(p->ctx), p->slots[slot].copied, 0));
 }
 
 static gn_status end_use(void *user, int slot) {
