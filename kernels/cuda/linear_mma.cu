@@ -21,7 +21,8 @@
  *     memory; those who share a tile wait for each other when they have nothing else left to do,
  *     and each finishes a part of its outputs, adding in a fixed order.
  *
- * What one 64-wide block of 64 rows costs an SM, in cycles, with 64 (128) rows of x: the tensor
+ * What one 64-wide block of 64 rows costs an SM at least (docs/performance.md has what it was
+ * measured to cost, two to three times that), in cycles, with 64 (128) rows of x: the tensor
  * cores 128 (256); each of four schedulers 32 for lookups, 32 (64) for scales, some 60 around them;
  * shared memory 64 for lookups, 64 (128) for B, and x. Reading its 2064 bytes from memory at
  * 4.3 TB/s takes 114. */

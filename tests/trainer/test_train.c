@@ -489,6 +489,13 @@ Test(train, a_base_weight_that_is_not_a_number) {
     cr_assert_not(test_exists("out"));
 }
 
+Test(train, a_broken_model_is_not_evaluated) {
+    write_data("data.jsonl", 8);
+    refused(SMALL "--output-dir @out --max-steps 1 --lora-alpha 1e30 --eval-dataset-size 2 "
+                  "--load-best-model-at-end",
+            GN_EINVAL, "step 1: the held-out loss is");
+}
+
 Test(train, what_cannot_be_trained) {
     write_data("data.jsonl", 8);
     test_write_text("empty.jsonl", "");
