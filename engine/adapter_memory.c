@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/memory_plan.h"
+
 enum { ALIGNMENT = 256 };
 
 typedef struct entry entry;
@@ -129,17 +131,13 @@ static gn_status allocate(gn_adapter_memory *m, int64_t bytes, char **memory, en
     }
 }
 
-static double mib(int64_t bytes) {
-    return bytes > 0 ? (double)bytes / 0x1p20 : 0;
-}
-
 gn_status gn_adapter_memory_check(int64_t budget, const gn_adapter *adapter, gn_error *err) {
     const int64_t wanted = gn_adapter_memory_bytes(adapter);
     if (wanted <= budget) return GN_OK;
     return gn_fail(err, GN_ETOOBIG,
                    "%s: the adapter takes %.1f MiB, and the device's memory for adapters is %.1f "
                    "MiB",
-                   adapter->dir, mib(wanted), mib(budget));
+                   adapter->dir, gn_mib(wanted), gn_mib(gn_max(budget, 0)));
 }
 
 /* Whether the n adapters fit beside what others use, so that nobody leaves in vain. */
@@ -162,7 +160,7 @@ static gn_status check_room(const gn_adapter_memory *m, const gn_adapter_use *us
         return gn_fail(err, GN_ETOOBIG,
                        "the request's adapters take %.1f MiB, and the memory for adapters is %.1f "
                        "MiB",
-                       mib(wanted), mib(most));
+                       gn_mib(wanted), gn_mib(gn_max(most, 0)));
     return wanted + taken > most ? GN_EBUSY : GN_OK;
 }
 

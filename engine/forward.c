@@ -106,18 +106,14 @@ static bool allocate_activations(gn_forward *f) {
            allocate(ctx, &f->logits, GN_F32, outputs, c->vocab);
 }
 
-static int64_t max_of(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 /* For LoRA terms of up to `rank`. */
 static size_t workspace_bytes(const gn_model *model, const gn_forward_options *limits, int rank) {
     const gn_config *c = &model->config;
     const gn_ctx *ctx = model->ctx;
     const int64_t dim = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    const int64_t max_k = max_of(max_of(c->hidden, c->intermediate), dim);
-    const int64_t max_n = max_of(max_of(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->vocab);
-    const int64_t rows = max_of(limits->max_rows, limits->max_logits);
+    const int64_t max_k = gn_max(gn_max(c->hidden, c->intermediate), dim);
+    const int64_t max_n = gn_max(gn_max(dim + 2 * kv, 2 * (int64_t)c->intermediate), c->vocab);
+    const int64_t rows = gn_max(limits->max_rows, limits->max_logits);
     const size_t linear = gn_linear_workspace(ctx, rows, max_k, max_n, rank, GN_MAX_ADAPTERS);
     const size_t attention = gn_attention_workspace(ctx, limits->context);
     return linear > attention ? linear : attention;

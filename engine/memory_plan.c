@@ -12,18 +12,6 @@
 
 enum { MARGIN_SHARE = 64, ADAPTER_SHARE = 8, MAX_ADAPTER_SHARE = 2, DESCRIPTION = 320 };
 
-static int64_t min_of(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-static int64_t max_of(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static double mib(int64_t bytes) {
-    return (double)bytes / 0x1p20;
-}
-
 /* Blocks of one whole context. */
 static int64_t context_blocks(const gn_memory_needs *n) {
     return (n->context + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS;
@@ -37,7 +25,7 @@ static void write_advice(char *text, size_t size, const gn_memory_needs *n, int6
     const int64_t spare = kv - context_blocks(n) * n->block; /* beyond one context */
     text[0] = 0;
     if (missing <= spare) {
-        snprintf(text, size, "; %.1f MiB for keys and values would fit", mib(kv - missing));
+        snprintf(text, size, "; %.1f MiB for keys and values would fit", gn_mib(kv - missing));
         return;
     }
     const int64_t blocks = context_blocks(n) - (missing - spare + n->block - 1) / n->block;
@@ -59,15 +47,15 @@ static gn_status refuse(const gn_memory_plan *p, const gn_memory_needs *n, gn_er
                    "%.1f MiB of memory are %.1f too few: weights %.1f, activations and scratch "
                    "%.1f, context and reserve %.1f, adapters %.1f, keys and values %.1f (a context "
                    "of %d tokens takes %.1f)%s",
-                   mib(p->budget), mib(missing), mib(p->weights), mib(p->scratch), mib(p->reserve),
-                   mib(p->adapters), mib(p->kv), n->context, mib(context_blocks(n) * n->block),
-                   advice);
+                   gn_mib(p->budget), gn_mib(missing), gn_mib(p->weights), gn_mib(p->scratch),
+                   gn_mib(p->reserve), gn_mib(p->adapters), gn_mib(p->kv), n->context,
+                   gn_mib(context_blocks(n) * n->block), advice);
 }
 
 static gn_status check_budget(const gn_memory_needs *n, int64_t there, gn_error *err) {
     if (n->budget == 0 || n->budget <= there) return GN_OK;
     return gn_fail(err, GN_ENOMEM, "a memory budget of %.1f MiB is more than the %.1f there are",
-                   mib(n->budget), mib(there));
+                   gn_mib(n->budget), gn_mib(there));
 }
 
 static gn_status check_kv(const gn_memory_needs *n, gn_error *err) {
@@ -76,21 +64,21 @@ static gn_status check_kv(const gn_memory_needs *n, gn_error *err) {
     return gn_fail(err, GN_EINVAL,
                    "a KV cache of %.1f MiB does not hold one context of %d tokens, which takes "
                    "%.1f MiB; give it more memory or a shorter context",
-                   mib(n->kv), n->context, mib(one));
+                   gn_mib(n->kv), n->context, gn_mib(one));
 }
 
 /* ---- dividing ---- */
 
 static int64_t adapter_bytes(const gn_memory_needs *n, int64_t rest) {
     if (n->is_host) return n->present;
-    if (n->adapters != 0) return max_of(n->adapters, 0);
-    const int64_t wanted = max_of(n->present, rest / ADAPTER_SHARE);
-    return max_of(0, min_of(wanted, rest / MAX_ADAPTER_SHARE));
+    if (n->adapters != 0) return gn_max(n->adapters, 0);
+    const int64_t wanted = gn_max(n->present, rest / ADAPTER_SHARE);
+    return gn_max(0, gn_min(wanted, rest / MAX_ADAPTER_SHARE));
 }
 
 gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn_error *err) {
     const int64_t one = context_blocks(n); /* these two are blocks */
-    const int64_t most = min_of(one * n->max_seqs, INT32_MAX);
+    const int64_t most = gn_min(one * n->max_seqs, INT32_MAX);
     const int64_t there = n->is_host ? n->free : n->free + n->weights + GN_CONTEXT_BYTES;
     const bool is_bound = n->budget > 0 || !n->is_host;
     gn_memory_plan p = {.scratch = n->scratch};
@@ -101,14 +89,14 @@ gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn
         p.weights = n->weights;
         /* Whoever sets a budget knows of the other programs. */
         const int64_t share = n->budget > 0 ? 0 : n->total / MARGIN_SHARE;
-        p.reserve = GN_CONTEXT_BYTES + max_of(MIN_MARGIN, share);
+        p.reserve = GN_CONTEXT_BYTES + gn_max(MIN_MARGIN, share);
     }
     if (is_bound) p.budget = n->budget > 0 ? n->budget : there;
     int64_t rest = p.budget - p.weights - p.scratch - p.reserve;
     p.adapters = adapter_bytes(n, rest);
     rest -= p.adapters;
-    const int64_t asked = n->kv > 0 ? n->kv : is_bound ? max_of(rest, 0) : HOST_KV_BYTES;
-    p.kv = max_of(one, min_of(asked / n->block, most)) * n->block;
+    const int64_t asked = n->kv > 0 ? n->kv : is_bound ? gn_max(rest, 0) : HOST_KV_BYTES;
+    p.kv = gn_max(one, gn_min(asked / n->block, most)) * n->block;
     p.kv_tokens = p.kv / n->block * GN_KV_BLOCK_TOKENS;
     if (is_bound && p.kv > rest) return refuse(&p, n, err);
     *plan = p;
@@ -141,14 +129,14 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
     };
     for (int32_t i = 0; i < options->n_adapters; i++)
         n.present += gn_adapter_memory_bytes(options->adapters[i]);
-    if (is_host) n.present = min_of(n.present, gn_adapter_host_budget(model->adapters));
+    if (is_host) n.present = gn_min(n.present, gn_adapter_host_budget(model->adapters));
     return gn_memory_plan_make(plan, &n, err);
 }
 
 /* ---- telling ---- */
 
 static void write_row(FILE *f, const char *name, int64_t bytes) {
-    if (bytes > 0) fprintf(f, "  %-24s %10.1f MiB\n", name, mib(bytes));
+    if (bytes > 0) fprintf(f, "  %-24s %10.1f MiB\n", name, gn_mib(bytes));
 }
 
 char *gn_memory_plan_text(const gn_memory_plan *p) {

@@ -12,6 +12,11 @@
 /* Of a CUDA context with this program's kernels. */
 #define GN_CONTEXT_BYTES ((int64_t)512 << 20)
 
+/* For messages. */
+static inline double gn_mib(int64_t bytes) {
+    return (double)bytes / 0x1p20;
+}
+
 /* Bytes, but for the last two lines. */
 typedef struct gn_memory_needs {
     bool is_host;

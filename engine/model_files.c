@@ -12,11 +12,6 @@
 #include "engine/json_file.h"
 #include "engine/save_folder.h"
 
-static char *join(const char *dir, const char *name) {
-    char *path;
-    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
-}
-
 static gn_status copy_bytes(const char *from, const char *to, gn_error *err) {
     char buffer[1 << 16];
     FILE *in = fopen(from, "rbe");
@@ -37,7 +32,7 @@ static gn_status copy_bytes(const char *from, const char *to, gn_error *err) {
 }
 
 static gn_status copy_file(const char *from, const char *to, const char *name, gn_error *err) {
-    char *old = join(from, name), *new = join(to, name);
+    char *old = gn_path_join(from, name), *new = gn_path_join(to, name);
     const gn_status status =
         old && new ? copy_bytes(old, new, err) : gn_fail(err, GN_ENOMEM, "%s: out of memory", to);
     free(old);
@@ -78,7 +73,8 @@ static void take_out(cJSON *root, const char *key) {
 }
 
 gn_status gn_model_config_write(const char *from, const char *to, gn_dtype dtype, gn_error *err) {
-    char *old = join(from, "config.json"), *new = join(to, "config.json"), *text = NULL;
+    char *old = gn_path_join(from, "config.json"), *new = gn_path_join(to, "config.json"),
+         *text = NULL;
     cJSON *root = NULL;
     gn_status status = old && new ? gn_json_read(&root, old, err)
                                   : gn_fail(err, GN_ENOMEM, "%s: out of memory", to);

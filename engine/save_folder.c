@@ -12,6 +12,11 @@
 
 #include "engine/tensor_file_internal.h"
 
+char *gn_path_join(const char *dir, const char *name) {
+    char *path;
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
+}
+
 gn_status gn_text_write(const char *path, const char *text, gn_error *err) {
     FILE *f = fopen(path, "wbe");
     const bool ok = f && fputs(text, f) >= 0 && fflush(f) == 0 && fsync(fileno(f)) == 0;
@@ -68,10 +73,9 @@ static void free_names(gn_save_folder *f) {
 
 gn_status gn_save_folder_check(const char *path, const char *file, const char *kind,
                                gn_error *err) {
-    char *inside;
     if (access(path, F_OK) != 0 || rmdir(path) == 0) return GN_OK;
-    if (asprintf(&inside, "%s/%s", path, file) < 0)
-        return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
+    char *inside = gn_path_join(path, file);
+    if (!inside) return gn_fail(err, GN_ENOMEM, "%s: out of memory", path);
     const bool is_kind = access(inside, F_OK) == 0;
     free(inside);
     return is_kind ? GN_OK : gn_fail(err, GN_EEXIST, "%s exists already, and is no %s", path, kind);

@@ -25,6 +25,8 @@ GN_CHECKED gn_status gn_save_folder_commit(gn_save_folder *f, gn_error *err);
 /* Removes it. Nothing happens after a commit. */
 void gn_save_folder_abort(gn_save_folder *f);
 
+/* "DIR/NAME", malloc'ed; NULL: no memory. */
+char *gn_path_join(const char *dir, const char *name);
 /* Writes and syncs a file. */
 GN_CHECKED gn_status gn_text_write(const char *path, const char *text, gn_error *err);
 /* The same, in place of the file that stands there, whole or not at all. */

@@ -79,6 +79,13 @@ typedef enum gn_dtype {
 size_t gn_dtype_size(gn_dtype dtype);      /* bytes */
 const char *gn_dtype_name(gn_dtype dtype); /* "F32" ... as safetensors writes it */
 
+static inline int64_t gn_min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t gn_max(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
 static inline bool gn_dtype_is_float(gn_dtype dtype) {
     return dtype == GN_F32 || dtype == GN_F16 || dtype == GN_BF16;
 }

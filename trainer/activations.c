@@ -46,10 +46,6 @@ int64_t gn_train_keep_bytes(const gn_model *model, const gn_train_limits *limits
 
 /* ---- the ops' working memory ---- */
 
-static int64_t max_of(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 /* The most that any op of a step needs. */
 static int64_t workspace_bytes(const gn_model *model, const gn_train_limits *limits) {
     const gn_config *c = &model->config;
@@ -59,11 +55,11 @@ static int64_t workspace_bytes(const gn_model *model, const gn_train_limits *lim
                                    {dim, c->hidden},
                                    {c->hidden, 2 * (int64_t)c->intermediate},
                                    {c->intermediate, c->hidden}};
-    int64_t most = max_of((int64_t)gn_attention_train_workspace(ctx, limits->max_rows, c->heads,
+    int64_t most = gn_max((int64_t)gn_attention_train_workspace(ctx, limits->max_rows, c->heads,
                                                                 c->head_dim, limits->context),
                           (int64_t)gn_cross_entropy_workspace(ctx, c->hidden, c->vocab));
     for (size_t i = 0; i < sizeof products / sizeof *products; i++)
-        most = max_of(most, (int64_t)gn_linear_bwd_workspace(ctx, limits->max_rows, products[i][0],
+        most = gn_max(most, (int64_t)gn_linear_bwd_workspace(ctx, limits->max_rows, products[i][0],
                                                              products[i][1], limits->max_rank));
     return most;
 }
@@ -116,7 +112,7 @@ static void lay_out_scratch(gn_activations *a, const gn_model *model, int64_t ro
     a->dq = cut(&gradients, rows, q->cols, q->dtype);
     a->dk = cut(&gradients, rows, k->cols, k->dtype);
     a->dv = cut(&gradients, rows, k->cols, k->dtype);
-    b->used = max_of(b->used, gradients.used);
+    b->used = gn_max(b->used, gradients.used);
 }
 
 gn_train_step_bytes gn_train_step_measure(const gn_model *model, const gn_train_limits *limits) {

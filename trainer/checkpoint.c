@@ -23,11 +23,6 @@ static gn_status no_memory(const char *where, gn_error *err) {
     return gn_fail(err, GN_ENOMEM, "%s: out of memory", where);
 }
 
-static char *join(const char *dir, const char *name) {
-    char *path;
-    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
-}
-
 void gn_train_state_close(gn_train_state *state) {
     cJSON_Delete(state->options);
     state->options = NULL;
@@ -321,7 +316,7 @@ static void remove_leftovers(const char *output) {
     for (struct dirent *entry; d && (entry = readdir(d));) {
         int64_t step;
         if (!parse_name(entry->d_name, PARTIAL, &step)) continue;
-        char *path = join(output, entry->d_name);
+        char *path = gn_path_join(output, entry->d_name);
         if (path) gn_folder_remove(path);
         free(path);
     }
@@ -332,7 +327,8 @@ static void remove_leftovers(const char *output) {
 
 static gn_status fill(const char *dir, const gn_adapter_config *adapter,
                       const gn_train_state *state, gn_optimizer *o, gn_error *err) {
-    char *optimizer_path = join(dir, optimizer_file), *state_path = join(dir, state_file);
+    char *optimizer_path = gn_path_join(dir, optimizer_file),
+         *state_path = gn_path_join(dir, state_file);
     gn_status status = optimizer_path && state_path ? GN_OK : no_memory(dir, err);
     if (!status && adapter) status = gn_adapter_write(dir, adapter, o, err);
     if (!status) status = write_optimizer(optimizer_path, o, err);
@@ -405,7 +401,8 @@ gn_status gn_checkpoint_find(char **path, const char *output, gn_checkpoint_warn
 
 gn_status gn_checkpoint_load(const char *path, gn_train_state *state, gn_optimizer *o,
                              gn_error *err) {
-    char *optimizer_path = join(path, optimizer_file), *state_path = join(path, state_file);
+    char *optimizer_path = gn_path_join(path, optimizer_file),
+         *state_path = gn_path_join(path, state_file);
     *state = (gn_train_state){0};
     gn_status status = optimizer_path && state_path ? GN_OK : no_memory(path, err);
     if (!status) status = read_state(state_path, state, err);

@@ -8,10 +8,6 @@ static gn_status no_memory(gn_error *err) {
     return gn_fail(err, GN_ENOMEM, "out of memory");
 }
 
-static int64_t at_most(int64_t n, int64_t limit) {
-    return n < limit ? n : limit;
-}
-
 /* Makes the n tokens behind the samples a sample, if anything in it is learned. */
 static gn_status finish(gn_samples *out, int64_t n, int64_t line, bool truncated, gn_error *err) {
     bool learned = false;
@@ -39,8 +35,8 @@ static gn_status encode_pair(const gn_encoding *e, const gn_example *x, int64_t 
     if (!status && gn_samples_reserve(out, (int64_t)n_source + n_target + 2))
         status = no_memory(err);
     if (!status) {
-        const int64_t from = at_most(n_source, e->source_max_len - (bos >= 0));
-        const int64_t to = at_most(n_target, e->target_max_len - (eos >= 0));
+        const int64_t from = gn_min(n_source, e->source_max_len - (bos >= 0));
+        const int64_t to = gn_min(n_target, e->target_max_len - (eos >= 0));
         int32_t *ids = out->ids + out->n_tokens, *labels = out->labels + out->n_tokens;
         int64_t n = 0;
         if (bos >= 0) ids[n++] = bos;

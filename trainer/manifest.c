@@ -23,10 +23,9 @@ typedef struct content {
 enum { PIECE = 1 << 20 };
 
 static gn_status read_content(content *c, const char *dir, const char *name, gn_error *err) {
-    char *path, *piece = malloc(PIECE);
+    char *path = gn_path_join(dir, name), *piece = malloc(PIECE);
     gn_hash hash = GN_HASH_INIT;
     c->bytes = 0;
-    if (asprintf(&path, "%s/%s", dir, name) < 0) path = NULL;
     FILE *f = path && piece ? fopen(path, "rbe") : NULL;
     for (size_t n; f && (n = fread(piece, 1, PIECE, f)) > 0; c->bytes += n)
         gn_hash_add(&hash, piece, n);
@@ -69,9 +68,8 @@ static gn_status add_files(cJSON *files, const char *dir, gn_error *err) {
 }
 
 gn_status gn_manifest_write(const char *dir, gn_error *err) {
-    char *path, *text = NULL;
-    if (asprintf(&path, "%s/%s", dir, manifest_file) < 0)
-        return gn_fail(err, GN_ENOMEM, "%s: out of memory", dir);
+    char *path = gn_path_join(dir, manifest_file), *text = NULL;
+    if (!path) return gn_fail(err, GN_ENOMEM, "%s: out of memory", dir);
     cJSON *root = cJSON_CreateObject();
     cJSON *files = root && cJSON_AddStringToObject(root, "format", format)
                        ? cJSON_AddObjectToObject(root, "files")
@@ -128,10 +126,9 @@ static gn_status check_all(const char *dir, const cJSON *root, const char *const
 }
 
 gn_status gn_manifest_check(const char *dir, const char *const *needed, gn_error *err) {
-    char *path;
+    char *path = gn_path_join(dir, manifest_file);
     cJSON *root;
-    if (asprintf(&path, "%s/%s", dir, manifest_file) < 0)
-        return gn_fail(err, GN_ENOMEM, "%s: out of memory", dir);
+    if (!path) return gn_fail(err, GN_ENOMEM, "%s: out of memory", dir);
     gn_status status = gn_json_read(&root, path, err);
     free(path);
     if (status) return status;

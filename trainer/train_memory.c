@@ -46,18 +46,6 @@ typedef struct needs {
     use uses[KINDS];
 } needs;
 
-static int64_t min_of(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-static int64_t max_of(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static double mib(int64_t bytes) {
-    return (double)bytes / 0x1p20;
-}
-
 int64_t gn_train_memory_sum(const gn_train_memory *m) {
     return m->weights + m->embeddings + m->adapters + m->gradients + m->optimizer + m->inputs +
            m->kept + m->scratch + m->reserve;
@@ -112,7 +100,7 @@ static void find_optimizer(needs *n, int64_t total) {
     use *pages = &n->uses[OPTIMIZER], *lodgers = &n->uses[LODGERS];
     *pages = pages_of(unit, size.pages, size.pages * unit, w->paged && !n->is_host, 1);
     *lodgers =
-        (use){.unit = unit, .all = min_of(pages->all - pages->least, n->fixed.inputs / unit)};
+        (use){.unit = unit, .all = gn_min(pages->all - pages->least, n->fixed.inputs / unit)};
     lodgers->whole = lodgers->all * unit;
     pages->all -= lodgers->all;
     pages->whole -= lodgers->whole;
@@ -140,7 +128,7 @@ static gn_status find_needs(needs *n, const gn_model *model, const gn_train_want
     const gn_train_step_bytes step = gn_train_step_measure(model, &wanted->limits);
     n->wanted = wanted;
     n->fixed.inputs = step.inputs;
-    n->fixed.scratch = step.scratch + max_of(step.workspace, GN_SUM_WORKSPACE);
+    n->fixed.scratch = step.scratch + gn_max(step.workspace, GN_SUM_WORKSPACE);
     find_kept(n, model);
     return find_trained(n, err);
 }
@@ -164,13 +152,13 @@ static gn_status find_device(needs *n, gn_model *model, int64_t budget, gn_error
         n->available += model->owned_bytes + GN_CONTEXT_BYTES;
         /* Whoever sets a budget knows of the other programs. */
         const int64_t share = budget > 0 ? 0 : memory.total / MARGIN_SHARE;
-        n->fixed.reserve = GN_CONTEXT_BYTES + max_of(MARGIN, share);
+        n->fixed.reserve = GN_CONTEXT_BYTES + gn_max(MARGIN, share);
         if (budget == 0) n->budget = n->available;
     }
     if (n->budget > n->available)
         return gn_fail(err, GN_ENOMEM,
                        "a memory budget of %.1f MiB is more than the %.1f there are",
-                       mib(n->budget), mib(n->available));
+                       gn_mib(n->budget), gn_mib(n->available));
     return GN_OK;
 }
 
@@ -178,7 +166,7 @@ static gn_status find_device(needs *n, gn_model *model, int64_t budget, gn_error
 
 /* All of a kind may be less than whole pages: then it is one array. */
 static int64_t bytes_of(const use *u, int64_t count) {
-    return count == u->all ? u->whole : min_of(count * u->unit, u->whole);
+    return count == u->all ? u->whole : gn_min(count * u->unit, u->whole);
 }
 
 static int64_t taken_bytes(const use *u) {
@@ -309,7 +297,7 @@ static int fitting_rank(const needs *n, const gn_model *model) {
         for (size_t i = 0; i < w.n_items; i++) {
             items[i] = w.items[i];
             const int d = rank_dimension(&items[i]);
-            if (d >= 0) items[i].shape[d] = min_of(items[i].shape[d], rank);
+            if (d >= 0) items[i].shape[d] = gn_min(items[i].shape[d], rank);
         }
         w.items = items;
         w.limits.max_rank = rank;
@@ -368,10 +356,11 @@ static gn_status refuse(const needs *n, const gn_model *model, gn_error *err) {
                    "%.1f MiB of memory are %.1f too few: weights %.1f, embeddings %.1f, trained "
                    "weights %.1f, gradients %.1f, optimizer %.1f, layers' inputs %.1f, scratch "
                    "%.1f, context and reserve %.1f%s",
-                   mib(n->budget), mib(least_sum(n) - n->budget), mib(m->weights),
-                   mib(m->embeddings), mib(m->adapters), mib(bytes_of(grads, grads->least)),
-                   mib(bytes_of(optimizer, optimizer->least)), mib(m->inputs), mib(m->scratch),
-                   mib(m->reserve), a.text);
+                   gn_mib(n->budget), gn_mib(least_sum(n) - n->budget), gn_mib(m->weights),
+                   gn_mib(m->embeddings), gn_mib(m->adapters),
+                   gn_mib(bytes_of(grads, grads->least)),
+                   gn_mib(bytes_of(optimizer, optimizer->least)), gn_mib(m->inputs),
+                   gn_mib(m->scratch), gn_mib(m->reserve), a.text);
 }
 
 gn_status gn_train_memory_plan(gn_train_memory *out, gn_model *model, const gn_train_wanted *wanted,
@@ -407,8 +396,8 @@ gn_status gn_train_memory_measure(gn_train_measured *out, const gn_train_memory 
 
 static void write_row(FILE *f, const char *name, int64_t bytes, int64_t measured) {
     if (bytes <= 0) return;
-    fprintf(f, "  %-26s %10.1f MiB", name, mib(bytes));
-    if (measured >= 0) fprintf(f, " %10.1f measured", mib(measured));
+    fprintf(f, "  %-26s %10.1f MiB", name, gn_mib(bytes));
+    if (measured >= 0) fprintf(f, " %10.1f measured", gn_mib(measured));
     fputc('\n', f);
 }
 

@@ -214,11 +214,10 @@ gn_status gn_train_save(gn_train_run *run) {
 
 gn_status gn_train_save_result(gn_train_run *run) {
     const bool is_lora = gn_trainable_adapter(run->trainable) != NULL;
-    char *path;
     gn_status status;
     if (!run->metrics) return GN_OK;
-    if (asprintf(&path, "%s/%s", run->o->output, is_lora ? "adapter" : "model") < 0)
-        return no_memory(run);
+    char *path = gn_path_join(run->o->output, is_lora ? "adapter" : "model");
+    if (!path) return no_memory(run);
     if (is_lora) {
         const gn_adapter_config config = adapter_config(run);
         status = gn_adapter_save(path, &config, run->optimizer, run->err);

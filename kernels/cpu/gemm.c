@@ -45,13 +45,9 @@ static const float *element(const gn_operand *x, int64_t i, int64_t j) {
     return x->data + i * x->row + j * x->col;
 }
 
-static int64_t min_of(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 static void write_tile(const gn_gemm *op, const float *tile, int columns, int64_t i0, int64_t j0,
                        bool add) {
-    const int64_t rows = min_of(op->m - i0, GN_GEMM_ROWS), n = min_of(op->n - j0, columns);
+    const int64_t rows = gn_min(op->m - i0, GN_GEMM_ROWS), n = gn_min(op->n - j0, columns);
     for (int64_t i = 0; i < rows; i++) {
         float *c = op->c + (i0 + i) * op->c_row + j0;
         const float *from = tile + i * columns;
@@ -64,11 +60,11 @@ static void write_tile(const gn_gemm *op, const float *tile, int columns, int64_
 
 static void run_block(const gn_gemm *op, const gn_gemm_kernel *kernel, int64_t i0, int64_t j0,
                       float *scratch) {
-    const int64_t m = min_of(op->m - i0, BLOCK_M), n = min_of(op->n - j0, BLOCK_N);
+    const int64_t m = gn_min(op->m - i0, BLOCK_M), n = gn_min(op->n - j0, BLOCK_N);
     float *a = scratch, *b = scratch + BLOCK_M * BLOCK_K;
     float tile[GN_GEMM_ROWS * GN_GEMM_MAX_COLUMNS];
     for (int64_t p = 0; p < op->k; p += BLOCK_K) {
-        const int64_t k = min_of(op->k - p, BLOCK_K);
+        const int64_t k = gn_min(op->k - p, BLOCK_K);
         pack(a, element(&op->a, i0, p), m, op->a.row, k, op->a.col, GN_GEMM_ROWS);
         pack(b, element(&op->b, p, j0), n, op->b.col, k, op->b.row, kernel->columns);
         for (int64_t j = 0; j < n; j += kernel->columns)

@@ -66,18 +66,14 @@ static int64_t read_number(const char *path, const char *key) {
     return value;
 }
 
-static int64_t min_of(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
 static void limit_to_container(gn_ctx_memory *memory) {
     const int64_t limit = read_number("/sys/fs/cgroup/memory.max", ""); /* "max": none */
     const int64_t held = read_number("/sys/fs/cgroup/memory.current", "");
     const int64_t files = read_number("/sys/fs/cgroup/memory.stat", "inactive_file ");
     if (limit < 0 || held < 0) return;
     const int64_t left = limit - held + (files > 0 ? files : 0);
-    memory->total = min_of(memory->total, limit);
-    memory->free = min_of(memory->free, left > 0 ? left : 0);
+    memory->total = gn_min(memory->total, limit);
+    memory->free = gn_min(memory->free, left > 0 ? left : 0);
 }
 
 gn_status gn_cpu_read_memory(gn_ctx *ctx, gn_ctx_memory *memory) {

@@ -31,19 +31,6 @@ static __device__ __forceinline__ float load(const void *p, bool is_bf16, int64_
     return is_bf16 ? to_float(((const bf16 *)p)[i]) : ((const float *)p)[i];
 }
 
-/* Of a block of BLOCK threads; every thread gets it. */
-static __device__ __forceinline__ float block_max(float x) {
-    __shared__ float maxima[BLOCK / WARP];
-    x = warp_max(x);
-    __syncthreads(); /* of an earlier call's readers */
-    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = maxima[0];
-#pragma unroll
-    for (int i = 1; i < BLOCK / WARP; i++) x = fmaxf(x, maxima[i]);
-    return x;
-}
-
 /* The code of the nearest value, as gn_nearest_of_256 finds it; a negative value never gets that
  * of zero. */
 static __device__ __forceinline__ uint8_t encode(const float *map, float x) {
@@ -61,7 +48,7 @@ static __device__ __forceinline__ uint8_t encode(const float *map, float x) {
 
 static __device__ __forceinline__ void store_codes(uint8_t *codes, float *absmax, const float *map,
                                                    float x, int64_t i, bool is_in) {
-    const float max = block_max(fabsf(x));
+    const float max = block_max<BLOCK>(fabsf(x));
     if (threadIdx.x == 0) absmax[blockIdx.x] = max;
     if (is_in) codes[i] = encode(map, __fdiv_rn(x, max > 0 ? max : 1));
 }

@@ -25,17 +25,6 @@
 
 enum { EXACT_THREADS = 128, MAX_OWN_DIMS = GN_MAX_HEAD_DIM / EXACT_THREADS };
 
-static __device__ float block_max(float x) {
-    __shared__ float tops[EXACT_THREADS / WARP];
-    x = warp_max(x);
-    __syncthreads(); /* of an earlier call's readers */
-    if (threadIdx.x % WARP == 0) tops[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = tops[0];
-    for (int i = 1; i < EXACT_THREADS / WARP; i++) x = fmaxf(x, tops[i]);
-    return x;
-}
-
 /* EXACT_THREADS positions at a time: a score a thread, then dimensions over the threads. */
 template <typename T, typename C>
 static __global__ void __launch_bounds__(EXACT_THREADS)
@@ -68,7 +57,7 @@ static __global__ void __launch_bounds__(EXACT_THREADS)
             value_scale = scale_of<C>(a, a.v_scales, block, kv_head, p % a.tokens);
             value_at[thread] = block * a.v_ld + in_block;
         }
-        const float new_top = fmaxf(top, block_max(score));
+        const float new_top = fmaxf(top, block_max<EXACT_THREADS>(score));
         const float shrink = expf(top - new_top), e = expf(score - new_top);
         weight[thread] = e * value_scale;
         sum = sum * shrink + block_sum(e); /* its barriers publish weight and value_at */
@@ -312,16 +301,12 @@ static __global__ void __launch_bounds__(WARPS *WARP, WARPS == FEW_WARPS ? BLOCK
     }
 }
 
-static int64_t at_most(int64_t n, int64_t limit) {
-    return n < limit ? n : limit;
-}
-
 /* No more tiles than this, whatever rows each of the sequences has. */
 static int64_t decode_tiles(const gn_cuda_attention_args *args) {
     const int64_t group = args->heads / args->kv_heads, n = args->n_seqs;
-    const int64_t rows = at_most(args->rows, GN_CUDA_DECODE_ROWS * n);
-    return at_most(rows * ((group + QUERIES - 1) / QUERIES),
-                   (rows * group + (QUERIES - 1) * n) / QUERIES);
+    const int64_t rows = gn_min(args->rows, GN_CUDA_DECODE_ROWS * n);
+    return gn_min(rows * ((group + QUERIES - 1) / QUERIES),
+                  (rows * group + (QUERIES - 1) * n) / QUERIES);
 }
 
 /* As many records as blocks can be resident: contexts are split only to fill the device. */
@@ -334,7 +319,7 @@ static gn_status launch_decode(gn_ctx *ctx, const gn_cuda_attention_args *args, 
     const int64_t tiles = decode_tiles(args), units = tiles * args->kv_heads;
     const int64_t resident = WARPS == FEW_WARPS ? max_records(ctx) : ctx->cuda->sms;
     const int64_t worth = bucket / TOKENS / (2 * WARPS); /* two cache blocks a warp at least */
-    int64_t splits = at_most(at_most(resident / units, worth), MAX_SPLITS);
+    int64_t splits = gn_min(gn_min(resident / units, worth), MAX_SPLITS);
     if (splits < 1) splits = 1;
     const size_t record = RECORD<P> * sizeof(float);
     if (splits > 1 && (size_t)(units * splits) * record > ctx->workspace_bytes) return GN_ENOMEM;

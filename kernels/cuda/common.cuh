@@ -61,7 +61,20 @@ static __device__ __forceinline__ float block_sum(float x) {
     return warp_sum(lane < (int)blockDim.x / WARP ? sums[lane] : 0.0f);
 }
 
-/* The same in double, over a block of THREADS, in a fixed order; once a kernel. */
+/* Maximum over a block of THREADS; every thread gets it. */
+template <int THREADS> static __device__ __forceinline__ float block_max(float x) {
+    __shared__ float maxima[THREADS / WARP];
+    x = warp_max(x);
+    __syncthreads(); /* of an earlier call's readers */
+    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = maxima[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / WARP; i++) x = fmaxf(x, maxima[i]);
+    return x;
+}
+
+/* A block's sum in double, over THREADS, in a fixed order; once a kernel. */
 template <int THREADS> static __device__ __forceinline__ double block_sum_double(double x) {
     __shared__ double sums[THREADS / WARP];
 #pragma unroll

@@ -9,27 +9,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "engine/adapter_memory.h"
 #include "engine/model.h"
 #include "engine/tensor_file.h"
+#include "tests/gpu/bench.h"
 
 enum { STREAMS = 8, ADAPTERS = 4, ROUNDS = 40, PROMPT = 128, TOKENS = 1 << 14, MAX_NAME = 128 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void check(gn_status status, const gn_error *err) {
-    if (status == GN_OK) return;
-    fprintf(stderr, "bench_adapters: %s\n",
-            err->message[0] ? err->message : gn_status_text(status));
-    exit(1);
-}
 
 /* ---- adapters ---- */
 

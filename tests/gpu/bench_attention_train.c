@@ -8,25 +8,14 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
+
+#include "tests/gpu/bench.h"
 
 enum { RUNS = 5, CALLS = 20 };
 
 typedef struct {
     int seqs, tokens, heads, kv_heads, D;
 } shape;
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void check(gn_status status) {
-    if (status == GN_OK) return;
-    fprintf(stderr, "bench_attention_train: %s\n", gn_status_text(status));
-    exit(1);
-}
 
 /* (rows, heads, D) of random values in [-1, 1). */
 static gn_tensor random_heads(gn_ctx *ctx, int64_t rows, int heads, int D) {
@@ -35,10 +24,10 @@ static gn_tensor random_heads(gn_ctx *ctx, int64_t rows, int heads, int D) {
     const size_t bytes = (size_t)n * gn_dtype_size(dtype);
     float *wide = malloc((size_t)n * sizeof *wide);
     void *host = malloc(bytes), *device = gn_ctx_alloc(ctx, bytes);
-    if (!wide || !host || !device) check(GN_ENOMEM);
+    if (!wide || !host || !device) check(GN_ENOMEM, NULL);
     for (int64_t i = 0; i < n; i++) wide[i] = 2 * (float)rand() / (float)RAND_MAX - 1;
     gn_narrow(host, dtype, wide, n);
-    check(gn_ctx_write(ctx, device, host, bytes));
+    check(gn_ctx_write(ctx, device, host, bytes), NULL);
     free(wide);
     free(host);
     return (gn_tensor){device, dtype, 3, {rows, heads, D, 1}, cols};
@@ -62,8 +51,8 @@ static void time_calls(problem *p, const char *name, gn_status (*call)(problem *
     double best = INFINITY;
     for (int run = 0; run <= RUNS; run++) { /* the first one warms up */
         const double start = seconds();
-        for (int i = 0; i < CALLS; i++) check(call(p));
-        check(gn_ctx_wait(p->ctx));
+        for (int i = 0; i < CALLS; i++) check(call(p), NULL);
+        check(gn_ctx_wait(p->ctx), NULL);
         if (run > 0) best = fmin(best, (seconds() - start) / CALLS);
     }
     printf(" %s %8.1f us %6.1f TFLOP/s", name, best * 1e6, flop / best * 1e-12);
@@ -73,11 +62,11 @@ static void bench(gn_ctx *ctx, const shape *s) {
     const int T = s->seqs * s->tokens;
     int32_t *row0 = malloc((size_t)(s->seqs + 1) * sizeof *row0);
     int32_t *pos0 = calloc((size_t)s->seqs, sizeof *pos0), *ids = calloc((size_t)T, sizeof *ids);
-    if (!row0 || !pos0 || !ids) check(GN_ENOMEM);
+    if (!row0 || !pos0 || !ids) check(GN_ENOMEM, NULL);
     for (int i = 0; i <= s->seqs; i++) row0[i] = i * s->tokens;
     const gn_seqs seqs = {.n = s->seqs, .row0 = row0, .pos0 = pos0};
     void *lse = gn_ctx_alloc(ctx, (size_t)T * (size_t)s->heads * sizeof(float));
-    if (!lse) check(GN_ENOMEM);
+    if (!lse) check(GN_ENOMEM, NULL);
     problem p = {.ctx = ctx,
                  .rows = {.q = random_heads(ctx, T, s->heads, s->D),
                           .k = random_heads(ctx, T, s->kv_heads, s->D),
@@ -90,9 +79,10 @@ static void bench(gn_ctx *ctx, const shape *s) {
                  .dv = random_heads(ctx, T, s->kv_heads, s->D),
                  .dy = random_heads(ctx, T, s->heads, s->D)};
     const gn_stage_limits limits = {.rows = T, .seqs = s->seqs, .max_blocks = 1, .terms = 1};
-    check(gn_stage_reserve(ctx, &limits));
-    check(gn_stage(ctx, ids, &seqs, NULL, 0));
-    check(gn_ctx_reserve(ctx, gn_attention_train_workspace(ctx, T, s->heads, s->D, s->tokens)));
+    check(gn_stage_reserve(ctx, &limits), NULL);
+    check(gn_stage(ctx, ids, &seqs, NULL, 0), NULL);
+    check(gn_ctx_reserve(ctx, gn_attention_train_workspace(ctx, T, s->heads, s->D, s->tokens)),
+          NULL);
 
     const double pairs = (double)s->seqs * s->heads * s->tokens * (s->tokens + 1.0) / 2;
     printf("%3d x %5d, heads %2d/%2d x %3d:", s->seqs, s->tokens, s->heads, s->kv_heads, s->D);

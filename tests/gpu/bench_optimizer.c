@@ -8,22 +8,10 @@
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
+
+#include "tests/gpu/bench.h"
 
 enum { WARM = 2, STEPS = 10 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void check(gn_status status, const gn_error *err) {
-    if (status == GN_OK) return;
-    fprintf(stderr, "bench_optimizer: %s\n",
-            err->message[0] ? err->message : gn_status_text(status));
-    exit(1);
-}
 
 static double norm_ms(gn_optimizer *o, const gn_error *err) {
     double norm, begin = 0;

@@ -7,21 +7,10 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
+
+#include "tests/gpu/bench.h"
 
 enum { MAX_N = 256, RUNS = 300 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void check(gn_status status) {
-    if (status == GN_OK) return;
-    fprintf(stderr, "bench_sample: %s\n", gn_status_text(status));
-    exit(1);
-}
 
 static float normal(void) {
     const double u = (rand() + 1.0) / (RAND_MAX + 1.0), v = (rand() + 1.0) / (RAND_MAX + 1.0);
@@ -36,8 +25,8 @@ static double time_of(gn_device_sampler *s, const gn_tensor *logits, gn_sample_r
     for (int run = 0; run < RUNS; run++) {
         for (int i = 0; i < n; i++) rows[i].step = run;
         const double start = seconds();
-        check(gn_device_sample(s, logits, rows, n));
-        check(gn_device_sample_wait(s, &results));
+        check(gn_device_sample(s, logits, rows, n), NULL);
+        check(gn_device_sample_wait(s, &results), NULL);
         const double t = seconds() - start;
         best = t < best ? t : best;
     }
@@ -102,11 +91,11 @@ int main(void) {
         float *host = malloc(bytes);
         void *device = gn_ctx_alloc(ctx, bytes);
         gn_device_sampler *s;
-        if (!host || !device) check(GN_ENOMEM);
+        if (!host || !device) check(GN_ENOMEM, NULL);
         for (size_t i = 0; i < bytes / sizeof *host; i++)
             host[i] = 2.5f * normal() + (i % 3000 == 0 ? 8 : 0);
-        check(gn_ctx_write(ctx, device, host, bytes));
-        check(gn_device_sampler_open(&s, ctx, MAX_N, vocabs[v]));
+        check(gn_ctx_write(ctx, device, host, bytes), NULL);
+        check(gn_device_sampler_open(&s, ctx, MAX_N, vocabs[v]), NULL);
         for (size_t i = 0; i < sizeof ns / sizeof *ns; i++) {
             const gn_tensor logits = gn_tensor_2d(device, GN_F32, ns[i], vocabs[v]);
             printf("\n%7d %5d", vocabs[v], ns[i]);

@@ -10,25 +10,14 @@
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
+
+#include "tests/gpu/bench.h"
 
 enum { PROMPT = 16, TOKENS = 320, WARM = 16, STEPS = 256, MAX_STREAMS = 128 };
 enum {
     CONTEXT = PROMPT + TOKENS,
     BLOCKS = (CONTEXT + GN_KV_BLOCK_TOKENS - 1) / GN_KV_BLOCK_TOKENS
 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void check(gn_status status, const gn_error *err) {
-    if (status == GN_OK) return;
-    fprintf(stderr, "bench_step: %s\n", err->message[0] ? err->message : gn_status_text(status));
-    exit(1);
-}
 
 static const gn_sampling sampling = {
     .temperature = 0.8f, .top_p = 0.95f, .typical_p = 1, .repetition_penalty = 1};

@@ -5,17 +5,11 @@
  * (llama-7b 16 8.5 1 512: LoRA of rank 64 on all projections, paged AdamW). Exits with 1 when more
  * was taken than the budget allows, or when plan and measurement differ by more than 5 %. */
 #include <stdio.h>
-#include <time.h>
 
 #include "tests/trainer/lora_run.h"
+#include "tests/gpu/bench.h"
 
 enum { RANK = 64, WARM = 1, UPDATES = 4 };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static const char *argument(int argc, char **argv, int i, const char *otherwise) {
     return argc > i ? argv[i] : otherwise;
