@@ -2,7 +2,6 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "engine/sample.h"
 #include "trainer/mmlu.h"
 #include "trainer/trainer.h"
 
@@ -24,40 +23,13 @@ static const gn_option table[] = {
     {GN_OPT_FLAG, "json", offsetof(mmlu_options, json), .help = "one JSON object a line"},
     GN_OPTION_END};
 
-/* A question that is being asked. */
-typedef struct asked {
-    gn_mmlu_question question;
-    const int32_t *letters;
-    int vocab;
-    float nll[GN_MMLU_CHOICES];
-    double loss;
-} asked;
-
-/* Behind the prompt the letters are compared; there and from then on losses add up. */
-static void take_row(void *user, int32_t position, const float *logits) {
-    asked *a = user;
-    const gn_mmlu_question *q = &a->question;
-    if (position + 1 == q->source)
-        for (int i = 0; i < GN_MMLU_CHOICES; i++)
-            a->nll[i] = (float)-gn_logprob(logits, a->vocab, a->letters[i]);
-    if (position + 1 < q->n) a->loss -= gn_logprob(logits, a->vocab, q->ids[position + 1]);
-}
-
-static gn_status ask_all(gn_mmlu *mmlu, gn_model *model, gn_scorer *scorer, gn_adapter *adapter,
-                         gn_error *err) {
+static gn_status ask_all(gn_mmlu *mmlu, gn_scorer *scorer, gn_adapter *adapter, gn_error *err) {
     const int64_t n = gn_mmlu_count(mmlu);
     const gn_adapter_use use = {adapter, 1};
-    asked a = {.letters = gn_mmlu_letters(mmlu), .vocab = gn_model_describe(model).vocab};
     for (int64_t i = 0; i < n; i++) {
-        a.question = gn_mmlu_at(mmlu, i);
-        a.loss = 0;
-        const gn_status status =
-            gn_scorer_run(scorer, a.question.ids, a.question.n, a.question.source - 1, &use,
-                          adapter ? 1 : 0, take_row, &a);
+        const gn_status status = gn_mmlu_ask(mmlu, i, scorer, &use, adapter ? 1 : 0);
         if (status)
             return gn_fail(err, status, "cannot score a question: %s", gn_status_text(status));
-        gn_mmlu_add(mmlu, i, a.nll);
-        gn_mmlu_add_loss(mmlu, a.loss);
         gn_progress("%lld of %lld questions", (long long)i + 1, (long long)n);
     }
     const double loss = gn_mmlu_read(mmlu).loss;
@@ -98,7 +70,7 @@ static gn_status run(const mmlu_options *o, gn_error *err) {
     if (!status)
         status =
             gn_model_choice_score(&o->model, &scorer, model, adapter, gn_mmlu_longest(mmlu), err);
-    if (!status) status = ask_all(mmlu, model, scorer, adapter, err);
+    if (!status) status = ask_all(mmlu, scorer, adapter, err);
     if (!status) status = report(o, model, mmlu, err);
     gn_scorer_close(scorer);
     gn_mmlu_close(mmlu);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "engine/config.h"
+#include "engine/sample.h"
 #include "engine/tokenizer.h"
 #include "trainer/rows.h"
 
@@ -25,6 +26,7 @@ typedef struct question {
 struct gn_mmlu {
     const char *split;
     gn_tokenizer *tokenizer; /* while questions are read */
+    int vocab;
     int32_t letters[GN_MMLU_CHOICES], longest;
     question *questions;
     int64_t n, n_ids, room; /* of ids */
@@ -182,6 +184,7 @@ gn_status gn_mmlu_open(gn_mmlu **out, const gn_mmlu_choice *choice, const char *
     m->split = choice->split ? "test" : "eval";
     gn_status status = gn_config_read(&config, model_dir, err);
     if (!status) status = gn_tokenizer_open(&m->tokenizer, model_dir, config.vocab, err);
+    m->vocab = config.vocab;
     if (!status) status = find_letters(m, model_dir, err);
     if (!status) status = read_file(m, choice, max_len, err);
     gn_tokenizer_close(m->tokenizer);
@@ -239,6 +242,36 @@ void gn_mmlu_add(gn_mmlu *m, int64_t i, const float nll[GN_MMLU_CHOICES]) {
 
 void gn_mmlu_add_loss(gn_mmlu *m, double loss) {
     m->sums[LOSS] += loss;
+}
+
+typedef struct asked {
+    const gn_mmlu *m;
+    gn_mmlu_question question;
+    float nll[GN_MMLU_CHOICES];
+    double loss;
+} asked;
+
+/* Behind the prompt the letters are compared; there and from then on losses add up. */
+static void take_row(void *user, int32_t position, const float *logits) {
+    asked *a = user;
+    const gn_mmlu_question *q = &a->question;
+    const int vocab = a->m->vocab;
+    if (position + 1 == q->source)
+        for (int i = 0; i < GN_MMLU_CHOICES; i++)
+            a->nll[i] = -gn_logprob(logits, vocab, a->m->letters[i]);
+    if (position + 1 < q->n) a->loss -= (double)gn_logprob(logits, vocab, q->ids[position + 1]);
+}
+
+gn_status gn_mmlu_ask(gn_mmlu *m, int64_t i, gn_scorer *scorer, const gn_adapter_use *uses,
+                      int32_t n_uses) {
+    asked a = {.m = m, .question = gn_mmlu_at(m, i)};
+    const gn_mmlu_question *q = &a.question;
+    const gn_status status =
+        gn_scorer_run(scorer, q->ids, q->n, q->source - 1, uses, n_uses, take_row, &a);
+    if (status) return status;
+    gn_mmlu_add(m, i, a.nll);
+    gn_mmlu_add_loss(m, a.loss);
+    return GN_OK;
 }
 
 double *gn_mmlu_sums(gn_mmlu *m, int *n) {

@@ -11,6 +11,7 @@
 #include <cjson/cJSON.h>
 
 #include "engine/options.h"
+#include "engine/score.h"
 
 enum { GN_MMLU_CHOICES = 4 };
 
@@ -72,6 +73,9 @@ void gn_mmlu_clear(gn_mmlu *m);
 void gn_mmlu_add(gn_mmlu *m, int64_t i, const float nll[GN_MMLU_CHOICES]);
 /* The sum over what follows the prompts of one or several questions. */
 void gn_mmlu_add_loss(gn_mmlu *m, double loss);
+/* Asks question i by a scorer of such a model, and adds what came of it. */
+GN_CHECKED gn_status gn_mmlu_ask(gn_mmlu *m, int64_t i, gn_scorer *scorer,
+                                 const gn_adapter_use *uses, int32_t n_uses);
 /* What results are made of: to be added up over processes that each added their part. */
 double *gn_mmlu_sums(gn_mmlu *m, int *n);
 

@@ -13,7 +13,7 @@
 #include "engine/memory_plan.h"
 
 #define MIB   ((int64_t)1 << 20)
-#define LEAST (128 * MIB) /* of the reserve */
+#define LEAST (192 * MIB) /* of the reserve */
 #define BLOCK (2 * MIB)   /* in such the driver gives memory, but for what is small */
 
 /* Rates of today's GPUs, as ratios: operations of products in the time that a byte takes over the

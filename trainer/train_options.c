@@ -329,6 +329,10 @@ static gn_status resolve_evaluation(parsed *p, gn_error *err) {
     if (o->eval_files.n > 0 && o->eval_size > 0)
         return gn_fail(err, GN_EINVAL,
                        "--eval-dataset and --eval-dataset-size: only one of them can be");
+    const gn_mmlu_choice *mmlu = &o->mmlu;
+    if (!o->does_mmlu && (mmlu->split != 0 || mmlu->max_samples > 0 ||
+                          mmlu->source_max_len != 2048 || strcmp(mmlu->dataset, "mmlu-fs") != 0))
+        return gn_fail(err, GN_EINVAL, "options of MMLU say nothing without --do-mmlu-eval");
     const bool has_samples = o->eval_files.n > 0 || o->eval_size > 0;
     o->evaluates = has_samples || o->does_mmlu;
     o->eval_when = p->eval_when ? p->eval_when - 1 : GN_WHEN_STEPS;
