@@ -38,7 +38,7 @@ typedef struct gn_mmlu_choice {
          .initial = "eval",                                                                        \
          .choices = "eval|test",                                                                   \
          .value = "SPLIT",                                                                         \
-         .help = "which of these files, and what results are called"},                             \
+         .help = "eval or test: which of these files, and what results are called"},               \
         {GN_OPT_INT64, "max-mmlu-samples", offsetof(type, mmlu.max_samples), .initial = "0",       \
          .min = 0,     .max = INFINITY,    .help = "the first N; 0: all"},                         \
     {                                                                                              \
