@@ -86,8 +86,8 @@ static gn_status fill_defaults(gn_engine_options *o, const gn_model *model, gn_e
      * milliseconds. On a CPU 512 are enough for that, and more would make others wait. */
     if (o->max_batch_tokens <= 0) o->max_batch_tokens = is_host ? 512 : 2048;
     if (o->max_batch_tokens < o->max_seqs) o->max_batch_tokens = o->max_seqs;
-    /* The gap between two tokens of a reply grows with it. On a GPU 1024 rows take half as long as
-     * 2048 and a tenth more for each, 256 more than twice as much for each. */
+    /* The gap between two tokens of a reply grows with it. On a GPU 1024 rows take little more than
+     * half as long as 2048, but 256 twice as long for each. */
     if (o->prefill_chunk <= 0)
         o->prefill_chunk = (int32_t)gn_max(o->max_batch_tokens / (is_host ? 8 : 2), 16);
     if (o->max_queue <= 0) o->max_queue = 1024;
