@@ -108,8 +108,9 @@ typedef enum gn_kv_dtype {
 
 typedef struct gn_engine_options {
     int32_t max_seqs;         /* sequences in one batch; 0: 64 */
-    int32_t max_batch_tokens; /* rows of one forward, so also the prefill chunk; 0: 512 on a CPU,
-                               * 2048 on a GPU */
+    int32_t max_batch_tokens; /* rows of one forward; 0: 512 on a CPU, 2048 on a GPU */
+    int32_t prefill_chunk;    /* of them prompts' while replies are made, too; 0: an eighth of them
+                               * on a CPU, a half on a GPU */
     int32_t max_queue;        /* waiting requests before GN_EBUSY; 0: 1024 */
     /* All of the device's memory together; 0: on a GPU what is free, less a margin, on a CPU no
      * bound. A CPU's weights are not counted. */

@@ -4,15 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    /* While others generate, prompts get this fraction of a step's rows, so that the gap
-     * between two tokens of a reply stays short. */
-    SHARED_PREFILL_DIVISOR = 8,
-    SHARED_PREFILL_MIN = 16,
-};
-
-gn_status gn_schedule_open(gn_schedule *s, gn_kv_pool *pool, int32_t max_seqs, int32_t max_rows) {
-    *s = (gn_schedule){.max_seqs = max_seqs, .max_rows = max_rows, .pool = pool};
+gn_status gn_schedule_open(gn_schedule *s, gn_kv_pool *pool, int32_t max_seqs, int32_t max_rows,
+                           int32_t prefill_chunk) {
+    *s = (gn_schedule){
+        .max_seqs = max_seqs, .max_rows = max_rows, .prefill_chunk = prefill_chunk, .pool = pool};
     s->running = calloc((size_t)max_seqs, sizeof(gn_sequence *));
     s->planned = calloc((size_t)max_seqs, sizeof(gn_sequence *));
     if (s->running && s->planned) return GN_OK;
@@ -185,11 +180,7 @@ void gn_schedule_plan(gn_schedule *s, bool may_preempt) {
         gn_sequence *q = s->running[i];
         if (gn_sequence_pending(q) == 1) budget -= plan_rows(s, q, 1);
     }
-    if (s->n_planned > 0) {
-        int32_t share = s->max_rows / SHARED_PREFILL_DIVISOR;
-        if (share < SHARED_PREFILL_MIN) share = SHARED_PREFILL_MIN;
-        if (budget > share) budget = share;
-    }
+    if (s->n_planned > 0 && budget > s->prefill_chunk) budget = s->prefill_chunk;
     for (int32_t i = 0; i < s->n_running && budget > 0; i++) {
         gn_sequence *q = s->running[i];
         if (q->rows == 0) budget -= plan_rows(s, q, budget);

@@ -1,8 +1,9 @@
 /* schedule.h - which rows the next step computes.
  *
  * Continuous batching: every step, each running sequence that generates gets its one row, then
- * prompts are prefilled in order of arrival with the rows that are left, in chunks, so that a
- * long prompt never stalls the replies of others. Sequences are admitted first come, first
+ * prompts are prefilled in order of arrival with the rows that are left: with no more than
+ * prefill_chunk of them when somebody generates, so that no prompt stalls the replies of others for
+ * longer than that takes. Sequences are admitted first come, first
  * served, as slots and KV blocks allow, except that those whose adapters are not on the device let
  * others pass. Adapters of as many as can run at once are fetched while there is no slot yet. While
  * adapters are on their way that is all. When there is no room for them, because
@@ -29,7 +30,7 @@ typedef enum gn_fetch {
 typedef gn_fetch gn_fetch_fn(void *user, gn_sequence *sequence, bool may_take);
 
 typedef struct gn_schedule {
-    int32_t max_seqs, max_rows;
+    int32_t max_seqs, max_rows, prefill_chunk;
     gn_fetch_fn *fetch; /* for sequences with adapters; NULL: they need nothing */
     void *user;
     gn_kv_pool *pool;
@@ -46,7 +47,7 @@ typedef struct gn_schedule {
 
 /* The pool is borrowed. */
 GN_CHECKED gn_status gn_schedule_open(gn_schedule *s, gn_kv_pool *pool, int32_t max_seqs,
-                                      int32_t max_rows);
+                                      int32_t max_rows, int32_t prefill_chunk);
 void gn_schedule_close(gn_schedule *s); /* must be empty */
 
 void gn_schedule_add(gn_schedule *s, gn_sequence *sequence);

@@ -354,7 +354,9 @@ static gn_status open_parts(gn_stepper *e, gn_error *err) {
     if (status) return status;
     status = gn_draw_open(&e->draw, e->model, e->forward, o->max_seqs);
     if (!status) status = gn_kv_pool_open(&e->pool, o->kv_blocks, o->prefix_cache);
-    if (!status) status = gn_schedule_open(&e->schedule, e->pool, o->max_seqs, o->max_rows);
+    if (!status)
+        status =
+            gn_schedule_open(&e->schedule, e->pool, o->max_seqs, o->max_rows, o->prefill_chunk);
     e->schedule.fetch = fetch_adapters;
     e->schedule.user = e;
     if (!status && !allocate(e)) status = GN_ENOMEM;

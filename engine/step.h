@@ -15,6 +15,7 @@ typedef struct gn_stepper gn_stepper;
 
 typedef struct gn_stepper_options {
     int32_t max_seqs, max_rows; /* of a step; max_rows is at least max_seqs */
+    int32_t prefill_chunk;      /* see schedule.h */
     int32_t kv_blocks, context;
     gn_kv_dtype kv_dtype;
     int64_t adapter_bytes; /* see forward.h */

@@ -57,6 +57,10 @@ const gn_option gn_serve_option_table[] = {
      .help = "replies made at the same time"},
     {GN_OPT_INT, "max-batch-tokens", FIELD(max_batch_tokens), .initial = "0", .max = 1 << 16,
      .help = "tokens of one forward pass; 0: 512 on a CPU, 2048 on a GPU"},
+    {GN_OPT_INT, "prefill-chunk", FIELD(prefill_chunk), .initial = "0", .max = 1 << 16,
+     .help =
+         "of them, prompts' in a pass in which replies go on: more makes gaps in replies longer, "
+         "fewer the wait for a reply; 0: an eighth on a CPU, a half on a GPU"},
     {GN_OPT_INT, "max-queue", FIELD(max_queue), .initial = "1024", .min = 1, .max = 1 << 20,
      .help = "requests that may wait; more are refused"},
     {GN_OPT_SIZE, "memory-budget", FIELD(memory_budget), .value = "SIZE",
@@ -99,6 +103,7 @@ gn_engine_options gn_serve_engine_options(const gn_serve_options *o) {
     const bool has_adapters = o->adapters.n > 0 || o->allow_adapter_loading;
     return (gn_engine_options){.max_seqs = o->max_seqs,
                                .max_batch_tokens = o->max_batch_tokens,
+                               .prefill_chunk = o->prefill_chunk,
                                .max_queue = o->max_queue,
                                .memory_bytes = o->memory_budget,
                                .kv_bytes = o->kv_memory,

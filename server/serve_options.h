@@ -21,7 +21,7 @@ typedef struct gn_serve_options {
     bool double_quant;
     int threads;
 
-    int context, max_seqs, max_batch_tokens, max_queue;
+    int context, max_seqs, max_batch_tokens, prefill_chunk, max_queue;
     int64_t memory_budget, kv_memory, adapter_memory, adapter_host_memory;
     bool no_prefix_cache;
 

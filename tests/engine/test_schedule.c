@@ -50,7 +50,7 @@ Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
     gn_schedule s;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
     gn_schedule_add(&s, sequence(1, 10, 100, 0));
     cr_assert_eq(run_step(&s, &done), 10);
     gn_schedule_add(&s, sequence(2, 300, 2, 1000));
@@ -64,12 +64,33 @@ Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
     gn_kv_pool_close(pool);
 }
 
+/* Prompts that come together take whole steps as long as no reply is under way, then a chunk of
+ * each step, whoever it is of. */
+Test(schedule, prompts_take_all_rows_until_somebody_generates) {
+    gn_kv_pool *pool;
+    gn_schedule s;
+    int32_t done = 0;
+    cr_assert_eq(gn_kv_pool_open(&pool, 100, false), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 8, 128, 64), GN_OK);
+    for (int i = 0; i < 6; i++) gn_schedule_add(&s, sequence((uint64_t)i + 1, 50, 20, 1000 * i));
+    cr_assert_eq(run_step(&s, &done), 128, "two prompts, and 28 tokens of the third");
+    cr_assert_eq(run_step(&s, &done), 2 + 64, "the rest of it, and 42 tokens of the fourth");
+    cr_assert_eq(run_step(&s, &done), 3 + 64);
+    cr_assert_eq(run_step(&s, &done), 5 + 44, "what is left");
+    cr_assert_eq(run_step(&s, &done), 6);
+    while (run_step(&s, &done) > 0) {
+    }
+    cr_assert_eq(done, 6);
+    gn_schedule_close(&s);
+    gn_kv_pool_close(pool);
+}
+
 Test(schedule, shares_a_known_prefix_but_computes_the_last_token) {
     gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256, 16), GN_OK);
     gn_schedule_add(&s, sequence(1, 64, 1, 0));
     cr_assert_eq(run_step(&s, &done), 64);
     gn_schedule_add(&s, sequence(2, 64, 1, 0));
@@ -88,7 +109,7 @@ Test(schedule, admits_first_come_first_served) {
     gn_schedule s;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 8, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256, 16), GN_OK);
     gn_schedule_add(&s, sequence(1, 60, 20, 0));
     gn_schedule_add(&s, sequence(2, 100, 4, 500)); /* does not fit beside the first */
     gn_schedule_add(&s, sequence(3, 4, 4, 900));   /* would, but came later */
@@ -111,7 +132,7 @@ Test(schedule, preempts_and_still_finishes_everything) {
         gn_schedule s;
         int32_t done = 0, added = 0, steps = 0;
         cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, cache), GN_OK);
-        cr_assert_eq(gn_schedule_open(&s, pool, 16, 64), GN_OK);
+        cr_assert_eq(gn_schedule_open(&s, pool, 16, 64, 16), GN_OK);
         while (done < SEQUENCES) {
             while (added < SEQUENCES && rand() % 2) {
                 const int32_t prompt = 1 + rand() % 200, reply = 1 + rand() % 150;
@@ -142,7 +163,7 @@ Test(schedule, plans_ahead_of_tokens_unless_it_must_preempt) {
     gn_schedule s;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 4, false), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
     gn_schedule_add(&s, sequence(1, 31, 20, 0));
     gn_schedule_add(&s, sequence(2, 30, 10, 500));
     gn_schedule_plan(&s, true);
@@ -182,7 +203,7 @@ Test(schedule, what_is_complete_but_for_its_token_waits) {
     gn_schedule s;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 4, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
     gn_schedule_add(&s, sequence(1, 20, 1, 0));
     gn_schedule_plan(&s, true);
     gn_sequence *q = s.planned[0];
@@ -269,7 +290,7 @@ Test(schedule, an_adapter_on_its_way_holds_nobody_up) {
     uint64_t began[8] = {0};
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
     s.fetch = fake_fetch;
     s.user = &room;
     gn_schedule_add(&s, with_adapter(1, 10, 2, 0));
@@ -303,7 +324,7 @@ Test(schedule, adapters_of_the_next_come_while_slots_are_full) {
     uint64_t began[8] = {0};
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 2, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, 2, 128, 16), GN_OK);
     s.fetch = fake_fetch;
     s.user = &room;
     for (int i = 0; i < 2; i++) gn_schedule_add(&s, sequence((uint64_t)i + 1, 10, 6, 1000 * i));
@@ -333,7 +354,7 @@ Test(schedule, nobody_waits_forever_for_room) {
     uint64_t began[STEPS + 10] = {0}, id = 0;
     int32_t done = 0;
     cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, MAX_SEQS, 128), GN_OK);
+    cr_assert_eq(gn_schedule_open(&s, pool, MAX_SEQS, 128, 16), GN_OK);
     s.fetch = fake_fetch;
     s.user = &room;
     for (int i = 0; i < 2; i++) gn_schedule_add(&s, with_adapter(++id, 5, 6, 0));
@@ -365,7 +386,7 @@ Test(schedule, adapters_come_and_go_until_all_is_done) {
         uint64_t began[SEQUENCES + 1] = {0};
         int32_t done = 0, added = 0, steps = 0;
         cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, true), GN_OK);
-        cr_assert_eq(gn_schedule_open(&s, pool, 8, 64), GN_OK);
+        cr_assert_eq(gn_schedule_open(&s, pool, 8, 64, 16), GN_OK);
         s.fetch = fake_fetch;
         s.user = &room;
         while (done < SEQUENCES) {

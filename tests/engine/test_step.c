@@ -141,6 +141,7 @@ static gn_engine_stats run_load(const bench *b, const load *l, reply *replies, i
     gn_stepper *e;
     const gn_stepper_options options = {.max_seqs = MAX_SEQS,
                                         .max_rows = l->max_rows,
+                                        .prefill_chunk = 16,
                                         .kv_blocks = l->kv_blocks,
                                         .context = CONTEXT,
                                         .prefix_cache = true,
@@ -235,6 +236,7 @@ Test(step, a_token_too_many_is_nowhere_to_be_seen) {
             gn_engine_stats stats = {0};
             const gn_stepper_options options = {.max_seqs = 1,
                                                 .max_rows = 64,
+                                                .prefill_chunk = 16,
                                                 .kv_blocks = 16,
                                                 .context = CONTEXT,
                                                 .prefix_cache = true,

@@ -63,6 +63,7 @@ static double time_engine(gn_model *model, int streams, bool ahead) {
     int64_t tokens = 0;
     const gn_stepper_options options = {.max_seqs = streams,
                                         .max_rows = streams * PROMPT,
+                                        .prefill_chunk = streams * PROMPT,
                                         .kv_blocks = streams * BLOCKS,
                                         .context = CONTEXT,
                                         .ahead = ahead,
