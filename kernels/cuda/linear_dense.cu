@@ -282,7 +282,7 @@ static gn_status multiply_swiglu(gn_ctx *ctx, const gn_linear_args *args, const 
                                  void *sums, const gn_cuda_parts *parts) {
     /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
      * ones, which are exact, it would be the largest error. */
-    const gn_dtype dtype = gn_cuda_is_stored(ctx, args->part[0].w) ? GN_F32 : GN_BF16;
+    const gn_dtype dtype = args->part[0].w->qtype == GN_Q_NONE ? GN_F32 : GN_BF16;
     const gn_status status = multiply_into_sums(ctx, o, args, sums, dtype, parts, 0);
     return status ? status : finish(ctx, args, 0, sums, dtype, parts);
 }
