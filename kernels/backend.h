@@ -29,8 +29,8 @@ extern "C" {
     X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))                                     \
     X(convert, (gn_ctx *, gn_tensor *, const gn_tensor *))                                         \
     X(embed_bwd, (gn_ctx *, gn_tensor *, const gn_tensor *, const int32_t *ids))                   \
-    X(rmsnorm_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,      \
-                    const gn_tensor *, const gn_tensor *, float))                                  \
+    X(rmsnorm_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, gn_tensor *, const gn_tensor *,            \
+                    const gn_tensor *, const gn_tensor *, const gn_tensor *, float))               \
     X(linear_bwd, (gn_ctx *, const gn_linear_args *, const gn_linear_grads *))                     \
     X(swiglu, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *))                       \
     X(swiglu_bwd, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,       \

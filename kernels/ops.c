@@ -120,14 +120,15 @@ static bool is_part(const gn_ctx *ctx, const gn_linear_args *args, int i) {
 }
 
 static gn_status check_linear(const gn_ctx *ctx, const gn_linear_args *args) {
-    if (!ctx || !args || !(args->norm ? is_f32(&args->x, 2) : is_activation(ctx, &args->x, 2)))
-        return GN_EINVAL;
+    if (!ctx || !args) return GN_EINVAL;
+    if (!is_activation(ctx, &args->x, 2) && !(args->norm && is_f32(&args->x, 2))) return GN_EINVAL;
     const int64_t T = args->x.shape[0], K = args->x.shape[1];
     const bool swiglu = args->epilogue == GN_SWIGLU;
     if (args->epilogue != GN_STORE && args->epilogue != GN_ADD && !swiglu) return GN_EINVAL;
     if (args->n_parts < 1 || args->n_parts > GN_MAX_PARTS || (swiglu && args->n_parts != 2))
         return GN_EINVAL;
     if (args->norm && !is_vector(args->norm, K)) return GN_EINVAL;
+    if (args->x_spare < 0 || args->x_spare > args->x.ld - K) return GN_EINVAL;
     if (args->n_lora < 0 || args->pair < 0 || (args->n_lora > 0 && !args->lora)) return GN_EINVAL;
     if (!(args->dropout.p >= 0 && args->dropout.p < 1)) return GN_EINVAL;
     for (int i = 0; i < args->n_lora; i++)
@@ -325,15 +326,16 @@ gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy, cons
     return ctx->backend->embed_bwd(ctx, dtable, dy, ids);
 }
 
-gn_status gn_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
-                         const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w, float eps) {
-    if (!ctx || !dw || !is_f32(x, 2)) return GN_EINVAL;
+gn_status gn_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn_tensor *dw,
+                         const gn_tensor *dy, const gn_tensor *skip, const gn_tensor *x,
+                         const gn_tensor *w, float eps) {
+    if (!ctx || !dw || !(is_f32(x, 2) || is_activation(ctx, x, 2))) return GN_EINVAL;
     const int64_t T = x->shape[0], C = x->shape[1];
     if (!is_gradient_rows(ctx, dx, T, C) || !is_gradient_rows(ctx, dy, T, C) ||
         (skip && !is_gradient_rows(ctx, skip, T, C)) || !is_vector(w, C) ||
-        (dw->data && !is_vector(dw, C)))
+        (rounded && !is_gradient_rows(ctx, rounded, T, C)) || (dw->data && !is_vector(dw, C)))
         return GN_EINVAL;
-    return T == 0 ? GN_OK : ctx->backend->rmsnorm_bwd(ctx, dx, dw, dy, skip, x, w, eps);
+    return T == 0 ? GN_OK : ctx->backend->rmsnorm_bwd(ctx, dx, rounded, dw, dy, skip, x, w, eps);
 }
 
 static bool is_part_grads(const gn_ctx *ctx, const gn_linear_args *args,

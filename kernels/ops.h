@@ -76,7 +76,8 @@ GN_CHECKED gn_status gn_quantize_place(gn_ctx *ctx, gn_matrix *out, gn_qtype typ
 
 /* Up to three products of one x: q, k and v, or gate and up. */
 typedef struct gn_linear_args {
-    gn_tensor x;           /* (T, K): f32 with a norm, else an activation */
+    gn_tensor x;           /* (T, K): an activation, or f32 with a norm */
+    int64_t x_spare;       /* columns past K of x's rows that belong to nobody: LoRA may use them */
     const gn_tensor *norm; /* (K) f32: x is RMS-normalised by it first; NULL: it is not */
     float eps;
     gn_epilogue epilogue;
@@ -91,6 +92,11 @@ typedef struct gn_linear_args {
         const gn_matrix *w; /* (N_i, K), any type */
     } part[GN_MAX_PARTS];
 } gn_linear_args;
+
+/* Spare columns that suffice for one adapter. */
+static inline int64_t gn_linear_spare(int64_t rank) {
+    return (rank + 63) / 64 * 64;
+}
 
 /* Weights count as dequantized and rounded to w->dtype, then to the compute dtype; sums are
  * float32. The LoRA term is added to the product before the epilogue. */

@@ -24,11 +24,12 @@ GN_CHECKED gn_status gn_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x);
 GN_CHECKED gn_status gn_embed_bwd(gn_ctx *ctx, gn_tensor *dtable, const gn_tensor *dy,
                                   const int32_t *ids);
 
-/* dx = skip + the gradient through y = rmsnorm(x). dx, dy, skip, x: (T, C), x f32; dw: (C). skip is
- * the gradient that reaches x on another way, the residual stream's; NULL: none; it may be dx. */
-GN_CHECKED gn_status gn_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
-                                    const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w,
-                                    float eps);
+/* dx = skip + the gradient through y = rmsnorm(x). dx, dy, skip, x: (T, C), x f32 or an activation;
+ * dw: (C). skip is the gradient that reaches x on another way, the residual stream's; NULL: none;
+ * it may be dx. rounded = dx in a dtype of its own; NULL: nobody wants it; it may be dy. */
+GN_CHECKED gn_status gn_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn_tensor *dw,
+                                    const gn_tensor *dy, const gn_tensor *skip, const gn_tensor *x,
+                                    const gn_tensor *w, float eps);
 
 /* Gradients of one gn_linear, called with the same arguments. */
 typedef struct gn_linear_grads {

@@ -3,9 +3,9 @@
  *
  * A layer's tensors are either kept from the forward pass or computed again, in scratch memory that
  * all layers share. Each layer's input is always kept, in the compute dtype; the residual stream
- * itself is float32. Tensors that are never alive together share memory: the input of a layer and
- * what attention makes of it, the stream; SwiGLU's output and its gradient; the MLP's tensors and
- * the gradients of attention's. */
+ * itself is float32. Rows of what LoRA may make wider (gn_linear_args) stand apart. Tensors that
+ * are never alive together share memory: the input of a layer and what attention makes of it, the
+ * stream; SwiGLU's output and its gradient; the MLP's tensors and the gradients of attention's. */
 #ifndef GN_ACTIVATIONS_H
 #define GN_ACTIVATIONS_H
 
@@ -32,7 +32,7 @@ typedef struct gn_activations {
     char *kept[GN_ACT_COUNT];     /* of the first layers, one after the other */
     int32_t n_kept[GN_ACT_COUNT]; /* such layers */
     gn_tensor stream, dstream;    /* (max_rows, hidden) f32 */
-    gn_tensor dnorm;              /* (max_rows, hidden): gradient of a norm's output */
+    gn_tensor dnorm;              /* (max_rows, hidden): gradient of a norm's output, then dstream */
     gn_tensor da, dq, dk, dv;     /* like A, Q, K, V */
     gn_tensor loss, cos, sin;     /* (max_rows, ...) f32 */
     void *kept_memory, *scratch_memory;

@@ -112,12 +112,14 @@ void gn_train_step_close(gn_train_step *s) {
 /* ---- views of the batch's rows ---- */
 
 static gn_tensor rows_of(const gn_train_step *s, const gn_tensor *t) {
-    return gn_tensor_2d(t->data, t->dtype, s->batch->rows, t->shape[1]);
+    gn_tensor rows = *t;
+    rows.shape[0] = s->batch->rows;
+    return rows;
 }
 
 static gn_tensor heads_of(const gn_train_step *s, const gn_tensor *t, int64_t heads) {
     const gn_tensor view = {
-        t->data, t->dtype, 3, {s->batch->rows, heads, t->shape[1] / heads, 1}, t->shape[1]};
+        t->data, t->dtype, 3, {s->batch->rows, heads, t->shape[1] / heads, 1}, t->ld};
     return view;
 }
 
@@ -147,12 +149,22 @@ static gn_attention_rows attention_rows(const gn_train_step *s, int layer) {
 
 /* ---- products ---- */
 
+/* The layer's input as its products read it: as it was kept, or the stream. */
+static bool reads_kept(const gn_train_step *s) {
+    return s->act.at[GN_ACT_X].dtype == gn_ctx_activation(s->model->ctx);
+}
+
+static gn_tensor input_of(const gn_train_step *s, int layer) {
+    return reads_kept(s) ? act(s, layer, GN_ACT_X) : stream_of(s);
+}
+
 /* The products of x with projections first, first+1, ... of a layer, into y. */
 static gn_linear_args product(const gn_train_step *s, int layer, gn_proj first, int n_parts,
                               gn_tensor x, const gn_tensor *norm, gn_epilogue epilogue,
                               const gn_tensor *y) {
     const gn_trained *t = s->trained;
     gn_linear_args args = {.x = x,
+                           .x_spare = x.ld - x.shape[1],
                            .norm = norm,
                            .eps = s->model->config.rms_eps,
                            .epilogue = epilogue,
@@ -171,7 +183,7 @@ static gn_linear_args product(const gn_train_step *s, int layer, gn_proj first, 
 
 static gn_linear_args qkv_product(const gn_train_step *s, int i) {
     const gn_tensor y[] = {act(s, i, GN_ACT_Q), act(s, i, GN_ACT_K), act(s, i, GN_ACT_V)};
-    return product(s, i, GN_Q, 3, stream_of(s), &s->model->layers[i].attn_norm, GN_STORE, y);
+    return product(s, i, GN_Q, 3, input_of(s, i), &s->model->layers[i].attn_norm, GN_STORE, y);
 }
 
 static gn_linear_args o_product(const gn_train_step *s, int i) {
@@ -302,6 +314,7 @@ static gn_status find_loss(const gn_train_step *s) {
     const float eps = model->config.rms_eps;
     const gn_tensor x = stream_of(s);
     gn_tensor dx = rows_of(s, &s->act.dstream), dy = rows_of(s, &s->act.dnorm), dw = t->norm;
+    gn_tensor *rounded = dy.dtype == GN_F32 ? NULL : &dy;
     gn_cross_entropy_args args = {
         .x = dx,
         .lm_head = &model->lm_head,
@@ -317,7 +330,7 @@ static gn_status find_loss(const gn_train_step *s) {
     if (!status) status = gn_cross_entropy(ctx, &args);
     if (status || !s->wants_grads) return status;
     status = gn_convert(ctx, &dy, &dx);
-    if (!status) status = gn_rmsnorm_bwd(ctx, &dx, &dw, &dy, NULL, &x, &model->norm, eps);
+    if (!status) status = gn_rmsnorm_bwd(ctx, &dx, rounded, &dw, &dy, NULL, &x, &model->norm, eps);
     return status;
 }
 
@@ -343,18 +356,24 @@ static gn_status fill_layer(const gn_train_step *s, int i, gn_tensor *m) {
     return status;
 }
 
+/* dstream as products read it: rounded into dnorm, where activations are. */
+static gn_tensor rounded_dstream(const gn_train_step *s) {
+    return rows_of(s, s->act.dnorm.dtype == GN_F32 ? &s->act.dstream : &s->act.dnorm);
+}
+
 /* Back through norm(x), in front of products: dstream += the gradient that dnorm leaves in x. */
 static gn_status norm_bwd(const gn_train_step *s, gn_tensor dw, const gn_tensor *x,
                           const gn_tensor *norm) {
     gn_tensor dx = rows_of(s, &s->act.dstream);
-    const gn_tensor dy = rows_of(s, &s->act.dnorm);
-    return gn_rmsnorm_bwd(s->model->ctx, &dx, &dw, &dy, &dx, x, norm, s->model->config.rms_eps);
+    gn_tensor dy = rows_of(s, &s->act.dnorm), *rounded = dy.dtype == GN_F32 ? NULL : &dy;
+    return gn_rmsnorm_bwd(s->model->ctx, &dx, rounded, &dw, &dy, &dx, x, norm,
+                          s->model->config.rms_eps);
 }
 
 /* The gradient of h takes its place. */
 static gn_status down_bwd(const gn_train_step *s, int i) {
     const gn_linear_args down = down_product(s, i);
-    const gn_tensor dy = rows_of(s, &s->act.dstream);
+    const gn_tensor dy = rounded_dstream(s);
     return product_bwd(s, &down, down.x, &dy);
 }
 
@@ -378,7 +397,7 @@ static gn_status attention_bwd(const gn_train_step *s, int i) {
     const gn_activations *a = &s->act;
     const gn_linear_args qkv = qkv_product(s, i), o = o_product(s, i);
     const gn_attention_rows rows = attention_rows(s, i);
-    const gn_tensor dx = rows_of(s, &a->dstream), x = stream_of(s);
+    const gn_tensor dx = rounded_dstream(s), x = input_of(s, i);
     const gn_tensor cos = rows_of(s, &a->cos), sin = rows_of(s, &a->sin);
     const gn_tensor da = heads_of(s, &a->da, c->heads);
     gn_tensor dq = heads_of(s, &a->dq, c->heads), dk = heads_of(s, &a->dk, c->kv_heads);
@@ -392,7 +411,7 @@ static gn_status attention_bwd(const gn_train_step *s, int i) {
     if (!status) status = gn_attention_bwd(ctx, &dq, &dk, &dv, &da, &rows);
     if (!status) status = gn_rope_bwd(ctx, &dq, &cos, &sin);
     if (!status) status = gn_rope_bwd(ctx, &dk, &cos, &sin);
-    if (!status) status = load_input(s, i);
+    if (!status && !reads_kept(s)) status = load_input(s, i);
     if (!status) status = product_bwd(s, &qkv, dnorm, dy);
     if (!status && !ends_here) status = norm_bwd(s, dw, &x, &s->model->layers[i].attn_norm);
     return status;

@@ -87,14 +87,14 @@ static void rmsnorm_bwd_rows(void *arg, const gn_cpu_team *team) {
         add_weight_gradient(op, c);
 }
 
-gn_status gn_cpu_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
-                             const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w,
-                             float eps) {
+gn_status gn_cpu_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn_tensor *dw,
+                             const gn_tensor *dy, const gn_tensor *skip, const gn_tensor *x,
+                             const gn_tensor *w, float eps) {
     struct rmsnorm_bwd op = {dx, dw, dy, skip, x, w->data, eps, NULL};
     if (dw->data) {
         if ((size_t)x->shape[0] * sizeof *op.rms > ctx->workspace_bytes) return GN_ENOMEM;
         op.rms = ctx->workspace;
     }
     gn_cpu_parallel(ctx->pool, gn_tensor_numel(x) < GN_CPU_SERIAL, rmsnorm_bwd_rows, &op);
-    return GN_OK;
+    return rounded ? gn_cpu_convert(ctx, rounded, dx) : GN_OK;
 }

@@ -4,6 +4,7 @@
 gn_status gn_cuda_linear(gn_ctx *ctx, const gn_linear_args *args) {
     if (ctx->compute == GN_F32) return gn_cuda_linear_exact(ctx, args);
     if (args->dropout.p > 0 && max_rank_of(args) > 0) return gn_cuda_linear_dense(ctx, args);
+    if (args->norm && args->x.dtype != GN_F32) return gn_cuda_linear_dense(ctx, args);
     const bool uses_mma = gn_cuda_linear_mma_fits(ctx, args);
     if (uses_mma && args->x.shape[0] >= GN_CUDA_MMA_MIN_ROWS) return gn_cuda_linear_mma(ctx, args);
     if (gn_cuda_linear_decode_fits(ctx, args)) return gn_cuda_linear_decode(ctx, args);

@@ -30,7 +30,7 @@ size_t gn_cuda_linear_exact_workspace(int64_t rows, int64_t max_k, int64_t max_n
                                       int max_terms);
 
 /* linear_dense.cu: bfloat16, any weight and shape: dequantized, then multiplied by cuBLAS. The only
- * one of these in bfloat16 that knows dropout. */
+ * one of these in bfloat16 that knows dropout, and a norm of bfloat16 rows. */
 gn_status gn_cuda_linear_dense(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_dense_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,
                                       int64_t max_rank, int max_terms);
@@ -55,12 +55,13 @@ gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, int part0
                               const void *x, int64_t x_ld, void *scratch);
 gn_status gn_cuda_lora_expand(gn_ctx *ctx, const gn_linear_args *args, void *scratch, float *out);
 
-/* Instead of expanding, columns of the product: x and a part's weight w (N, K) become `ld` columns
- * wide, ld being gn_cuda_lora_extended, and rows ld apart; extend writes them for one part: what
- * shrink computed for all rows of x (NULL: they have it already), and for rows [row0, row0 + rows)
- * of the weight, which begin at w. The product is then that of x and w and what the terms add. */
+/* Instead of expanding, columns of the product: x and a part's weight w (N, K) become `columns`
+ * wide, which is gn_cuda_lora_extended; extend writes them for one part: what shrink computed for
+ * all rows of x (NULL: they have it already), and for rows [row0, row0 + rows) of the weight, which
+ * begin at w, `columns` apart. The product is then that of x and w and what the terms add. */
 int64_t gn_cuda_lora_extended(const gn_linear_args *args);
 gn_status gn_cuda_lora_extend(gn_ctx *ctx, const gn_linear_args *args, int part, void *scratch,
-                              void *x, void *w, int64_t row0, int64_t rows, int64_t ld);
+                              void *x, int64_t x_ld, void *w, int64_t row0, int64_t rows,
+                              int64_t columns);
 
 #endif

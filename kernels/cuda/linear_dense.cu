@@ -3,7 +3,8 @@
  *
  * A part at a time is dequantized into working memory, 2 bytes a value, and multiplied; a large one
  * piece by piece. cuBLAS writes straight into y (adding, for the residual stream) and reads x where
- * it stands if it can. LoRA terms make x and the weight wider (see linear.h); for few rows, or
+ * it stands if it can. LoRA terms make x and the weight wider (see linear.h), x too where it stands
+ * if there are columns to spare; for few rows, or
  * where that would cost too much, cuBLAS adds to a float32 buffer that holds what the terms give.
  * Under dropout each part's A sees an x of its own, which stands where x itself will stand. Few
  * rows with a stored bfloat16 weight (the output layer of a step of decoding) are bound by reading
@@ -19,9 +20,8 @@ enum { THREADS = 256, WARPS = THREADS / WARP, MAX_STORED_ROWS = 8, MIN_EXTENDED_
 
 /* What products multiply. */
 struct operands {
-    const bf16 *x; /* (T, ld), rows x_ld apart */
+    bf16 *x; /* (T, ld), rows x_ld apart; written when extended, from column K on */
     int64_t x_ld;
-    bf16 *wide_x; /* the same, in working memory, when extended */
     bf16 *weight; /* a piece of a part's weight, rows ld apart, in working memory */
     int64_t ld;   /* K, or that and the ranks of LoRA's terms */
     bool extended;
@@ -102,7 +102,7 @@ static gn_status multiply_piece(gn_ctx *ctx, const struct operands *o, const gn_
     columns.shape[1] = n;
     gn_status status = gn_cuda_dequantize(ctx, m, &rows, o->weight, o->ld, GN_BF16);
     if (!status && o->extended)
-        status = gn_cuda_lora_extend(ctx, args, part, o->lora, n0 == 0 ? o->wide_x : NULL,
+        status = gn_cuda_lora_extend(ctx, args, part, o->lora, n0 == 0 ? o->x : NULL, o->x_ld,
                                      o->weight, n0, n, o->ld);
     return status ? status : multiply(ctx, &columns, o, o->weight, beta);
 }
@@ -197,9 +197,9 @@ static gn_status finish(gn_ctx *ctx, const gn_linear_args *args, int part, const
 /* x as products see it: where it stands, or in working memory. */
 static gn_status make_x(gn_ctx *ctx, const gn_linear_args *args, struct operands *o, bf16 *buffer) {
     const gn_tensor *x = &args->x;
-    if (x->dtype == GN_BF16 && !args->norm && !o->extended && x->ld % 8 == 0 &&
-        (uintptr_t)x->data % 16 == 0) {
-        o->x = (const bf16 *)x->data;
+    if (x->dtype == GN_BF16 && !args->norm && o->ld - x->shape[1] <= args->x_spare &&
+        x->ld % 8 == 0 && (uintptr_t)x->data % 16 == 0) {
+        o->x = (bf16 *)x->data;
         o->x_ld = x->ld;
         return GN_OK;
     }
@@ -208,7 +208,7 @@ static gn_status make_x(gn_ctx *ctx, const gn_linear_args *args, struct operands
     how.eps = args->eps;
     gn_tensor to = gn_tensor_2d(buffer, GN_BF16, x->shape[0], x->shape[1]);
     to.ld = o->x_ld = o->ld;
-    o->x = o->wide_x = buffer;
+    o->x = buffer;
     return gn_cuda_operands(ctx, &to, x, &how);
 }
 
@@ -282,7 +282,7 @@ static gn_status multiply_swiglu(gn_ctx *ctx, const gn_linear_args *args, const 
                                  void *sums, const gn_cuda_parts *parts) {
     /* Beside the rounding of quantized weights that of gate and up hardly counts; beside stored
      * ones, which are exact, it would be the largest error. */
-    const gn_dtype dtype = gn_cuda_is_stored(ctx, args->part[0].w) ? GN_F32 : GN_BF16;
+    const gn_dtype dtype = args->part[0].w->qtype == GN_Q_NONE ? GN_F32 : GN_BF16;
     const gn_status status = multiply_into_sums(ctx, o, args, sums, dtype, parts, 0);
     return status ? status : finish(ctx, args, 0, sums, dtype, parts);
 }

@@ -76,8 +76,8 @@ static inline struct lora_call call_of(const gn_ctx *ctx, const gn_linear_args *
 }
 
 /* lora_prefill.cu: h of any number of rows, made for many. */
-gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int n_parts,
-                                   int max_rank, int64_t covered);
+gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const gn_linear_args *args,
+                                   const struct lora_call *c, int n_parts);
 size_t gn_cuda_lora_partial_bytes(const gn_ctx *ctx);
 
 static __device__ __forceinline__ gn_tensor x_of(const struct lora_call &c) {

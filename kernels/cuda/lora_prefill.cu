@@ -1,11 +1,14 @@
 /* lora_prefill.cu - LoRA terms of batches of many rows, bound by the tensor cores.
  *
- * Shrinking is a product of its own: a block computes 64 ranks for 128 rows of a term, 64 columns
- * of K at a time, three of which are in shared memory or on their way there. What expanding adds
- * to a product is part of the product: x and the weight are made wider by one column a rank, which
- * hold h = scale A x and B. The rows of other terms hold zeros there. So nothing is read or written
- * again, and K grows by what all ranks together are of it. */
+ * Shrinking is a product of its own. That of a single term is one of cuBLAS for all parts, whose
+ * A's are copied below one another. For several terms, a block computes 64 ranks for 128 rows of a
+ * term, 64 columns of K at a time, three of which are in shared memory or on their way there. What
+ * expanding adds to a product is part of the product: x and the weight are made wider by one column
+ * a rank, which hold h = scale A x and B. The rows of other terms hold zeros there. So nothing is
+ * read or written again, and K grows by what all ranks together are of it. */
+#include "gemm.h"
 #include "lora.cuh"
+#include "operands.h"
 
 enum {
     THREADS = LORA_THREADS,
@@ -161,10 +164,49 @@ size_t gn_cuda_lora_partial_bytes(const gn_ctx *ctx) {
     return (size_t)lora_slots(ctx) * CHUNK * RANKS * sizeof(float);
 }
 
-gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int n_parts,
-                                   int max_rank, int64_t covered) {
-    const int64_t chunks = chunks_bound(c->n_terms, covered, CHUNK);
-    const int64_t tiles = (int64_t)n_parts * ((max_rank + RANKS - 1) / RANKS);
+static const gn_lora_pair *pairs_of(const gn_linear_args *args, const struct lora_call *c) {
+    return args->lora->pairs + c->pair + c->part0;
+}
+
+/* A single term whose h has no gaps, and one scale. Not where launches are recorded: those must
+ * look their terms up. */
+static bool is_one_product(const gn_ctx *ctx, const gn_linear_args *args, const struct lora_call *c,
+                           int n_parts) {
+    const int64_t stack = (int64_t)n_parts * c->pitch * c->K * (int64_t)sizeof(bf16);
+    if (c->n_terms != 1 || stack > (int64_t)gn_cuda_lora_partial_bytes(ctx)) return false;
+    const gn_lora_pair *pairs = pairs_of(args, c);
+    for (int i = 0; i < n_parts; i++)
+        if (pairs[i].rank != c->pitch || pairs[i].scale != pairs[0].scale) return false;
+    cudaStreamCaptureStatus capture;
+    return cudaStreamIsCapturing(gn_cuda_stream(ctx), &capture) == cudaSuccess &&
+           capture == cudaStreamCaptureStatusNone;
+}
+
+static gn_status shrink_in_one_product(gn_ctx *ctx, const gn_linear_args *args,
+                                       const struct lora_call *c, int n_parts) {
+    const gn_lora *term = args->lora;
+    const gn_lora_pair *pairs = pairs_of(args, c);
+    const bool in_place = n_parts == 1 && pairs->a.dtype == GN_BF16;
+    gn_cuda_factor a = {c->partial, c->K, true};
+    if (in_place) a = {pairs->a.data, pairs->a.ld, true};
+    gn_status status = GN_OK;
+    for (int i = 0; i < n_parts && !in_place && !status; i++) {
+        bf16 *at = (bf16 *)c->partial + (int64_t)i * c->pitch * c->K;
+        const gn_tensor to = gn_tensor_2d(at, GN_BF16, c->pitch, c->K);
+        status = gn_cuda_operands(ctx, &to, &pairs[i].a, NULL);
+    }
+    if (status || term->rows == 0) return status;
+    const gn_cuda_factor x = {c->x + term->row0 * c->x_ld, c->x_ld, false};
+    return gn_cuda_gemm(ctx, term->rows, (int64_t)n_parts * c->pitch, c->K,
+                        term->scale * pairs->scale, x, a, 0, c->h + c->part0 * c->pitch, GN_BF16,
+                        (int64_t)c->n_parts * c->pitch);
+}
+
+gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const gn_linear_args *args,
+                                   const struct lora_call *c, int n_parts) {
+    if (is_one_product(ctx, args, c, n_parts)) return shrink_in_one_product(ctx, args, c, n_parts);
+    const int64_t chunks = chunks_bound(c->n_terms, covered_rows(args), CHUNK);
+    const int64_t tiles = (int64_t)n_parts * ((max_rank_of(args) + RANKS - 1) / RANKS);
     const int pieces = lora_pieces(ctx, chunks * tiles, c->K / (4 * COLUMNS));
     const size_t shared = STAGES * STAGE_BYTES;
     if (cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -177,14 +219,14 @@ gn_status gn_cuda_lora_shrink_many(gn_ctx *ctx, const struct lora_call *c, int n
 
 /* ---- wider operands ---- */
 
-enum { EXTEND_ROWS = 64 };
+enum { EXTEND_ROWS = 16 };
 
 struct extension {
     struct lora_call call;
     int part;
     int64_t row0, rows; /* of the weight */
-    int64_t ld;         /* columns of both, of which those from K on are written */
-    bf16 *x, *w;        /* x NULL: only w */
+    int64_t columns;    /* of both, of which those from K on are written */
+    bf16 *x, *w;        /* x NULL: only w; rows of w are as far apart */
 };
 
 /* Where the rest of a row stands: of x the h of steps, of w their B. */
@@ -201,7 +243,7 @@ static __device__ __forceinline__ bf16 extended(const struct extension &e, const
                                : ((const bf16 *)s.b.data)[at];
 }
 
-/* A block takes 64 rows of x, or, after those, of w. */
+/* A block takes 16 rows of x, or, after those, of w. */
 static __global__ void __launch_bounds__(THREADS)
     extend_kernel(const __grid_constant__ struct extension e) {
     __shared__ struct step steps[LORA_MAX_STEPS];
@@ -211,7 +253,8 @@ static __global__ void __launch_bounds__(THREADS)
     const bool is_x = blockIdx.x < x_blocks;
     const int64_t row0 = (is_x ? blockIdx.x : blockIdx.x - x_blocks) * EXTEND_ROWS;
     const int rows = (int)min((is_x ? (int64_t)e.call.T : e.rows) - row0, (int64_t)EXTEND_ROWS);
-    bf16 *to = (is_x ? e.x : e.w) + row0 * e.ld;
+    const int64_t ld = is_x ? e.call.x_ld : e.columns;
+    bf16 *to = (is_x ? e.x : e.w) + row0 * ld;
     int all = 0;
     for (int first = 0; first == 0 || first < all; first += LORA_MAX_STEPS) {
         bool vector;
@@ -219,14 +262,14 @@ static __global__ void __launch_bounds__(THREADS)
         const int width = min(all - first, (int)LORA_MAX_STEPS) * LORA_STEP;
         for (int i = threadIdx.x; i < rows * width; i += THREADS) {
             const int row = i / width, column = i % width;
-            to[row * e.ld + e.call.K + first * LORA_STEP + column] =
+            to[row * ld + e.call.K + first * LORA_STEP + column] =
                 extended(e, steps[column / LORA_STEP], is_x, row0 + row, column % LORA_STEP);
         }
         __syncthreads(); /* of the list's readers */
     }
-    const int64_t filled = e.call.K + (int64_t)all * LORA_STEP, width = e.ld - filled;
+    const int64_t filled = e.call.K + (int64_t)all * LORA_STEP, width = e.columns - filled;
     for (int64_t i = threadIdx.x; i < rows * width; i += THREADS)
-        to[i / width * e.ld + filled + i % width] = from_float<bf16>(0.0f);
+        to[i / width * ld + filled + i % width] = from_float<bf16>(0.0f);
 }
 
 int64_t gn_cuda_lora_extended(const gn_linear_args *args) {
@@ -241,13 +284,14 @@ int64_t gn_cuda_lora_extended(const gn_linear_args *args) {
 }
 
 gn_status gn_cuda_lora_extend(gn_ctx *ctx, const gn_linear_args *args, int part, void *scratch,
-                              void *x, void *w, int64_t row0, int64_t rows, int64_t ld) {
+                              void *x, int64_t x_ld, void *w, int64_t row0, int64_t rows,
+                              int64_t columns) {
     struct extension e = {};
-    e.call = call_of(ctx, args, x, ld, scratch);
+    e.call = call_of(ctx, args, x, x_ld, scratch);
     e.part = part;
     e.row0 = row0;
     e.rows = rows;
-    e.ld = ld;
+    e.columns = columns;
     e.x = (bf16 *)x;
     e.w = (bf16 *)w;
     const int64_t blocks = (x ? (e.call.T + EXTEND_ROWS - 1) / EXTEND_ROWS : 0) +

@@ -3,7 +3,9 @@
  * One block per row. Forward the sum of squares is taken in double, as on the CPU: a few operations
  * a thread, so that it is the launch that costs. The backward pass, of many rows, is bound by
  * memory, and sums float32: chips that are not made for computing centers are slow at double. It
- * reads x, dy and skip and writes dx; x and dy are read twice, the second time from cache. */
+ * reads x, dy and skip and writes dx, and dx rounded; x and dy are read twice, the second time from
+ * cache. */
+#include "operands.h"
 #include "rows.cuh"
 
 enum { THREADS = 256 };
@@ -32,15 +34,15 @@ gn_status gn_cuda_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const g
 /* ---- backward ---- */
 
 struct norm_bwd {
-    struct rows dx, dy, skip, x;
+    struct rows dx, rounded, dy, skip, x;
     const float *w;
     float eps;
     int64_t C;
     float *rms; /* (T) inverse, for dw; or NULL */
 };
 
-/* With r = 1/rms(x) and g = w * dy: dx = skip + r g - x r^3 mean(g x). dx may be skip: a thread
- * writes what it alone has read. */
+/* With r = 1/rms(x) and g = w * dy: dx = skip + r g - x r^3 mean(g x). dx may be skip, and rounded
+ * dy: a thread writes what it alone has read. */
 template <int N>
 static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struct norm_bwd o) {
     const int64_t row = blockIdx.x;
@@ -68,6 +70,7 @@ static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struc
 #pragma unroll
         for (int i = 0; i < N; i++) dx[i] += r * o.w[c + i] * dy[i] - along * x[i];
         store<N>(o.dx, row, c, dx);
+        if (o.rounded.data) store<N>(o.rounded, row, c, dx);
     }
 }
 
@@ -99,12 +102,13 @@ size_t gn_cuda_rmsnorm_bwd_bytes(int64_t rows) {
     return (size_t)rows * sizeof(float);
 }
 
-gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const gn_tensor *dy,
-                              const gn_tensor *skip, const gn_tensor *x, const gn_tensor *w,
-                              float eps) {
+gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn_tensor *dw,
+                              const gn_tensor *dy, const gn_tensor *skip, const gn_tensor *x,
+                              const gn_tensor *w, float eps) {
     const int64_t T = x->shape[0], C = x->shape[1];
     struct norm_bwd o = {};
     o.dx = rows_of(dx);
+    if (rounded && !dw->data) o.rounded = rows_of(rounded);
     o.dy = rows_of(dy);
     if (skip) o.skip = rows_of(skip);
     o.x = rows_of(x);
@@ -116,11 +120,11 @@ gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *dw, const g
         o.rms = (float *)ctx->workspace;
     }
     const bool vectors = in_vectors(o.dx, C) && in_vectors(o.dy, C) && in_vectors(o.x, C) &&
-                         (!skip || in_vectors(o.skip, C));
-    const gn_status status =
-        launch(ctx, vectors ? rmsnorm_bwd_kernel<ROW_VECTOR> : rmsnorm_bwd_kernel<1>,
-               dim3((unsigned)T), dim3(THREADS), 0, o);
+                         in_vectors(o.rounded, C) && (!skip || in_vectors(o.skip, C));
+    gn_status status = launch(ctx, vectors ? rmsnorm_bwd_kernel<ROW_VECTOR> : rmsnorm_bwd_kernel<1>,
+                              dim3((unsigned)T), dim3(THREADS), 0, o);
     if (status || !dw->data) return status;
-    return launch(ctx, rmsnorm_dw_kernel, dim3((unsigned)((C + DW_COLUMNS - 1) / DW_COLUMNS)),
-                  dim3(THREADS), 0, (float *)dw->data, o, T);
+    status = launch(ctx, rmsnorm_dw_kernel, dim3((unsigned)((C + DW_COLUMNS - 1) / DW_COLUMNS)),
+                    dim3(THREADS), 0, (float *)dw->data, o, T);
+    return status || !rounded ? status : gn_cuda_operands(ctx, rounded, dx, NULL);
 }

@@ -43,7 +43,7 @@ static __global__ void __launch_bounds__(THREADS) operands_kernel(const struct o
 }
 
 template <int N>
-static __global__ void __launch_bounds__(THREADS) add_dropped_kernel(const struct operands o) {
+static __global__ void __launch_bounds__(THREADS) add_kernel(const struct operands o) {
     const int64_t row = blockIdx.x;
     pdl_trigger();
     pdl_wait();
@@ -51,7 +51,7 @@ static __global__ void __launch_bounds__(THREADS) add_dropped_kernel(const struc
         float x[N], y[N];
         load<N>(x, o.x, row, c);
         load<N>(y, o.to, row, c);
-        drop<N>(x, o.mask, row, c);
+        if (o.mask.dropout.p > 0) drop<N>(x, o.mask, row, c);
 #pragma unroll
         for (int i = 0; i < N; i++) y[i] += x[i];
         store<N>(o.to, row, c, y);
@@ -90,8 +90,7 @@ gn_status gn_cuda_convert(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x) {
     return gn_cuda_operands(ctx, y, x, NULL);
 }
 
-gn_status gn_cuda_add_dropped(gn_ctx *ctx, const gn_tensor *y, const gn_tensor *x,
-                              const gn_cuda_operands_args *args) {
-    return run(ctx, add_dropped_kernel<ROW_VECTOR>, add_dropped_kernel<1>, operands_of(y, x, args),
-               x->shape[0]);
+gn_status gn_cuda_add(gn_ctx *ctx, const gn_tensor *y, const gn_tensor *x,
+                      const gn_cuda_operands_args *args) {
+    return run(ctx, add_kernel<ROW_VECTOR>, add_kernel<1>, operands_of(y, x, args), x->shape[0]);
 }

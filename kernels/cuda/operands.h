@@ -16,9 +16,9 @@ typedef struct gn_cuda_operands_args {
 /* to (T, C) = x (T, C), converted to to's dtype; args NULL: nothing else is done. */
 gn_status gn_cuda_operands(gn_ctx *ctx, const gn_tensor *to, const gn_tensor *x,
                            const gn_cuda_operands_args *args);
-/* y += the mask times x. */
-gn_status gn_cuda_add_dropped(gn_ctx *ctx, const gn_tensor *y, const gn_tensor *x,
-                              const gn_cuda_operands_args *args);
+/* y += the mask times x; args NULL: y += x. */
+gn_status gn_cuda_add(gn_ctx *ctx, const gn_tensor *y, const gn_tensor *x,
+                      const gn_cuda_operands_args *args);
 
 /* ---- weights ---- */
 

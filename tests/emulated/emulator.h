@@ -106,9 +106,10 @@ GN_EMULATED_SHARED(uint8_t, shared);
 #define __expf                 expf
 #define __fdividef(x, y)       ((x) / (y))
 
-#define cudaLaunchKernelEx           emulator::launch
-#define cudaFuncSetAttribute(...)    cudaSuccess
-#define cudaMemset(at, value, bytes) (memset(at, value, bytes), cudaSuccess)
+#define cudaLaunchKernelEx                    emulator::launch
+#define cudaFuncSetAttribute(...)             cudaSuccess
+#define cudaMemset(at, value, bytes)          (memset(at, value, bytes), cudaSuccess)
+#define cudaStreamIsCapturing(stream, status) (*(status) = cudaStreamCaptureStatusNone, cudaSuccess)
 
 static inline void __syncwarp(uint32_t mask = ~0u) {
     emulator::sync_warp(mask);

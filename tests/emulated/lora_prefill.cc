@@ -3,6 +3,7 @@
 
 extern "C" { /* for tests in C */
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/operands.h"
 }
 
 GN_EMULATED_SHARED(uint8_t, stages);

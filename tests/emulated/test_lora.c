@@ -272,6 +272,9 @@ static const shape wider[] = {
      {{0, 280, 64}, {281, 1, 16}, {283, 10, 7}}},
     {"odd, float32", 30, 270, 104, {40, 33}, 2, GN_F32, 0, 0, 2, {{0, 200, 65}, {150, 120, 16}}},
     {"not aligned", 30, 270, 200, {40}, 1, GN_BF16, 1, 0, 2, {{0, 200, 65}, {150, 120, 16}}},
+    {"one term", 30, 270, 200, {40, 24, 33}, 3, GN_BF16, 0, 0, 1, {{7, 250, 64}}},
+    {"one term, float32", 30, 270, 104, {40}, 1, GN_F32, 0, 0, 1, {{0, 270, 16}}},
+    {"one term of few ranks", 30, 270, 104, {40, 24}, 2, GN_BF16, 0, 0, 1, {{0, 270, 8}}},
 };
 
 /* The product of what extend wrote: of columns from K on. */
@@ -307,10 +310,10 @@ static void test_wider(tally *tally, const shape *s) {
     for (int p = 0; p < s->n_parts && !why; p++) {
         const gn_tensor w = device_rows(&c.memory, NULL, GN_BF16, s->N[p], ld, 0, 0);
         float *got = malloc((size_t)(s->T * s->N[p]) * sizeof *got);
-        why = ran(
-            c.ctx,
-            gn_cuda_lora_extend(c.ctx, &c.args, p, scratch, c.x_rows.data, w.data, 0, s->N[p], ld),
-            v.name);
+        why = ran(c.ctx,
+                  gn_cuda_lora_extend(c.ctx, &c.args, p, scratch, c.x_rows.data, ld, w.data, 0,
+                                      s->N[p], ld),
+                  v.name);
         multiply_extension(&c, p, got, &c.x_rows, &w);
         judge_part(&c, &v, p, got, s->N[p]);
         free(got);

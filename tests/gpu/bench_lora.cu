@@ -115,7 +115,7 @@ static gn_status lora_alone(const job *j, const gn_linear_args *args) {
     const int64_t ld = gn_cuda_lora_extended(args);
     gn_status status = gn_cuda_lora_shrink(j->ctx, args, 0, args->n_parts, j->x, ld, j->scratch);
     for (int i = 0; i < args->n_parts && !status; i++)
-        status = gn_cuda_lora_extend(j->ctx, args, i, j->scratch, j->x, j->w, 0,
+        status = gn_cuda_lora_extend(j->ctx, args, i, j->scratch, j->x, ld, j->w, 0,
                                      args->part[i].w->rows, ld);
     return status;
 }

@@ -224,12 +224,14 @@ static void free_adapters(adapters *a) {
 
 typedef struct {
     int T;
-    bool norm, f32_out; /* f32_out: like logits, with GN_STORE */
+    bool norm, act_x; /* act_x: x is an activation, though there is a norm */
+    bool f32_out;     /* like logits, with GN_STORE */
     gn_epilogue epilogue;
     layout lora;
     gn_dtype lora_dtype;
     int pad, shift; /* elements between rows of x and y, and by which they are out of line */
     gn_dropout dropout;
+    int spare; /* columns of x's rows past K, in bfloat16 */
 } call;
 
 typedef struct {
@@ -256,22 +258,26 @@ static void name_problem(problem *p) {
     static const char *const epilogues[] = {"store", "add", "swiglu"};
     const weight_shape *s = &p->w->s;
     snprintf(p->name, sizeof p->name,
-             "%s %s%s/%s K=%d N=%d,%d,%d T=%d%s %s%s, %s %s, pad %d shift %d, dropout %g",
+             "%s %s%s/%s K=%d N=%d,%d,%d T=%d%s%s %s%s, %s %s, pad %d shift %d, dropout %g, "
+             "spare %d",
              gn_dtype_name(p->sides->compute), gn_qtype_name(p->w->type.qtype),
              p->w->type.double_quant ? "+dq" : "", gn_dtype_name(p->w->type.dtype), s->K, s->N[0],
-             s->N[1], s->N[2], p->c.T, p->c.norm ? " norm" : "", epilogues[p->c.epilogue],
+             s->N[1], s->N[2], p->c.T, p->c.norm ? " norm" : "",
+             p->c.act_x ? " of activations" : "", epilogues[p->c.epilogue],
              p->c.f32_out ? " f32" : "", layout_names[p->c.lora], gn_dtype_name(p->c.lora_dtype),
-             p->c.pad, p->c.shift, (double)p->c.dropout.p);
+             p->c.pad, p->c.shift, (double)p->c.dropout.p, p->c.spare);
+}
+
+static gn_dtype x_dtype(const problem *p) {
+    return p->c.norm && !p->c.act_x ? GN_F32 : gn_ctx_activation(p->sides->gpu);
 }
 
 static problem make_problem(const sides *sides, const weights *w, call c, uint64_t seed) {
     rng r = {seed};
     problem p = {.sides = sides, .w = w, .c = c};
     p.x = random_floats(&r, (size_t)c.T * (size_t)w->s.K);
-    if (c.norm)
-        p.norm = random_floats(&r, (size_t)w->s.K);
-    else
-        round_floats(p.x, gn_ctx_activation(sides->gpu), (int64_t)c.T * w->s.K);
+    if (c.norm) p.norm = random_floats(&r, (size_t)w->s.K);
+    round_floats(p.x, x_dtype(&p), (int64_t)c.T * w->s.K);
     for (int i = 0; i < w->s.n_parts && c.epilogue == GN_ADD; i++)
         p.old_y[i] = random_floats(&r, (size_t)c.T * (size_t)w->s.N[i]);
     p.adapters = make_adapters(&w->s, c.lora, c.T, c.lora_dtype, seed + 1);
@@ -344,9 +350,9 @@ static placed_call *place_call(const problem *p, int t0, int rows) {
     m->ctx = gpu;
     call->adapters = place_adapters(m, p->adapters);
     const int n_terms = cut_terms(call->terms, call->adapters, t0, rows);
-    const gn_dtype x_dtype = c->norm ? GN_F32 : gn_ctx_activation(gpu);
-    call->args = (gn_linear_args){.x = device_rows(m, p->x + (size_t)t0 * (size_t)s->K, x_dtype,
-                                                   rows, s->K, c->pad, c->shift),
+    call->args = (gn_linear_args){.x = device_rows(m, p->x + (size_t)t0 * (size_t)s->K, x_dtype(p),
+                                                   rows, s->K, c->pad + c->spare, c->shift),
+                                  .x_spare = c->spare,
                                   .eps = EPS_NORM,
                                   .epilogue = c->epilogue,
                                   .lora = n_terms ? call->terms : NULL,

@@ -1,6 +1,6 @@
-/* gn_linear in training on the GPU against the CPU: forward under dropout, and gradients of x, of
- * LoRA's A and B and of plain weights, for weights of every type. Every backward runs twice and
- * must give the same bits. */
+/* gn_linear in training on the GPU against the CPU: forward under dropout and with rows to spare,
+ * and gradients of x, of LoRA's A and B and of plain weights, for weights of every type. Every
+ * backward runs twice and must give the same bits. */
 #include "linear_cases.h"
 
 static const gn_dtype computes[] = {GN_BF16, GN_F32};
@@ -14,16 +14,22 @@ static const struct {
     bool norm;
     gn_epilogue epilogue;
     float dropout;
+    int spare;
 } forward_cases[] = {
-    {{64, {24}, 1}, 1, ONE_ADAPTER, false, GN_STORE, 0.5f},
-    {{128, {96, 33, 64}, 3}, 19, WIDE_ADAPTER, true, GN_STORE, 0.1f},
-    {{65, {40, 24}, 2}, 7, ONE_ADAPTER, true, GN_STORE, 0.3f},
-    {{192, {136}, 1}, 300, WIDE_ADAPTER, false, GN_ADD, 0.1f},
-    {{128, {72, 40}, 2}, 270, ONE_ADAPTER, true, GN_STORE, 0.25f},
-    {{256, {48}, 1}, 64, NO_LORA, false, GN_ADD, 0.1f},
+    {{64, {24}, 1}, 1, ONE_ADAPTER, false, GN_STORE, 0.5f, 0},
+    {{128, {96, 33, 64}, 3}, 19, WIDE_ADAPTER, true, GN_STORE, 0.1f, 0},
+    {{65, {40, 24}, 2}, 7, ONE_ADAPTER, true, GN_STORE, 0.3f, 0},
+    {{192, {136}, 1}, 300, WIDE_ADAPTER, false, GN_ADD, 0.1f, 0},
+    {{128, {72, 40}, 2}, 270, ONE_ADAPTER, true, GN_STORE, 0.25f, 0},
+    {{256, {48}, 1}, 64, NO_LORA, false, GN_ADD, 0.1f, 0},
+    {{192, {136}, 1}, 300, WIDE_ADAPTER, false, GN_ADD, 0, 64},
+    {{128, {72, 40, 40}, 3}, 270, ONE_ADAPTER, false, GN_STORE, 0, 64},
+    {{128, {72, 40, 40}, 3}, 270, WIDE_ADAPTER, true, GN_STORE, 0, 0},
+    {{192, {136}, 1}, 300, WIDE_ADAPTER, false, GN_ADD, 0.2f, 64},
+    {{192, {136}, 1}, 300, WIDE_ADAPTER, false, GN_ADD, 0, 16},
 };
 
-Test(gpu_train, linear_under_dropout, .timeout = 300) {
+Test(gpu_train, linear, .timeout = 300) {
     tally tally = {0};
     for (int i = 0; i < COUNT(forward_cases) * COUNT(types) * COUNT(computes); i++) {
         const int c = i / COUNT(types) / COUNT(computes), type = i / COUNT(computes) % COUNT(types);
@@ -33,18 +39,20 @@ Test(gpu_train, linear_under_dropout, .timeout = 300) {
         problem p = make_problem(&s, &w,
                                  (call){.T = forward_cases[c].T,
                                         .norm = forward_cases[c].norm,
+                                        .act_x = c % 2,
                                         .epilogue = forward_cases[c].epilogue,
                                         .lora = forward_cases[c].lora,
                                         .lora_dtype = i % 3 ? GN_F32 : GN_BF16,
                                         .pad = c % 2 ? 8 : 0,
-                                        .dropout = {forward_cases[c].dropout, 3, 77}},
+                                        .dropout = {forward_cases[c].dropout, 3, 77},
+                                        .spare = forward_cases[c].spare},
                                  (uint64_t)(i + 1));
         check_problem(&tally, &p);
         free_problem(&p);
         free_weights(&w);
         close_sides(&s);
     }
-    conclude(&tally, "gn_linear under dropout");
+    conclude(&tally, "gn_linear in training");
 }
 
 /* ---- backward: a call ---- */
@@ -53,7 +61,8 @@ typedef struct {
     int T, K, N[GN_MAX_PARTS], n_parts;
     int rank[GN_MAX_PARTS], row0, rows; /* of the LoRA term */
     float dropout;
-    bool norm, no_dx, no_params;
+    bool norm, act_x; /* act_x: x is an activation, though there is a norm */
+    bool no_dx, no_params;
     bool f32_dy, f32_dx; /* else they have the activations' dtype */
     bool in_place;       /* dx is x */
     gn_dtype lora_dtype;
@@ -106,7 +115,7 @@ static bwd make_bwd(const sides *sides, const weights *w, const bwd_shape *s, ui
     bwd p = {.sides = sides, .w = w, .s = *s};
     const gn_dtype act = gn_ctx_activation(sides->gpu);
     p.x = random_floats(&r, (size_t)s->T * (size_t)s->K);
-    if (!s->norm) round_floats(p.x, act, (int64_t)s->T * s->K);
+    if (!s->norm || s->act_x) round_floats(p.x, act, (int64_t)s->T * s->K);
     if (s->norm) p.norm = random_floats(&r, (size_t)s->K);
     if (!s->no_dx) add_gradient(&p, &r, DX, "dx", 0, s->T, s->K);
     for (int i = 0; i < s->n_parts; i++) {
@@ -123,14 +132,14 @@ static bwd make_bwd(const sides *sides, const weights *w, const bwd_shape *s, ui
         if (w->type.qtype == GN_Q_NONE) add_gradient(&p, &r, DW + i, "dw", i, N, s->K);
     }
     snprintf(p.name, sizeof p.name,
-             "%s %s%s/%s T=%d K=%d N=%d,%d,%d r=%d,%d,%d%s rows %d+%d dropout %g%s%s%s%s pad %d "
+             "%s %s%s/%s T=%d K=%d N=%d,%d,%d r=%d,%d,%d%s rows %d+%d dropout %g%s%s%s%s%s pad %d "
              "shift %d",
              gn_dtype_name(sides->compute), gn_qtype_name(w->type.qtype),
              w->type.double_quant ? "+dq" : "", gn_dtype_name(w->type.dtype), s->T, s->K, s->N[0],
              s->N[1], s->N[2], s->rank[0], s->rank[1], s->rank[2], gn_dtype_name(s->lora_dtype),
              s->row0, s->rows, (double)s->dropout, s->norm ? " norm" : "",
-             s->f32_dy ? " f32 dy" : "", s->f32_dx ? " f32 dx" : "", s->in_place ? " in place" : "",
-             s->pad, s->shift);
+             s->act_x ? " of activations" : "", s->f32_dy ? " f32 dy" : "",
+             s->f32_dx ? " f32 dx" : "", s->in_place ? " in place" : "", s->pad, s->shift);
     return p;
 }
 
@@ -232,7 +241,8 @@ static const char *solve_on_gpu(const bwd *p, int run) {
     gn_linear_args args = args_of(p, &norm, &term);
     gn_linear_grads grads = {.dx = device_gradient(p, &m, DX, s->f32_dx ? GN_F32 : act)};
     gn_tensor tensors[GRADIENTS] = {[DX] = grads.dx};
-    args.x = device_rows(&m, p->x, s->norm ? GN_F32 : act, s->T, s->K, s->pad, s->shift);
+    args.x =
+        device_rows(&m, p->x, s->norm && !s->act_x ? GN_F32 : act, s->T, s->K, s->pad, s->shift);
     if (s->in_place) grads.dx = tensors[DX] = args.x;
     for (int i = 0; i < s->n_parts; i++) {
         const int N = s->N[i], rank = s->rank[i];
@@ -506,6 +516,7 @@ static const bwd_shape bwd_shapes[] = {
      .rank = {16, 16, 16},
      .rows = 40,
      .norm = true,
+     .act_x = true,
      .f32_dx = true,
      .lora_dtype = GN_BF16},
     {.T = 21, .K = 128, .N = {88}, .n_parts = 1, .rank = {8}, .rows = 21, .no_dx = true},

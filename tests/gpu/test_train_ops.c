@@ -107,12 +107,12 @@ static gn_dtype gradient_dtype(const sides *s, int which) {
 
 /* ---- RMSNorm ---- */
 
-enum { NORM_DX, NORM_DW, NORM_DY, NORM_SKIP, NORM_X, NORM_W };
+enum { NORM_DX, NORM_DW, NORM_DY, NORM_SKIP, NORM_X, NORM_W, NORM_ROUNDED };
 
 static const float EPS_NORM = 1e-5f;
 
 static void norm_errors(op_case *c, bool has_skip) {
-    struct operand *dx = &c->at[NORM_DX], *dw = &c->at[NORM_DW];
+    struct operand *dx = &c->at[NORM_DX], *dw = &c->at[NORM_DW], *rounded = &c->at[NORM_ROUNDED];
     const float *x = c->at[NORM_X].host, *dy = c->at[NORM_DY].host, *w = c->at[NORM_W].host;
     const float *skip = c->at[NORM_SKIP].host;
     const int C = dx->cols;
@@ -129,6 +129,7 @@ static void norm_errors(op_case *c, bool has_skip) {
             const double size = (has_skip ? fabs((double)skip[at]) : 0) + r * fabs(w[i] * dy[at]) +
                                 r * r * r * along / C * fabs((double)x[at]);
             dx->error[at] = (float)((sqrt(C) + 8) * U32 * size);
+            if (rounded->error) rounded->error[at] = dx->error[at];
             dw->error[i] +=
                 (float)((sqrt(C) + sqrt(dx->rows) + 8) * U32 * r * fabs((double)x[at] * dy[at]));
         }
@@ -138,40 +139,50 @@ static void norm_errors(op_case *c, bool has_skip) {
 static void check_rmsnorm_bwd(tally *tally, const sides *s, int i, int variant) {
     const int T = rows_cases[i].T, C = rows_cases[i].C;
     const bool has_skip = variant % 2, in_place = variant % 4 == 3, has_dw = variant < 4;
+    const bool rounds = variant % 3 == i % 3, over_dy = rounds && variant % 4 > 1;
+    const gn_dtype act = gn_ctx_activation(s->gpu);
     rng r = {(uint64_t)(i * 8 + variant)};
     op_case c = {.sides = s};
     const gn_dtype dtype = gradient_dtype(s, variant / 2);
-    snprintf(c.name, sizeof c.name, "%s rmsnorm_bwd T=%d C=%d %s%s%s%s", gn_dtype_name(s->compute),
-             T, C, gn_dtype_name(dtype), has_skip ? " skip" : "", in_place ? " in place" : "",
-             has_dw ? " dw" : "");
+    snprintf(c.name, sizeof c.name, "%s rmsnorm_bwd T=%d C=%d %s%s%s%s%s",
+             gn_dtype_name(s->compute), T, C, gn_dtype_name(dtype),
+             over_dy  ? " over dy"
+             : rounds ? " rounded"
+                      : "",
+             has_skip ? " skip" : "", in_place ? " in place" : "", has_dw ? " dw" : "");
     add_tensor(&c, &r, dtype, T, C, true, true);
     add_tensor(&c, &r, GN_F32, 1, C, false, true);
-    add_tensor(&c, &r, gradient_dtype(s, variant), T, C, false, false);
+    add_tensor(&c, &r, over_dy ? act : gradient_dtype(s, variant), T, C, false, false);
     add_tensor(&c, &r, in_place ? dtype : gradient_dtype(s, variant + 1), T, C, false, false);
-    add_tensor(&c, &r, GN_F32, T, C, false, false);
+    add_tensor(&c, &r, variant % 3 ? GN_F32 : act, T, C, false, false);
     add_tensor(&c, &r, GN_F32, 1, C, false, false);
+    if (rounds) add_tensor(&c, &r, act, T, C, true, true);
     const char *why = NULL;
     for (int run = 0; run < 2 && !why; run++) {
         place_tensors(&c, rows_cases[i].pad, rows_cases[i].shift);
+        if (over_dy) c.at[NORM_ROUNDED].gpu = c.at[NORM_DY].gpu;
         if (in_place) c.at[NORM_DX].gpu = c.at[NORM_SKIP].gpu;
         gn_tensor dw = gn_tensor_1d(c.at[NORM_DW].gpu.data, GN_F32, C);
         const gn_tensor w = gn_tensor_1d(c.at[NORM_W].gpu.data, GN_F32, C);
         if (!has_dw) dw.data = NULL;
         reserve(s->gpu, gn_linear_bwd_workspace(s->gpu, T, C, 1, 1));
-        why = ran(s->gpu,
-                  gn_rmsnorm_bwd(s->gpu, &c.at[NORM_DX].gpu, &dw, &c.at[NORM_DY].gpu,
-                                 has_skip ? &c.at[NORM_SKIP].gpu : NULL, &c.at[NORM_X].gpu, &w,
-                                 EPS_NORM),
-                  c.name);
+        why =
+            ran(s->gpu,
+                gn_rmsnorm_bwd(s->gpu, &c.at[NORM_DX].gpu, rounds ? &c.at[NORM_ROUNDED].gpu : NULL,
+                               &dw, &c.at[NORM_DY].gpu, has_skip ? &c.at[NORM_SKIP].gpu : NULL,
+                               &c.at[NORM_X].gpu, &w, EPS_NORM),
+                c.name);
         const char *taken = take_outputs(&c, run);
         if (!why) why = taken;
     }
     gn_tensor dx = on_cpu(&c, NORM_DX);
     gn_tensor dw = gn_tensor_1d(has_dw ? c.at[NORM_DW].expected : NULL, GN_F32, C);
+    gn_tensor rounded = on_cpu(&c, NORM_ROUNDED);
     const gn_tensor dy = on_cpu(&c, NORM_DY), skip = on_cpu(&c, NORM_SKIP);
     const gn_tensor x = on_cpu(&c, NORM_X), w = gn_tensor_1d(c.at[NORM_W].host, GN_F32, C);
     cr_assert_eq(gn_ctx_reserve(s->cpu, gn_linear_bwd_workspace(s->cpu, T, C, 1, 1)), GN_OK);
-    cr_assert_eq(gn_rmsnorm_bwd(s->cpu, &dx, &dw, &dy, has_skip ? &skip : NULL, &x, &w, EPS_NORM),
+    cr_assert_eq(gn_rmsnorm_bwd(s->cpu, &dx, rounds ? &rounded : NULL, &dw, &dy,
+                                has_skip ? &skip : NULL, &x, &w, EPS_NORM),
                  GN_OK);
     norm_errors(&c, has_skip);
     settle_case(tally, &c, why);

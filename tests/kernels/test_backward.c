@@ -180,9 +180,9 @@ static gn_status rmsnorm_backward(problem *p) {
     gn_tensor dx = rows2(p->in[0].grad, s->T, s->C), dw = gn_tensor_1d(p->in[1].grad, GN_F32, s->C);
     const gn_tensor dy = rows2(p->out[0].dy, s->T, s->C), x = rows2(p->in[0].x, s->T, s->C);
     const gn_tensor w = gn_tensor_1d(p->in[1].x, GN_F32, s->C);
-    if (!s->skip) return gn_rmsnorm_bwd(p->ctx, &dx, &dw, &dy, NULL, &x, &w, 1e-5f);
+    if (!s->skip) return gn_rmsnorm_bwd(p->ctx, &dx, NULL, &dw, &dy, NULL, &x, &w, 1e-5f);
     memcpy(dx.data, dy.data, (size_t)(s->T * s->C) * sizeof(float)); /* skip may be dx */
-    return gn_rmsnorm_bwd(p->ctx, &dx, &dw, &dy, &dx, &x, &w, 1e-5f);
+    return gn_rmsnorm_bwd(p->ctx, &dx, NULL, &dw, &dy, &dx, &x, &w, 1e-5f);
 }
 
 static void make_rmsnorm(problem *p, plain_shape *s) {

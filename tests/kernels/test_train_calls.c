@@ -77,7 +77,7 @@ static gn_status call_embed(calls *c) {
     return gn_embed_bwd(c->ctx, &c->dtable, &c->dy, c->ids);
 }
 static gn_status call_rmsnorm(calls *c) {
-    return gn_rmsnorm_bwd(c->ctx, &c->dx, &c->dnorm, &c->dy, &c->y, &c->x, &c->norm, 1e-5f);
+    return gn_rmsnorm_bwd(c->ctx, &c->dx, NULL, &c->dnorm, &c->dy, &c->y, &c->x, &c->norm, 1e-5f);
 }
 static gn_status call_linear(calls *c) {
     return gn_linear_bwd(c->ctx, &c->args, &c->grads);

@@ -20,6 +20,8 @@ enum {
     SAMPLES = 4,
     TOKENS = 64,
     ROWS = SAMPLES * TOKENS,
+    MAX_SAMPLES = SAMPLES + 1, /* so many rows that a GPU takes the way of many */
+    MAX_ROWS = MAX_SAMPLES * TOKENS,
     MAX_PARAMS = 64,
     MAX_COPIES = 256
 };
@@ -105,7 +107,7 @@ static run open_run(const char *base, gn_compute compute, int threads, int rank,
                                       .threads = threads};
     cr_assert_eq(gn_model_open(&r.model, dir, &options, &err), GN_OK, "%s", err.message);
     gn_train_limits limits = {
-        .max_rows = ROWS, .max_seqs = SAMPLES, .context = TOKENS, .max_rank = rank};
+        .max_rows = MAX_ROWS, .max_seqs = MAX_SAMPLES, .context = TOKENS, .max_rank = rank};
     if (keep) memcpy(limits.keep, keep, sizeof limits.keep);
     cr_assert_eq(gn_train_step_open(&r.step, r.model, &limits, &err), GN_OK, "%s", err.message);
     return r;
@@ -278,7 +280,7 @@ static golden open_golden(void) {
     return g;
 }
 
-static const int32_t row0[] = {0, 64, 128, 192, 256}, pos0[] = {0, 0, 0, 0};
+static const int32_t row0[] = {0, 64, 128, 192, 256, 320}, pos0[] = {0, 0, 0, 0, 0};
 
 static gn_train_batch batch_of(const int32_t *ids, const int32_t *labels, int n) {
     gn_train_batch b = {.rows = n * TOKENS,
@@ -488,7 +490,7 @@ Test(train_step, what_is_kept_changes_no_bit) {
         {2, 2, 2, 2, 2},
     };
     golden g = open_golden();
-    const gn_train_batch b = batch_of(g.ids, g.labels, SAMPLES);
+    const gn_train_batch b = batch_of(g.ids, g.labels, MAX_SAMPLES);
     for (int mode = 0; mode < 3; mode++) {
         float *expected = NULL;
         double expected_loss = 0;
@@ -602,11 +604,11 @@ Test(train_step, bad_batches_are_refused) {
     double loss;
 #define BAD_BATCHES(X)                                                                             \
     X(b.rows = 0)                                                                                  \
-    X(b.rows = ROWS + 1)                                                                           \
+    X(b.rows = MAX_ROWS + 1)                                                                       \
     X(b.ids = NULL)                                                                                \
     X(b.labels = NULL)                                                                             \
     X(b.seqs.n = 0)                                                                                \
-    X(b.seqs.n = SAMPLES + 1)                                                                      \
+    X(b.seqs.n = MAX_SAMPLES + 1)                                                                  \
     X(b.seqs.row0 = late)                                                                          \
     X(b.seqs.row0 = short_of)                                                                      \
     X(b.seqs.row0 = back; b.seqs.n = 3; b.seqs.pos0 = zero)                                        \
