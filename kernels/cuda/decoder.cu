@@ -318,12 +318,11 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
         {(void **)&p->partials, partial_bytes(d->ctx, o), false},
         {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, true},
         {(void **)&p->sync, 3 * sizeof *p->sync, true},
-        {&d->phases, phase_bytes, true},
+        {&d->phases, phase_bytes, false},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes);
-        if (!status && parts[i].zero)
-            status = gn_cuda_status(cudaMemset(*parts[i].at, 0, parts[i].bytes));
+        if (!status && parts[i].zero) status = gn_ctx_zero(d->ctx, *parts[i].at, parts[i].bytes);
         if (status) return status;
     }
     p->phases = (const struct phase *)d->phases;
