@@ -86,9 +86,9 @@ struct slot {
 /* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
     NESTED_AT = 0,
-    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
-    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
-    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
+    SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float), /* (MAX_T, WARPS) RMSNorm's, by warps */
+    SLOTS_AT = SQUARES_AT + MAX_T * WARPS * (int)sizeof(float), /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot),    /* (MAX_T, MAX_D / 2) */
     PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
     PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */

@@ -52,16 +52,39 @@ static __device__ __forceinline__ void place_row(uint32_t x[UNITS][8], struct co
     }
 }
 
-/* RMSNorm's factors, a warp a row. */
+/* Of the squares that RMSNorm divides by, this warp's share: those of a row by some lanes. */
+template <int MOST> static constexpr int ROW_LANES = MOST == 1 ? WARP : WARP / MAX_T;
+
 template <int MOST>
-static __device__ __forceinline__ void load_factors(const struct program &p, int warp, int lane) {
-    if (warp >= rows_of<MOST>(p)) return;
-    const int n = p.hidden / GROUP_ROWS;
+static __device__ __forceinline__ float load_squares(const struct program &p, int warp, int lane) {
+    const int n = p.hidden / GROUP_ROWS, t = lane / ROW_LANES<MOST>;
+    const int begin = n * warp / WARPS, end = n * (warp + 1) / WARPS;
     float sum = 0.0f;
-#pragma unroll 8
-    for (int i = lane; i < n; i += WARP) sum += __ldcg(p.squares + warp * n + i);
-    sum = warp_sum(sum);
-    if (lane == 0) ((float *)(shared + FACTORS_AT))[warp] = rsqrtf(sum / (float)p.hidden + p.eps);
+    if (t < rows_of<MOST>(p))
+#pragma unroll 4
+        for (int i = begin + lane % ROW_LANES<MOST>; i < end; i += ROW_LANES<MOST>)
+            sum += __ldcg(p.squares + t * n + i);
+    return sum;
+}
+
+template <int MOST>
+static __device__ __forceinline__ void leave_squares(const struct program &p, float sum, int warp,
+                                                     int lane) {
+    const int t = lane / ROW_LANES<MOST>;
+#pragma unroll
+    for (int d = ROW_LANES<MOST> / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (lane % ROW_LANES<MOST> == 0 && t < rows_of<MOST>(p))
+        ((float *)(shared + SQUARES_AT))[t * WARPS + warp] = sum;
+}
+
+/* RMSNorm's factor of row t. */
+static __device__ __forceinline__ float factor_of(const struct program &p, int t) {
+    const float4 *squares = (const float4 *)(shared + SQUARES_AT) + t * (WARPS / 4);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS / 4; i++)
+        sum += (squares[i].x + squares[i].y) + (squares[i].z + squares[i].w);
+    return rsqrtf(sum / (float)p.hidden + p.eps);
 }
 
 /* ---- the product ---- */
@@ -279,7 +302,7 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
     for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * rows_of<MOST>(p); i += THREADS) {
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
-        const float factor = ((const float *)(shared + FACTORS_AT))[t];
+        const float factor = factor_of(p, t);
         const float v = total<MOST, LORA>(group, row, t) * factor;
         const float other = total<MOST, LORA>(group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
@@ -348,7 +371,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
     uint32_t x[UNITS][8];
     struct columns ahead = {};
     if (MOST == 1) ahead = fetch_row(ph, blocks.begin, blocks.end, lane);
-    if (ph.kind != ADD) load_factors<MOST>(p, warp, lane);
+    if (ph.kind != ADD) leave_squares<MOST>(p, load_squares<MOST>(p, warp, lane), warp, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int end = min(begin + p.batch_groups, groups.end), n = end - begin;
         struct before early = {};
