@@ -33,11 +33,11 @@
 
 /* ---- the grid ---- */
 
-/* Everything that all blocks wrote before is to be seen after. `meetings`: of the program so far,
- * with this one. While the others come, the cache that the next phase reads is fetched. */
+/* Everything that all blocks wrote before is to be seen after; threads of a block have met before.
+ * `meetings`: of the program so far, with this one. While the others come, the cache that the next
+ * phase reads is fetched. */
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
                                             uint32_t meetings, int warp, int lane) {
-    __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
         atomicAdd(&p.sync[0], 1u);
@@ -49,6 +49,26 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
         __threadfence();
     }
     __syncthreads();
+}
+
+/* During attention, phase i: what this block will leave in the products after it. */
+static __device__ __forceinline__ void arm(const struct program &p, int i) {
+    const struct range stream = groups_of(*phase_at(i + 1)), h = groups_of(*phase_at(i));
+    const int squares = stream.end - stream.begin, words = squares * GROUP_ROWS / 2;
+    const int n = p.hidden / GROUP_ROWS;
+    for (int t = 0; t < p.T; t++) {
+        for (int norm = 0; norm < 2; norm++) {
+            const int row = norm * MAX_T + t;
+            uint32_t *normed = (uint32_t *)(p.normed + row * p.hidden + stream.begin * GROUP_ROWS);
+            for (int k = threadIdx.x; k < words; k += THREADS) store_relaxed(normed + k, ARMED);
+            for (int k = threadIdx.x; k < squares; k += THREADS)
+                store_relaxed((uint32_t *)p.squares + row * n + stream.begin + k, ARMED);
+        }
+        uint32_t *to =
+            (uint32_t *)(p.h + (int64_t)t * p.intermediate) + h.begin * GN_CUDA_TILE_ROWS / 2;
+        for (int k = threadIdx.x; k < (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2; k += THREADS)
+            store_relaxed(to + k, ARMED);
+    }
 }
 
 /* The last block to leave makes the counters ready for the next program. */
@@ -99,11 +119,13 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     pdl_wait();
     if (!helps) note_positions<MOST>(p);
     __syncthreads();
-    uint32_t products = 0;
+    uint32_t products = 0, meetings = 0;
+    bool attended = false;
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
-        if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const enum kind kind = phase_at(i)->kind;
+        if (kind == ATTEND || attended) meet(p, *phase_at(i), ++meetings, warp, lane);
+        attended = kind == ATTEND;
         if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
@@ -112,6 +134,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
                 if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
                 if (lane == 0) *saved = cur;
                 __syncwarp();
+                arm(p, i);
             }
             attend(p, *phase_at(i), warp, lane);
             step = {};
@@ -127,6 +150,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
             multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
         }
         if (warp == 0) wait_for_all_copies();
+        __syncthreads();
     }
     leave(p);
 }
@@ -176,13 +200,21 @@ static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
                        int sms) {
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
+    bf16 *mlp_normed = p->normed + MAX_T * p->hidden;
+    float *mlp_squares = p->squares + MAX_T * p->hidden / GROUP_ROWS;
     plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, pair, sms);
-    ph[1].kind = ATTEND;
     plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, pair + 3, sms);
-    ph[2].norm = (const float *)layer->mlp_norm->data;
-    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed, pair + 4, sms);
+    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, mlp_normed, pair + 4, sms);
     plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, pair + 6, sms);
+    ph[1].kind = ATTEND;
+    ph[1].groups_each = ph[3].groups_each;
+    ph[1].groups_left = ph[3].groups_left;
+    ph[2].norm = (const float *)layer->mlp_norm->data;
+    ph[2].normed = mlp_normed;
     ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;
+    ph[4].normed = p->normed;
+    ph[0].squares = ph[4].squares = p->squares;
+    ph[2].squares = ph[3].squares = mlp_squares;
     for (int i = 0; i < LAYER_PHASES; i++) {
         ph[i].keys = (bf16 *)layer->kv->k.data;
         ph[i].values = (bf16 *)layer->kv->v.data;
@@ -195,6 +227,8 @@ static void plan(struct phase *phases, const struct program *p, const gn_decoder
     const int groups = p->hidden / GROUP_ROWS;
     first->kind = PREPARE;
     first->norm = (const float *)o->layers[0].attn_norm->data;
+    first->normed = p->normed;
+    first->squares = p->squares;
     first->groups_each = groups / sms;
     first->groups_left = groups % sms;
     for (int i = 0; i < o->n_layers; i++)
@@ -259,9 +293,14 @@ static size_t partial_bytes(const gn_ctx *ctx, const gn_decoder_options *o) {
     return most * (size_t)(o->heads * (o->head_dim + 4)) * sizeof(float);
 }
 
-static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
+/* Device memory, every byte of which is `fill`. */
+static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes, int fill) {
     *out = gn_ctx_alloc(ctx, bytes);
-    return *out ? GN_OK : GN_ENOMEM;
+    void *image = malloc(bytes);
+    gn_status status = GN_ENOMEM;
+    if (*out && image) status = gn_ctx_write(ctx, *out, memset(image, fill, bytes), bytes);
+    free(image);
+    return status;
 }
 
 typedef void decoder_fn(const struct program);
@@ -305,24 +344,24 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     const size_t rows = MAX_T, dim = (size_t)(p->heads * p->D);
     const size_t groups = (size_t)(p->hidden / GROUP_ROWS);
     const size_t phase_bytes = (size_t)p->n_phases * sizeof(struct phase);
+    const int armed = (int)(ARMED & 255);
     const struct {
         void **at;
         size_t bytes;
-        bool zero;
+        int fill;
     } parts[] = {
-        {(void **)&p->normed, rows * (size_t)p->hidden * sizeof *p->normed, false},
-        {(void **)&p->squares, rows * groups * sizeof *p->squares, false},
-        {(void **)&p->q, rows * dim * sizeof *p->q, false},
-        {(void **)&p->attended, rows * dim * sizeof *p->attended, false},
-        {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, false},
-        {(void **)&p->partials, partial_bytes(d->ctx, o), false},
-        {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, true},
-        {(void **)&p->sync, 3 * sizeof *p->sync, true},
-        {&d->phases, phase_bytes, false},
+        {(void **)&p->normed, 2 * rows * (size_t)p->hidden * sizeof *p->normed, armed},
+        {(void **)&p->squares, 2 * rows * groups * sizeof *p->squares, armed},
+        {(void **)&p->q, rows * dim * sizeof *p->q, 0},
+        {(void **)&p->attended, rows * dim * sizeof *p->attended, 0},
+        {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, armed},
+        {(void **)&p->partials, partial_bytes(d->ctx, o), 0},
+        {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, 0},
+        {(void **)&p->sync, 3 * sizeof *p->sync, 0},
+        {&d->phases, phase_bytes, 0},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes);
-        if (!status && parts[i].zero) status = gn_ctx_zero(d->ctx, *parts[i].at, parts[i].bytes);
+        const gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes, parts[i].fill);
         if (status) return status;
     }
     p->phases = (const struct phase *)d->phases;

@@ -28,16 +28,18 @@ struct alignas(16) weight {
 
 enum kind { PREPARE, QKV, ATTEND, ADD, SWIGLU };
 
-/* What happens between two barriers of the grid. A product's group is two tiles of 8 rows: halves
+/* A step of a layer. A product's group is two tiles of 8 rows: halves
  * of a head that rotate together, gate's and up's, or neighbours. */
 struct alignas(16) phase {
     struct weight w[3];
     const bf16 *x;       /* what is multiplied, (T, 64 blocks) */
     const float *norm;   /* PREPARE, ADD: of the next product's x, or NULL */
+    bf16 *normed;        /* PREPARE, ADD: that they leave */
+    float *squares;      /* likewise; QKV, SWIGLU: those of x */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
     int pair, n_parts;            /* LoRA's, of the phase's first weight */
-    int groups_each, groups_left; /* of a block; one more for each of the first blocks */
+    int groups_each, groups_left; /* of a block; one more for the first ones. ATTEND: SWIGLU's */
     int blocks;                   /* of 64 columns */
 };
 
@@ -55,9 +57,10 @@ struct program {
     int64_t x_ld, cos_ld, sin_ld, k_ld, v_ld; /* of a row; of a cache block */
     const float *cosines, *sines;
     /* RMSNorm's input times its weights, and the squares of that input, summed by groups; its
-     * factor, one number a row, is applied to the product's sums. */
-    bf16 *normed;           /* (T, hidden) */
-    float *squares;         /* (MAX_T, hidden / GROUP_ROWS) */
+     * factor, one number a row, is applied to the product's sums. Of q k v's norm, then of gate and
+     * up's; awaited, as h is. */
+    bf16 *normed;           /* (2, MAX_T, hidden) */
+    float *squares;         /* (2, MAX_T, hidden / GROUP_ROWS) */
     bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
     float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
     uint32_t *splits_done;  /* (T, kv heads, tiles) */
@@ -123,6 +126,14 @@ static __device__ __forceinline__ float2 *angle_of(int t, int j) {
 static __device__ __forceinline__ struct phase *phase_at(int i) {
     return (struct phase *)(shared + PHASES_AT) + i % PHASES;
 }
+
+/* ---- results that are awaited ---- */
+
+/* Who needs normed, squares or h polls for the words themselves, which saves the fence, the counter
+ * and the second read of a barrier. A word that is not there yet is ARMED, which no result is:
+ * conversion and arithmetic make other NaNs. Between two meetings of the grid, when all have read
+ * the last layer's, the block that will write a word arms it again. */
+static constexpr uint32_t ARMED = ~0u;
 
 /* ---- who does what ---- */
 
