@@ -34,40 +34,43 @@
 /* ---- the grid ---- */
 
 /* Everything that all blocks wrote before is to be seen after; threads of a block have met before.
- * `meetings`: of the program so far, with this one. While the others come, the cache that the next
- * phase reads is fetched. */
+ * While the others come, the cache that the next phase reads is fetched. */
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
-                                            uint32_t meetings, int warp, int lane) {
+                                            int warp, int lane) {
+    uint32_t before = 0;
     if (threadIdx.x == 0) {
         __threadfence();
-        atomicAdd(&p.sync[0], 1u);
+        before = atomicAdd(&p.sync[0], 1u);
     }
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
-        while (load_relaxed(&p.sync[0]) < meetings * gridDim.x) {
+        const uint32_t all = before - before % gridDim.x + gridDim.x;
+        while (load_relaxed(&p.sync[0]) < all) {
         }
         __threadfence();
     }
     __syncthreads();
 }
 
+/* Words of this block are to be awaited again. */
+static __device__ __forceinline__ void arm_words(void *at, int n) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += THREADS) store_relaxed((uint32_t *)at + i, ARMED);
+}
+
 /* During attention, phase i: what this block will leave in the products after it. */
 static __device__ __forceinline__ void arm(const struct program &p, int i) {
     const struct range stream = groups_of(*phase_at(i + 1)), h = groups_of(*phase_at(i));
-    const int squares = stream.end - stream.begin, words = squares * GROUP_ROWS / 2;
-    const int n = p.hidden / GROUP_ROWS;
-    for (int t = 0; t < p.T; t++) {
-        for (int norm = 0; norm < 2; norm++) {
-            const int row = norm * MAX_T + t;
-            uint32_t *normed = (uint32_t *)(p.normed + row * p.hidden + stream.begin * GROUP_ROWS);
-            for (int k = threadIdx.x; k < words; k += THREADS) store_relaxed(normed + k, ARMED);
-            for (int k = threadIdx.x; k < squares; k += THREADS)
-                store_relaxed((uint32_t *)p.squares + row * n + stream.begin + k, ARMED);
-        }
-        uint32_t *to =
-            (uint32_t *)(p.h + (int64_t)t * p.intermediate) + h.begin * GN_CUDA_TILE_ROWS / 2;
-        for (int k = threadIdx.x; k < (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2; k += THREADS)
-            store_relaxed(to + k, ARMED);
+    const int squares = stream.end - stream.begin, n = p.hidden / GROUP_ROWS;
+#pragma unroll 1
+    for (int row = 0; row < 2 * MAX_T; row++) {
+        const int t = row % MAX_T;
+        if (t >= p.T) continue;
+        arm_words(p.normed + (row * n + stream.begin) * GROUP_ROWS, squares * GROUP_ROWS / 2);
+        arm_words(p.squares + row * n + stream.begin, squares);
+        if (row == t)
+            arm_words(p.h + (int64_t)t * p.intermediate + h.begin * GN_CUDA_TILE_ROWS,
+                      (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2);
     }
 }
 
@@ -119,13 +122,11 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     pdl_wait();
     if (!helps) note_positions<MOST>(p);
     __syncthreads();
-    uint32_t products = 0, meetings = 0;
-    bool attended = false;
+    uint32_t products = 0;
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
         const enum kind kind = phase_at(i)->kind;
-        if (kind == ATTEND || attended) meet(p, *phase_at(i), ++meetings, warp, lane);
-        attended = kind == ATTEND;
+        if (phase_at(i)->meets) meet(p, *phase_at(i), warp, lane);
         if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
@@ -209,6 +210,7 @@ static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
     ph[1].kind = ATTEND;
     ph[1].groups_each = ph[3].groups_each;
     ph[1].groups_left = ph[3].groups_left;
+    ph[1].meets = ph[2].meets = true;
     ph[2].norm = (const float *)layer->mlp_norm->data;
     ph[2].normed = mlp_normed;
     ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;

@@ -41,6 +41,7 @@ struct alignas(16) phase {
     int pair, n_parts;            /* LoRA's, of the phase's first weight */
     int groups_each, groups_left; /* of a block; one more for the first ones. ATTEND: SWIGLU's */
     int blocks;                   /* of 64 columns */
+    bool meets;                   /* it begins when all blocks have ended the one before */
 };
 
 /* To divide small numbers by: x / d is the upper half of x inverse. */

@@ -77,11 +77,12 @@ template <int MOST> static constexpr int ROW_LANES = MOST == 1 ? WARP : WARP / M
 template <int MOST>
 static __device__ __forceinline__ float load_squares(const struct program &p,
                                                      const struct phase &ph, int warp, int lane) {
-    enum { AT_ONCE = 4, STEP = ROW_LANES<MOST> };
+    enum { AT_ONCE = MOST == 1 ? 1 : 4, STEP = ROW_LANES<MOST> };
     const int n = p.hidden / GROUP_ROWS, t = lane / STEP;
     const int begin = n * warp / WARPS, end = t < rows_of<MOST>(p) ? n * (warp + 1) / WARPS : 0;
     const uint32_t *from = (const uint32_t *)ph.squares + t * n;
     float sum = 0.0f;
+#pragma unroll 1
     for (int i = begin + lane % STEP; i < end; i += AT_ONCE * STEP) {
         uint32_t square[AT_ONCE];
 #pragma unroll
