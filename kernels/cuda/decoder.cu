@@ -82,11 +82,14 @@ static __device__ __forceinline__ void leave(const struct program &p) {
 
 /* What all layers need of the rows' positions. */
 template <int MOST> static __device__ __forceinline__ void note_positions(const struct program &p) {
-    const int t = threadIdx.x, half = p.D / 2;
-    if (t < rows_of<MOST>(p)) {
-        const int position = p.batch.row_pos[t];
+    const int half = p.D / 2;
+#pragma unroll 1
+    for (int t = 0; t < rows_of<MOST>(p); t++) {
+        const int position = p.batch.row_pos[t], last = position / TOKENS;
         const int32_t *blocks = p.batch.blocks + p.batch.row_seq[t] * (int64_t)p.max_blocks;
-        *slot_of(t) = {blocks[position / TOKENS], position % TOKENS};
+        if (threadIdx.x == 0) *slot_of(t) = {blocks[last], position};
+        for (int b = threadIdx.x; b <= min(last, NEAR - 1); b += THREADS)
+            near_blocks(t)[b] = blocks[b];
     }
     for (int i = threadIdx.x; i < rows_of<MOST>(p) * half; i += THREADS) {
         const int row = i / half, j = i % half;

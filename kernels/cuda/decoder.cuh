@@ -82,9 +82,9 @@ template <int MOST> static __device__ __forceinline__ int rows_of(const struct p
 
 /* ---- shared memory ---- */
 
-/* Where the cache takes a row's key and value. */
+/* A row's position, and the cache block that takes its key and value. */
 struct slot {
-    int block, token;
+    int block, position;
 };
 
 /* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
@@ -98,7 +98,9 @@ enum {
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
     LAST_AT = ITEM_AT + 32,                                   /* likewise */
     CURSORS_AT = LAST_AT + 32,                                /* (WARPS) during attention */
-    LOW_BYTES = CURSORS_AT + WARPS * 64,
+    BLOCKS_AT = CURSORS_AT + WARPS * 64,                      /* (MAX_T, NEAR) of the block table */
+    NEAR = 512, /* blocks; of longer contexts it stays in memory */
+    LOW_BYTES = BLOCKS_AT + MAX_T * NEAR * (int)sizeof(int32_t),
     TABLE = 1 << 16,   /* its address */
     ENTRY_BYTES = 256, /* of which it fills half */
     TABLE_BYTES = 256 * ENTRY_BYTES,
@@ -117,6 +119,10 @@ static __device__ __forceinline__ float *sums(void) {
 
 static __device__ __forceinline__ struct slot *slot_of(int t) {
     return (struct slot *)(shared + SLOTS_AT) + t;
+}
+
+static __device__ __forceinline__ int32_t *near_blocks(int t) {
+    return (int32_t *)(shared + BLOCKS_AT) + t * NEAR;
 }
 
 /* Cosine and sine of angle j of row t. */

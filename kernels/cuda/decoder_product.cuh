@@ -266,7 +266,7 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
     if (which > 0) {
         const struct slot slot = *slot_of(t);
         to = which == 1 ? ph.keys + slot.block * p.k_ld : ph.values + slot.block * p.v_ld;
-        to += (head * TOKENS + slot.token) * p.D;
+        to += (head * TOKENS + slot.position % TOKENS) * p.D;
     }
     to[j] = __float2bfloat16(low);
     to[j + half] = __float2bfloat16(high);
