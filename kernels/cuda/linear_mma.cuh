@@ -81,17 +81,25 @@ static __device__ __forceinline__ void add_release(uint32_t *at, uint32_t v) {
 /* ---- products of a warpgroup ---- */
 
 /* Describes rows of 128 bytes, swizzled, as the K-major operand: eights of rows 1024 bytes apart.
- */
-static __device__ __forceinline__ uint64_t describe_rows(uint32_t at) {
-    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 |
-           (uint64_t)((at & 0x3ffff) >> 4);
+ * This is the lower half of a descriptor; 16 bytes further it is one more. */
+static __device__ __forceinline__ uint32_t describe_rows(uint32_t at) {
+    return 1 << 16 | (at & 0x3ffff) >> 4;
 }
+/* The upper half, which is always the same. */
+enum { ROWS_UPPER = 1 << 30 | 1024 >> 4 };
 
 static __device__ __forceinline__ void wgmma_fence(void) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 static __device__ __forceinline__ void wgmma_commit(void) {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/* Until all but the last group are done. Only then is `a`, an operand of the one before, written.
+ */
+template <int N> static __device__ __forceinline__ void wgmma_wait_but_one(uint32_t (&a)[N]) {
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
 }
 /* Until all are done. What is read of c afterwards cannot move before. */
 template <int N> static __device__ __forceinline__ void wgmma_wait(float (&c)[N]) {
@@ -104,38 +112,44 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(float (&c)[N]
 #define GN_C16_1     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define GN_C16_2     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define GN_C16_3     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define GN_C16_4     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define GN_C16_5     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define GN_C16_6     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define GN_C16_7     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define GN_C64       GN_C16_0 "," GN_C16_1 "," GN_C16_2 "," GN_C16_3
 #define GN_C4(c, i)  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define GN_C16(c, i) GN_C4(c, i), GN_C4(c, i + 4), GN_C4(c, i + 8), GN_C4(c, i + 12)
+#define GN_C64_(c)   GN_C16(c, 0), GN_C16(c, 16), GN_C16(c, 32), GN_C16(c, 48)
 
-/* c (64, n) = a b, or c += a b with `add`: a (64, 16) in registers, b (16, n) as described.
- * Operands after c's are numbered from a0 on. */
-#define GN_WGMMA(n, c_list, a0, a1, a2, a3, b, sum, ...)                                           \
+/* c (64, n) += a b: a (64, 16) in registers, b (16, n) as described. Operands after c's are
+ * numbered from a0 on. */
+#define GN_WGMMA(n, c_list, a0, a1, a2, a3, b, ...)                                                \
     asm volatile("{\n"                                                                             \
                  ".reg .pred p;\n"                                                                 \
-                 "setp.ne.b32 p, %" #sum ", 0;\n"                                                  \
+                 "setp.eq.b32 p, 0, 0;\n"                                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" c_list "}, {%" #a0   \
                  ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1, 0;\n"                            \
                  "}"                                                                               \
                  : __VA_ARGS__                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(rows), "r"((int)add))
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),                                     \
+                   "l"((uint64_t)ROWS_UPPER << 32 | rows))
 
-static __device__ __forceinline__ void wgmma(float (&c)[16], const uint32_t *a, uint64_t rows,
-                                             bool add) {
-    GN_WGMMA(32, GN_C16_0, 16, 17, 18, 19, 20, 21, GN_C16(c, 0));
+static __device__ __forceinline__ void wgmma(float (&c)[16], const uint32_t *a, uint32_t rows) {
+    GN_WGMMA(32, GN_C16_0, 16, 17, 18, 19, 20, GN_C16(c, 0));
 }
-static __device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint64_t rows,
-                                             bool add) {
-    GN_WGMMA(64, GN_C16_0 "," GN_C16_1, 32, 33, 34, 35, 36, 37, GN_C16(c, 0), GN_C16(c, 16));
+static __device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, uint32_t rows) {
+    GN_WGMMA(64, GN_C16_0 "," GN_C16_1, 32, 33, 34, 35, 36, GN_C16(c, 0), GN_C16(c, 16));
 }
-static __device__ __forceinline__ void wgmma(float (&c)[48], const uint32_t *a, uint64_t rows,
-                                             bool add) {
-    GN_WGMMA(96, GN_C16_0 "," GN_C16_1 "," GN_C16_2, 48, 49, 50, 51, 52, 53, GN_C16(c, 0),
-             GN_C16(c, 16), GN_C16(c, 32));
+static __device__ __forceinline__ void wgmma(float (&c)[64], const uint32_t *a, uint32_t rows) {
+    GN_WGMMA(128, GN_C64, 64, 65, 66, 67, 68, GN_C64_(c));
 }
-static __device__ __forceinline__ void wgmma(float (&c)[64], const uint32_t *a, uint64_t rows,
-                                             bool add) {
-    GN_WGMMA(128, GN_C16_0 "," GN_C16_1 "," GN_C16_2 "," GN_C16_3, 64, 65, 66, 67, 68, 69,
-             GN_C16(c, 0), GN_C16(c, 16), GN_C16(c, 32), GN_C16(c, 48));
+static __device__ __forceinline__ void wgmma(float (&c)[96], const uint32_t *a, uint32_t rows) {
+    GN_WGMMA(192, GN_C64 "," GN_C16_4 "," GN_C16_5, 96, 97, 98, 99, 100, GN_C64_(c), GN_C16(c, 64),
+             GN_C16(c, 80));
+}
+static __device__ __forceinline__ void wgmma(float (&c)[128], const uint32_t *a, uint32_t rows) {
+    GN_WGMMA(256, GN_C64 "," GN_C16_4 "," GN_C16_5 "," GN_C16_6 "," GN_C16_7, 128, 129, 130, 131,
+             132, GN_C64_(c), GN_C16(c, 64), GN_C16(c, 80), GN_C16(c, 96), GN_C16(c, 112));
 }
 
 #endif

@@ -6,18 +6,17 @@
 #include "linear.cuh"
 #include "linear_mma_cut.cuh"
 
-enum {
-    AT_ONCE = 2,          /* eights of tokens that a thread finishes at once */
-    PARTIALS_AT_ONCE = 8, /* clusters whose sums it reads at once */
-};
-
-/* The outputs of a thread: of rows `row` and `row` + 8 of a part, for some tokens; or with SWIGLU
- * of one row, of which the second value is up's. */
+/* A thread's sums are of rows `row` and `row` + 8 of a part, of tokens 2c and 2c + 1 of every eight
+ * (c = lane % 4); with SWIGLU of one row, the second of up. In bf16 its outputs are others: of
+ * token lane / 4 of an eight, two rows side by side, and those 8 further. */
 struct outputs {
-    char *y; /* for the first token */
-    int ld, tokens;
-    const float *lora[2];
-    bool has[2];
+    char *y;              /* the first */
+    int64_t token;        /* bytes from a token to the next */
+    int tokens;           /* that exist, counted from the first output's, or sum's */
+    bool has[2];          /* whether its rows exist */
+    const float *lora[2]; /* what is added to its sums of the first token */
+    bool has_lora[2];
+    int lora_tokens;
 };
 
 template <int N>
@@ -26,68 +25,64 @@ static __device__ __forceinline__ struct outputs outputs_of(const struct product
     const struct group g = group_of<N>(p, tile, warpgroup);
     const struct part &part = p.part[g.part];
     const int in_group = p.swiglu ? GROUP_ROWS / 2 : GROUP_ROWS, second = p.swiglu ? 0 : 8;
-    const int row = g.i * in_group + warp * (in_group / 4) + lane / 4;
-    const int token = tile % p.token_tiles * N + 2 * (lane % 4);
+    const int row0 = g.i * in_group + warp * (in_group / 4), token0 = tile % p.token_tiles * N;
+    const int row = row0 + (p.y_f32 ? lane / 4 : 2 * (lane % 4));
+    const int token = token0 + (p.y_f32 ? 2 * (lane % 4) : lane / 4);
+    const int sum_row = row0 + lane / 4, sum_token = token0 + 2 * (lane % 4);
+    const int size = p.y_f32 ? 4 : 2;
     struct outputs o;
-    o.ld = (int)part.y_ld;
-    o.y = (char *)part.y + ((int64_t)token * o.ld + row) * (p.y_f32 ? 4 : 2);
+    o.token = part.y_ld * size;
+    o.y = (char *)part.y + token * o.token + row * size;
     o.tokens = p.T - token;
+    o.lora_tokens = p.T - sum_token;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        o.lora[h] = p.lora + token * p.lora_ld + part.column[p.swiglu ? h : 0] + row + h * second;
+        o.lora[h] =
+            p.lora + sum_token * p.lora_ld + part.column[p.swiglu ? h : 0] + sum_row + h * second;
         o.has[h] = g.exists && row + h * second < part.m[0].rows;
+        o.has_lora[h] = p.lora && g.exists && sum_row + h * second < part.m[0].rows;
     }
     return o;
 }
 
-/* Sums of two rows of two tokens each, of n eights of tokens. */
-typedef float some_sums[AT_ONCE][2][2];
-
-/* The first token of eights first, first + step, ... and the next; past the n-th, none. */
-static __device__ __forceinline__ int token_of(int first, int step, int n, int i) {
-    return i / 4 < n ? 8 * (first + i / 4 * step) + i % 2 : INT32_MAX;
+/* y + v; each y by one thread. */
+static __device__ __forceinline__ void add_to(float *y, float v) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(y), "f"(v) : "memory");
 }
 
-/* What those eights' sums are added to: y as it is, what LoRA adds. */
-static __device__ __forceinline__ void read_addends(const struct product &p,
-                                                    const struct outputs &o, int first, int step,
-                                                    int n, some_sums &addends) {
-    float old[AT_ONCE][2][2] = {}, lora[AT_ONCE][2][2] = {};
-#pragma unroll
-    for (int i = 0; i < AT_ONCE * 4; i++) {
-        const int t = token_of(first, step, n, i), h = i / 2 % 2;
-        if (t >= o.tokens || !o.has[h]) continue;
-        if (p.add) old[i / 4][h][i % 2] = load_fresh((const float *)o.y + t * o.ld + h * 8);
-        if (p.lora) lora[i / 4][h][i % 2] = o.lora[h][t * (int)p.lora_ld];
-    }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE * 4; i++)
-        addends[i / 4][i / 2 % 2][i % 2] =
-            old[i / 4][i / 2 % 2][i % 2] + lora[i / 4][i / 2 % 2][i % 2];
-}
-
-/* Those eights of y. */
+/* Sums of eight e of tokens to y, by a warp. */
 static __device__ __forceinline__ void finish(const struct product &p, const struct outputs &o,
-                                              int first, int step, int n, some_sums &sums,
-                                              const some_sums &addends) {
-    const int second = p.swiglu ? 0 : 8;
+                                              int e, float4 sums) {
+    float v[2][2] = {{sums.x, sums.y}, {sums.z, sums.w}};
+    if (p.lora) {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE * 4; i++)
-        sums[i / 4][i / 2 % 2][i % 2] += addends[i / 4][i / 2 % 2][i % 2];
+        for (int i = 0; i < 4; i++)
+            if (o.has_lora[i / 2] && 8 * e + i % 2 < o.lora_tokens)
+                v[i / 2][i % 2] += o.lora[i / 2][(8 * e + i % 2) * p.lora_ld];
+    }
     if (p.swiglu) {
 #pragma unroll
-        for (int i = 0; i < AT_ONCE * 2; i++)
-            sums[i / 2][0][i % 2] = silu(sums[i / 2][0][i % 2]) * sums[i / 2][1][i % 2];
+        for (int i = 0; i < 2; i++)
+            v[0][i] = (p.y_f32 ? silu(v[0][i]) : silu_fast(v[0][i])) * v[1][i];
     }
+    char *y = o.y + 8 * e * o.token;
 #pragma unroll
-    for (int i = 0; i < AT_ONCE * 4; i++) {
-        const int t = token_of(first, step, n, i), h = i / 2 % 2;
-        if (t >= o.tokens || !o.has[h] || (h > 0 && p.swiglu)) continue;
-        const int at = t * o.ld + h * second;
-        if (p.y_f32)
-            ((float *)o.y)[at] = sums[i / 4][h][i % 2];
-        else
-            ((bf16 *)o.y)[at] = from_float<bf16>(sums[i / 4][h][i % 2]);
+    for (int h = 0; h < 2; h++) {
+        if (h > 0 && p.swiglu) break;
+        if (!p.y_f32) {
+            const uint32_t pair = turn_matrix(pack_bf16(v[h][0], v[h][1]));
+            if (o.has[h] && 8 * e < o.tokens) *(uint32_t *)(y + h * 8 * sizeof(bf16)) = pair;
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float *to = (float *)(y + i * o.token) + h * 8;
+            if (!o.has[h] || 8 * e + i >= o.tokens) continue;
+            if (p.add)
+                add_to(to, v[h][i]);
+            else
+                *to = v[h][i];
+        }
     }
 }
 
@@ -123,23 +118,20 @@ static __device__ __forceinline__ void leave(const struct product &p, float (&ac
     const bool whole = tile * p.steps >= run.first && (tile + 1) * p.steps == last + 1;
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
     float4 *to = partials_at<N>(p, cluster, run.first < tile * p.steps, warpgroup) + thread;
+    constexpr int LEAVE = cut<N>::LEAVE;
 #pragma unroll 1
-    for (int i = 0; i < N / 8; i += AT_ONCE) {
-        if (whole) {
-            some_sums sums, addends;
-            read_addends(p, o, i, 1, AT_ONCE, addends);
+    for (int i = 0; i < N / 8; i += LEAVE) {
 #pragma unroll
-            for (int j = 0; j < AT_ONCE * 4; j++) sums[j / 4][j / 2 % 2][j % 2] = acc[j];
-            finish(p, o, i, 1, AT_ONCE, sums, addends);
-        } else {
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                to[(i + j) * GROUP_THREADS] =
-                    make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        for (int j = 0; j < LEAVE; j++) {
+            const float4 sums =
+                make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+            if (whole)
+                finish(p, o, i + j, sums);
+            else
+                to[(i + j) * GROUP_THREADS] = sums;
         }
 #pragma unroll
-        for (int j = 0; j < N / 2; j++)
-            acc[j] = j + 4 * AT_ONCE < N / 2 ? acc[j + 4 * AT_ONCE] : 0.0f;
+        for (int j = 0; j < N / 2; j++) acc[j] = j + 4 * LEAVE < N / 2 ? acc[j + 4 * LEAVE] : 0.0f;
     }
     if (whole) return;
     sync_warpgroup(warpgroup);
@@ -154,43 +146,43 @@ static __device__ __forceinline__ void finish_shared(const struct product &p, in
     const int first = cluster_of(p, tile * p.steps), last = cluster_of(p, (tile + 1) * p.steps - 1);
     const int n = last - first + 1;
     uint32_t *counters = counters_of(p, tile);
+    constexpr int FINISH = cut<N>::FINISH, PARTIALS = cut<N>::PARTIALS;
     const struct outputs o = outputs_of<N>(p, tile, warpgroup, thread / WARP, thread % WARP);
     /* of the first cluster, and of the second, which begins in the tile, as all after it do */
     const float4 *head =
         partials_at<N>(p, first, run_of(p, first).first < tile * p.steps, warpgroup) + thread;
     const float4 *rest = partials_at<N>(p, first + 1, 0, warpgroup) + thread;
     const int64_t apart = PEERS * 2 * cut<N>::GROUPS * (N / 8 * GROUP_THREADS);
-    bool ready = false;
+    const int own = (int)blockIdx.x / PEERS - first;
+    if (thread == 0 && own < N / 8)
+        while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
+    sync_warpgroup(warpgroup);
 #pragma unroll 1
-    for (int i = (int)blockIdx.x / PEERS - first; i < N / 8; i += AT_ONCE * n) {
-        some_sums sums = {}, addends;
-        const int some = min(AT_ONCE, (N / 8 - i + n - 1) / n);
-        read_addends(p, o, i, n, some, addends);
-        if (!ready && thread == 0)
-            while (load_acquire(counters) < (uint32_t)(n * cut<N>::GROUPS)) __nanosleep(32);
-        sync_warpgroup(warpgroup);
-        ready = true;
+    for (int i = own; i < N / 8; i += FINISH * n) {
+        float4 sums[FINISH] = {};
 #pragma unroll 1
-        for (int begin = 0; begin < n; begin += PARTIALS_AT_ONCE) {
-            float4 v[PARTIALS_AT_ONCE][AT_ONCE] = {};
+        for (int begin = 0; begin < n; begin += PARTIALS) {
+            float4 v[PARTIALS][FINISH] = {};
 #pragma unroll
-            for (int c = 0; c < PARTIALS_AT_ONCE; c++)
+            for (int c = 0; c < PARTIALS; c++)
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; j++)
-                    if (begin + c < n && j < some)
+                for (int j = 0; j < FINISH; j++)
+                    if (begin + c < n && i + j * n < N / 8)
                         v[c][j] = __ldcg((begin + c == 0 ? head : rest + (begin + c - 1) * apart) +
                                          (i + j * n) * GROUP_THREADS);
 #pragma unroll
-            for (int c = 0; c < PARTIALS_AT_ONCE; c++)
+            for (int c = 0; c < PARTIALS; c++)
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; j++) {
-                    sums[j][0][0] += v[c][j].x;
-                    sums[j][0][1] += v[c][j].y;
-                    sums[j][1][0] += v[c][j].z;
-                    sums[j][1][1] += v[c][j].w;
+                for (int j = 0; j < FINISH; j++) {
+                    sums[j].x += v[c][j].x;
+                    sums[j].y += v[c][j].y;
+                    sums[j].z += v[c][j].z;
+                    sums[j].w += v[c][j].w;
                 }
         }
-        finish(p, o, i, n, some, sums, addends);
+#pragma unroll
+        for (int j = 0; j < FINISH; j++)
+            if (i + j * n < N / 8) finish(p, o, i + j * n, sums[j]);
     }
     sync_warpgroup(warpgroup);
     if (thread == 0 && atomicAdd(counters + 1, 1u) == (uint32_t)(n * cut<N>::GROUPS) - 1) {

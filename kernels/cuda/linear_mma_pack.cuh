@@ -12,8 +12,8 @@ struct x_source {
     int64_t ld;
     const float *norm;
     float eps;
-    int T, blocks, all_blocks; /* of 64 columns; with those that fill the last step */
-    bool in_pairs;             /* everything is aligned to two values */
+    int T, blocks; /* of 64 columns */
+    bool in_pairs; /* everything is aligned to two values */
 };
 
 static __device__ __forceinline__ float2 two(const float *x, bool in_pairs) {
@@ -55,7 +55,7 @@ static __device__ __forceinline__ void put_chunk(uint4 *to, bf16 *dense, const s
                                                  float factor) {
     const int tile = t / tile_tokens, row = t % tile_tokens;
     uint32_t pairs[4] = {};
-    if (t < s.T && i < s.blocks * 8) {
+    if (t < s.T) {
         struct chunk w = {};
         if (s.norm) w = load_chunk(s.norm, i, s.in_pairs);
 #pragma unroll
@@ -68,12 +68,12 @@ static __device__ __forceinline__ void put_chunk(uint4 *to, bf16 *dense, const s
                     pairs[c];
         }
     }
-    to[(((int64_t)tile * s.all_blocks + i / 8) * tile_tokens + row) * 8 + (i % 8 ^ row % 8)] =
+    to[(((int64_t)tile * s.blocks + i / 8) * tile_tokens + row) * 8 + (i % 8 ^ row % 8)] =
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 /* Row blockIdx.x by blocks of the grid's other dimension, or, where it is normalised, by one block;
- * those that fill the last tile too: they are zero, and so are the blocks that fill the last step.
+ * those that fill the last tile too: they are zero.
  * `dense` (T, K), if given, gets the same values in their own order. A thread's first chunks wait
  * in registers for the norm's factor. The block is small, to have room beside those of products. */
 template <typename X>
@@ -103,10 +103,10 @@ static __global__ void __launch_bounds__(PACK_THREADS, 65536 / PACK_THREADS / PA
     }
 #pragma unroll
     for (int j = 0; j < HELD; j++)
-        if (first + j * step < s.all_blocks * 8)
+        if (first + j * step < s.blocks * 8)
             put_chunk(to, dense, s, t, tile_tokens, first + j * step, held[j], factor);
 #pragma unroll 1
-    for (int i = first + HELD * step; i < s.all_blocks * 8; i += step) {
+    for (int i = first + HELD * step; i < s.blocks * 8; i += step) {
         struct chunk a = {};
         if (i < chunks) a = load_chunk(x, i, s.in_pairs);
         put_chunk(to, dense, s, t, tile_tokens, i, a, factor);

@@ -211,14 +211,15 @@ static void check_repetition(tally *tally, const problem *p) {
 Test(gpu_linear, many_rows) {
     const struct composition shapes[] = {
         {{8192, {64}, 1}, false, false, GN_ADD},
-        {{4160, {200, 72}, 2}, true, false, GN_STORE},
+        {{4352, {200, 72}, 2}, true, false, GN_STORE},
         {{1024, {1500, 1500}, 2}, true, false, GN_SWIGLU},
-        {{192, {9001}, 1}, false, true, GN_STORE},
+        {{256, {9001}, 1}, false, true, GN_STORE},
         {{64, {13, 65, 7}, 3}, true, false, GN_STORE},
         {{2048, {3000}, 1}, false, false, GN_ADD},
     };
     const int used[] = {0, 1, 8},
-              rows[] = {17, 31, 32, 33, 64, 65, 96, 97, 128, 129, 192, 200, 256, 257, 385};
+              rows[] = {17,  31,  32,  33,  64,  65,  96,  97,  128,
+                        129, 192, 200, 256, 257, 385, 450, 513, 1030};
     tally t = {0};
     sides s = open_sides(GN_BF16);
     for (int i = 0; i < COUNT(shapes) * COUNT(used); i++) {
