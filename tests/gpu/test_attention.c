@@ -437,3 +437,108 @@ Test(gpu_attention, in_float32_a_row_does_not_depend_on_the_batch) {
     close_sides(&s);
     conclude(&t, "attention, rows alone");
 }
+
+/* ---- with rotating and storing ---- */
+
+/* What a layer hands to attention; angles are any. */
+typedef struct {
+    gn_tensor q, k, v, y, cos, sin;
+    gn_kv kv;
+} layer;
+
+static layer make_layer(device_memory *m, const problem *p, uint64_t seed) {
+    rng r = {seed};
+    const head_shape *h = &p->h;
+    const gn_dtype act = gn_ctx_activation(m->ctx);
+    const size_t n = (size_t)(p->T * h->kv_heads * h->D), angles = (size_t)(p->T * h->D / 2);
+    float *k = random_floats(&r, n), *v = random_floats(&r, n);
+    float *cosines = random_floats(&r, angles), *sines = malloc(angles * sizeof *sines);
+    for (size_t i = 0; i < angles; i++) sines[i] = sqrtf(1 - cosines[i] * cosines[i]);
+    layer l = {
+        .q = with_heads(device_rows(m, p->q, act, p->T, h->heads * h->D, h->pad, 0), p),
+        .k = with_heads(device_rows(m, k, act, p->T, h->kv_heads * h->D, h->pad, 0), p),
+        .v = with_heads(device_rows(m, v, act, p->T, h->kv_heads * h->D, h->pad, 0), p),
+        .y = with_heads(device_rows(m, NULL, act, p->T, h->heads * h->D, h->pad, 0), p),
+        .cos = device_rows(m, cosines, GN_F32, p->T, h->D / 2, 0, 0),
+        .sin = device_rows(m, sines, GN_F32, p->T, h->D / 2, 0, 0),
+        .kv = device_kv(m, p),
+    };
+    l.k.shape[1] = l.v.shape[1] = h->kv_heads;
+    free(k);
+    free(v);
+    free(cosines);
+    free(sines);
+    return l;
+}
+
+static bool same_memory(gn_ctx *gpu, const void *a, const void *b, size_t bytes) {
+    char *both = malloc(2 * bytes + 1);
+    cr_assert_eq(gn_ctx_read(gpu, both, a, bytes), GN_OK);
+    cr_assert_eq(gn_ctx_read(gpu, both + bytes, b, bytes), GN_OK);
+    const bool same = memcmp(both, both + bytes, bytes) == 0;
+    free(both);
+    return same;
+}
+
+static const char *compare_layers(gn_ctx *gpu, const problem *p, const layer *a, const layer *b) {
+    const size_t rows = cache_rows(p), cache = rows * (size_t)p->h.D * gn_dtype_size(p->h.kv_dtype);
+    const size_t scales = p->h.kv_dtype == GN_F8 ? rows * sizeof(float) : 0;
+    const int n = p->T * p->h.heads * p->h.D;
+    const char *why = NULL;
+    float *y = malloc((size_t)n * 2 * sizeof *y);
+    if (!read_rows(gpu, y, &a->y) || !read_rows(gpu, y + n, &b->y))
+        why = "a gap between rows of y is written";
+    else if (memcmp(y, y + n, (size_t)n * sizeof *y) != 0)
+        why = "y differs";
+    else if (!same_memory(gpu, a->kv.k.data, b->kv.k.data, cache) ||
+             !same_memory(gpu, a->kv.v.data, b->kv.v.data, cache))
+        why = "the cache differs";
+    else if (scales > 0 && (!same_memory(gpu, a->kv.k_scales.data, b->kv.k_scales.data, scales) ||
+                            !same_memory(gpu, a->kv.v_scales.data, b->kv.v_scales.data, scales)))
+        why = "the cache's scales differ";
+    free(y);
+    return why;
+}
+
+static const char *compare_ways(const problem *p, uint64_t seed) {
+    gn_ctx *gpu = p->sides->gpu;
+    device_memory m = {.ctx = gpu};
+    layer a = make_layer(&m, p, seed), b = make_layer(&m, p, seed);
+    const gn_seqs seqs = {p->b.n, p->max_blocks, p->row0, p->pos0, p->blocks};
+    int32_t *ids = calloc((size_t)p->T, sizeof *ids);
+    cr_assert_eq(gn_stage(gpu, ids, &seqs, NULL, 0), GN_OK, "%s", p->name);
+    reserve(gpu, gn_attention_workspace(gpu, (int64_t)p->max_blocks * p->h.tokens));
+    const char *why =
+        ran(gpu, gn_rope_store(gpu, &a.q, &a.k, &a.v, &a.cos, &a.sin, &seqs, &a.kv), p->name);
+    if (!why) why = ran(gpu, gn_attention(gpu, &a.y, &a.q, &a.kv, &seqs), p->name);
+    if (!why)
+        why = ran(gpu, gn_rope_attention(gpu, &b.y, &b.q, &b.k, &b.v, &b.cos, &b.sin, &seqs, &b.kv),
+                  p->name);
+    if (!why) why = compare_layers(gpu, p, &a, &b);
+    if (!why && !guards_stand(&m)) why = "a guard is written";
+    device_free(&m);
+    free(ids);
+    return why;
+}
+
+Test(gpu_attention, rotating_and_storing_with_it_changes_no_bit) {
+    static const batch_shape steps[] = {
+        {5, {{0, 1}, {31, 1}, {32, 1}, {777, 1}, {200, 1}}},
+        {40, {[0 ... 39] = {190, 1}}},
+        {4, {{0, 15}, {14, 5}, {700, 1}, {63, 2}}},
+        {3, {{0, 16}, {40, 1}, {0, 0}}}, /* the first is a prefill */
+    };
+    sides s = open_sides(GN_BF16);
+    tally t = {0};
+    for (int i = 0; i < COUNT(shapes) * COUNT(steps); i++) {
+        if (is_brief() && i % 5 != 0) continue;
+        problem p = make_problem(&s, shapes[i % COUNT(shapes)], steps[i / COUNT(shapes)],
+                                 (uint64_t)(600 + i));
+        verdict v = {0};
+        snprintf(v.name, sizeof v.name, "%s", p.name);
+        settle(&t, &v, compare_ways(&p, (uint64_t)(900 + i)));
+        free_problem(&p);
+    }
+    close_sides(&s);
+    conclude(&t, "attention, with rotating and storing");
+}
