@@ -38,16 +38,12 @@
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
                                             int warp, int lane) {
     uint32_t before = 0;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        before = atomicAdd(&p.sync[0], 1u);
-    }
+    if (threadIdx.x == 0) before = fetch_add_release(&p.sync[0], 1);
     if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
         const uint32_t all = before - before % gridDim.x + gridDim.x;
-        while (load_relaxed(&p.sync[0]) < all) {
+        while (load_acquire(&p.sync[0]) < all) {
         }
-        __threadfence();
     }
     __syncthreads();
 }

@@ -82,11 +82,9 @@ static __device__ __forceinline__ void meet_helpers(const struct program &p, uin
                                                     int lane) {
     __syncwarp();
     if (lane == 0) {
-        __threadfence();
-        atomicAdd(&p.sync[2], 1u);
+        fetch_add_release(&p.sync[2], 1);
         while (load_acquire(&p.sync[2]) < times * gridDim.x * HELPERS) {
         }
-        __threadfence();
     }
     __syncwarp();
 }

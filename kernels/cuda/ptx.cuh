@@ -75,6 +75,16 @@ static __device__ __forceinline__ uint4 load_relaxed16(const void *at) {
     return v;
 }
 
+/* What this thread, and those that it met before, wrote is to be seen by who acquires the sum. */
+static __device__ __forceinline__ uint32_t fetch_add_release(uint32_t *at, uint32_t by) {
+    uint32_t before;
+    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(at), "r"(by)
+                 : "memory");
+    return before;
+}
+
 static __device__ __forceinline__ void store_relaxed(uint32_t *at, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
