@@ -34,12 +34,12 @@
 /* ---- the grid ---- */
 
 /* Everything that all blocks wrote before is to be seen after; threads of a block have met before.
- * While the others come, the cache that the next phase reads is fetched. */
+ * While the others come, the cache that attention, the phase `next`, reads is fetched. */
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
                                             int warp, int lane) {
     uint32_t before = 0;
     if (threadIdx.x == 0) before = fetch_add_release(&p.sync[0], 1);
-    if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
+    prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
         const uint32_t all = before - before % gridDim.x + gridDim.x;
         while (load_acquire(&p.sync[0]) < all) {
@@ -48,25 +48,30 @@ static __device__ __forceinline__ void meet(const struct program &p, const struc
     __syncthreads();
 }
 
-/* Words of this block are to be awaited again. */
 static __device__ __forceinline__ void arm_words(void *at, int n) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < n; i += THREADS) store_relaxed((uint32_t *)at + i, ARMED);
 }
 
-/* During attention, phase i: what this block will leave in the products after it. */
-static __device__ __forceinline__ void arm(const struct program &p, int i) {
-    const struct range stream = groups_of(*phase_at(i + 1)), h = groups_of(*phase_at(i));
-    const int squares = stream.end - stream.begin, n = p.hidden / GROUP_ROWS;
+/* This block's part of buffers `which`; of q k v's normed the others. Who arms attended does not
+ * matter: it is written after the next meeting. */
+static __device__ __forceinline__ void arm(const struct program &p, int which) {
+    const struct range stream = share_of(p.stream_each, p.stream_left);
+    const struct range h = share_of(p.h_each, p.h_left);
+    const int n = stream.end - stream.begin, dim = p.heads * p.D;
+    const int begin = dim / 2 * (int)blockIdx.x / (int)gridDim.x,
+              end = dim / 2 * (int)(blockIdx.x + 1) / (int)gridDim.x;
 #pragma unroll 1
-    for (int row = 0; row < 2 * MAX_T; row++) {
-        const int t = row % MAX_T;
-        if (t >= p.T) continue;
-        arm_words(p.normed + (row * n + stream.begin) * GROUP_ROWS, squares * GROUP_ROWS / 2);
-        arm_words(p.squares + row * n + stream.begin, squares);
-        if (row == t)
-            arm_words(p.h + (int64_t)t * p.intermediate + h.begin * GN_CUDA_TILE_ROWS,
-                      (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2);
+    for (int i = 0; i < 2 * p.T; i++) {
+        const int t = i / 2, row = which * MAX_T + t;
+        const int normed =
+            ((i % 2 ? 2 + which : 1 - which) * MAX_T + t) * p.hidden + stream.begin * GROUP_ROWS;
+        arm_words(p.normed + normed, n * GROUP_ROWS / 2);
+        arm_words(p.squares + normed / GROUP_ROWS, n);
+        if (i % 2) continue;
+        arm_words(p.h + (int64_t)row * p.intermediate + h.begin * GN_CUDA_TILE_ROWS,
+                  (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2);
+        arm_words(p.attended + row * dim + 2 * begin, end - begin);
     }
 }
 
@@ -125,7 +130,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
         const enum kind kind = phase_at(i)->kind;
-        if (phase_at(i)->meets) meet(p, *phase_at(i), warp, lane);
+        if (kind == ATTEND) meet(p, *phase_at(i), warp, lane);
         if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
@@ -134,7 +139,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
                 if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
                 if (lane == 0) *saved = cur;
                 __syncwarp();
-                arm(p, i);
+                arm(p, phase_at(i)->armed);
             }
             attend(p, *phase_at(i), warp, lane);
             step = {};
@@ -143,6 +148,7 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
                 load_step<DQ>(&step, &cur, p, i, warp, lane);
             }
         } else if (kind == PREPARE && !helps) {
+            arm(p, phase_at(i)->armed);
             prepare<MOST, LORA>(p, *phase_at(i));
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
@@ -194,47 +200,48 @@ static void plan_product(struct phase *ph, enum kind kind, const gn_matrix *cons
     ph->n_parts = n;
 }
 
-/* next_norm: of the next layer, or NULL. */
+/* Layer i, after which come others or none. */
 static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
-                       const gn_decoder_layer *layer, const gn_tensor *next_norm, int pair,
-                       int sms) {
+                       const gn_decoder_options *o, int i, int sms) {
+    const gn_decoder_layer *layer = &o->layers[i];
+    const int which = i % 2, other = 1 - which, mlp = 2 + which, pair = i * PROJECTIONS;
+    const int normed = MAX_T * p->hidden, squares = normed / GROUP_ROWS;
+    bf16 *attended = p->attended + which * MAX_T * p->heads * p->D;
+    bf16 *h = p->h + (int64_t)which * MAX_T * p->intermediate;
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
-    bf16 *mlp_normed = p->normed + MAX_T * p->hidden;
-    float *mlp_squares = p->squares + MAX_T * p->hidden / GROUP_ROWS;
-    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, pair, sms);
-    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, pair + 3, sms);
-    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, mlp_normed, pair + 4, sms);
-    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, pair + 6, sms);
+    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows,
+                 p->normed + which * normed, pair, sms);
+    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, attended, pair + 3, sms);
+    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed + mlp * normed, pair + 4, sms);
+    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, h, pair + 6, sms);
+    ph[0].squares = p->squares + which * squares;
     ph[1].kind = ATTEND;
-    ph[1].groups_each = ph[3].groups_each;
-    ph[1].groups_left = ph[3].groups_left;
-    ph[1].meets = ph[2].meets = true;
+    ph[1].y = attended;
+    ph[1].armed = other;
     ph[2].norm = (const float *)layer->mlp_norm->data;
-    ph[2].normed = mlp_normed;
-    ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;
-    ph[4].normed = p->normed;
-    ph[0].squares = ph[4].squares = p->squares;
-    ph[2].squares = ph[3].squares = mlp_squares;
-    for (int i = 0; i < LAYER_PHASES; i++) {
-        ph[i].keys = (bf16 *)layer->kv->k.data;
-        ph[i].values = (bf16 *)layer->kv->v.data;
+    ph[2].y = p->normed + mlp * normed;
+    ph[2].squares = ph[3].squares = p->squares + mlp * squares;
+    ph[3].y = h;
+    if (i + 1 < o->n_layers) ph[4].norm = (const float *)o->layers[i + 1].attn_norm->data;
+    ph[4].y = p->normed + other * normed;
+    ph[4].squares = p->squares + other * squares;
+    for (int k = 0; k < LAYER_PHASES; k++) {
+        ph[k].keys = (bf16 *)layer->kv->k.data;
+        ph[k].values = (bf16 *)layer->kv->v.data;
     }
 }
 
 static void plan(struct phase *phases, const struct program *p, const gn_decoder_options *o,
                  int sms) {
     struct phase *first = phases;
-    const int groups = p->hidden / GROUP_ROWS;
     first->kind = PREPARE;
     first->norm = (const float *)o->layers[0].attn_norm->data;
-    first->normed = p->normed;
+    first->y = p->normed;
     first->squares = p->squares;
-    first->groups_each = groups / sms;
-    first->groups_left = groups % sms;
-    for (int i = 0; i < o->n_layers; i++)
-        plan_layer(phases + 1 + i * LAYER_PHASES, p, &o->layers[i],
-                   i + 1 < o->n_layers ? o->layers[i + 1].attn_norm : NULL, i * PROJECTIONS, sms);
+    first->groups_each = p->stream_each;
+    first->groups_left = p->stream_left;
+    for (int i = 0; i < o->n_layers; i++) plan_layer(phases + 1 + i * LAYER_PHASES, p, o, i, sms);
 }
 
 /* Whether two device arrays hold the same floats; a failure to read them counts as no. */
@@ -342,6 +349,11 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->by_half = divide_by(p->D / GROUP_ROWS);
     p->by_D = divide_by(p->D);
     p->n_phases = 1 + o->n_layers * LAYER_PHASES;
+    const int sms = d->ctx->cuda->sms;
+    p->stream_each = p->hidden / GROUP_ROWS / sms;
+    p->stream_left = p->hidden / GROUP_ROWS % sms;
+    p->h_each = p->intermediate / GN_CUDA_TILE_ROWS / sms;
+    p->h_left = p->intermediate / GN_CUDA_TILE_ROWS % sms;
     const size_t rows = MAX_T, dim = (size_t)(p->heads * p->D);
     const size_t groups = (size_t)(p->hidden / GROUP_ROWS);
     const size_t phase_bytes = (size_t)p->n_phases * sizeof(struct phase);
@@ -351,11 +363,11 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
         size_t bytes;
         int fill;
     } parts[] = {
-        {(void **)&p->normed, 2 * rows * (size_t)p->hidden * sizeof *p->normed, armed},
-        {(void **)&p->squares, 2 * rows * groups * sizeof *p->squares, armed},
+        {(void **)&p->normed, 4 * rows * (size_t)p->hidden * sizeof *p->normed, armed},
+        {(void **)&p->squares, 4 * rows * groups * sizeof *p->squares, armed},
         {(void **)&p->q, rows * dim * sizeof *p->q, 0},
-        {(void **)&p->attended, rows * dim * sizeof *p->attended, 0},
-        {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, armed},
+        {(void **)&p->attended, 2 * rows * dim * sizeof *p->attended, 0},
+        {(void **)&p->h, 2 * rows * (size_t)p->intermediate * sizeof *p->h, 0},
         {(void **)&p->partials, partial_bytes(d->ctx, o), 0},
         {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, 0},
         {(void **)&p->sync, 3 * sizeof *p->sync, 0},
@@ -368,7 +380,7 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->phases = (const struct phase *)d->phases;
     struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
     if (!phases) return GN_ENOMEM;
-    plan(phases, p, o, d->ctx->cuda->sms);
+    plan(phases, p, o, sms);
     const gn_status status = gn_ctx_write(d->ctx, d->phases, phases, phase_bytes);
     free(phases);
     return status;

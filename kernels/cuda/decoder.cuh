@@ -34,14 +34,14 @@ struct alignas(16) phase {
     struct weight w[3];
     const bf16 *x;       /* what is multiplied, (T, 64 blocks) */
     const float *norm;   /* PREPARE, ADD: of the next product's x, or NULL */
-    bf16 *normed;        /* PREPARE, ADD: that they leave */
-    float *squares;      /* likewise; QKV, SWIGLU: those of x */
+    bf16 *y;             /* what is left for the next product: normed, attended or h */
+    float *squares;      /* of y; QKV, SWIGLU: of x */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
     int pair, n_parts;            /* LoRA's, of the phase's first weight */
-    int groups_each, groups_left; /* of a block; one more for the first ones. ATTEND: SWIGLU's */
+    int groups_each, groups_left; /* of a block; one more for each of the first blocks */
     int blocks;                   /* of 64 columns */
-    bool meets;                   /* it begins when all blocks have ended the one before */
+    int armed;                    /* PREPARE, ATTEND: which buffers these arm */
 };
 
 /* To divide small numbers by: x / d is the upper half of x inverse. */
@@ -59,12 +59,15 @@ struct program {
     const float *cosines, *sines;
     /* RMSNorm's input times its weights, and the squares of that input, summed by groups; its
      * factor, one number a row, is applied to the product's sums. Of q k v's norm, then of gate and
-     * up's; awaited, as h is. */
-    bf16 *normed;           /* (2, MAX_T, hidden) */
-    float *squares;         /* (2, MAX_T, hidden / GROUP_ROWS) */
-    bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
-    float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
-    uint32_t *splits_done;  /* (T, kv heads, tiles) */
+     * up's. These, what attention leaves and h are awaited; layers take two of each in turn. */
+    bf16 *normed;                 /* (2, 2, MAX_T, hidden) */
+    float *squares;               /* (2, 2, MAX_T, hidden / GROUP_ROWS) */
+    bf16 *attended, *h;           /* (2, MAX_T, heads D), (2, MAX_T, intermediate) */
+    bf16 *q;                      /* (T, heads D) */
+    int h_each, h_left;           /* groups of a block that leave h, as in phase */
+    int stream_each, stream_left; /* and of one that leave normed */
+    float *partials;              /* (T, heads, splits, D + 4): see decoder_attention.cuh */
+    uint32_t *splits_done;        /* (T, kv heads, tiles) */
     int splits, max_blocks;
     gn_cuda_batch batch;
     const float *code, *nested_code;    /* of all weights; NULL without double quantization */
@@ -136,11 +139,21 @@ static __device__ __forceinline__ struct phase *phase_at(int i) {
 
 /* ---- results that are awaited ---- */
 
-/* Who needs normed, squares or h polls for the words themselves, which saves the fence, the counter
+/* Who needs what a phase leaves polls for the words themselves, which saves the fence, the counter
  * and the second read of a barrier. A word that is not there yet is ARMED, which no result is:
- * conversion and arithmetic make other NaNs. Between two meetings of the grid, when all have read
- * the last layer's, the block that will write a word arms it again. */
+ * conversion and arithmetic make other NaNs.
+ *
+ * Before it is written a word must have been armed, after all have read what it was before; and
+ * who polls for it must see that. So all blocks meet once a layer, before attention. Then they have
+ * read all of the layer before, and q k v's normed of this one: buffers that are armed now, polled
+ * for after the next meeting. */
 static constexpr uint32_t ARMED = ~0u;
+
+/* A lane's value and its neighbour's, of which they leave a word. `lanes`: that do so. */
+static __device__ __forceinline__ void leave_pair(bf16 *at, float v, uint32_t lanes) {
+    const float other = __shfl_xor_sync(lanes, v, 1);
+    if (threadIdx.x % 2 == 0) store_relaxed((uint32_t *)at, pack_bf16(v, other));
+}
 
 /* ---- who does what ---- */
 
@@ -149,9 +162,13 @@ struct range {
     int begin, end;
 };
 
+static __device__ __forceinline__ struct range share_of(int each, int left) {
+    const int i = (int)blockIdx.x, begin = i * each + min(i, left);
+    return {begin, begin + each + (i < left)};
+}
+
 static __device__ __forceinline__ struct range groups_of(const struct phase &ph) {
-    const int i = (int)blockIdx.x, begin = i * ph.groups_each + min(i, ph.groups_left);
-    return {begin, begin + ph.groups_each + (i < ph.groups_left)};
+    return share_of(ph.groups_each, ph.groups_left);
 }
 
 static __device__ __forceinline__ struct range blocks_of(const struct phase &ph, int warp) {

@@ -38,6 +38,10 @@ static __device__ __forceinline__ struct item item_of(const struct program &p, i
     return item;
 }
 
+static __device__ __forceinline__ int first_head(const struct program &p, struct item item) {
+    return item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+}
+
 /* The block's first item is the same in every layer, so it is worked out once. */
 static __device__ __forceinline__ struct item *first_item(void) {
     return (struct item *)(shared + ITEM_AT);
@@ -102,10 +106,9 @@ template <int P>
 static __device__ __forceinline__ void
 attend_blocks(struct result<P> *r, const struct program &p, const struct phase &ph,
               struct item item, int first, int step, const float *record, int lane) {
-    const int g = lane / 4, c = lane % 4, group = p.heads / p.kv_heads;
+    const int g = lane / 4, c = lane % 4;
     const int length = slot_of(item.t)->position + 1;
-    const int head = item.kv_head * group + item.first_query;
-    const bf16 *q = p.q + ((int64_t)item.t * p.heads + head + g) * p.D;
+    const bf16 *q = p.q + ((int64_t)item.t * p.heads + first_head(p, item) + g) * p.D;
     uint4 query[P / 32];
 #pragma unroll
     for (int s = 0; s < P / 32; s++) {
@@ -196,8 +199,8 @@ static __device__ __forceinline__ float combine(int n, State state, Out out, flo
  * splits. */
 template <int P>
 static __device__ __forceinline__ void combine_records(const struct program &p, struct item item,
-                                                       int n, bool is_whole) {
-    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+                                                       bf16 *y, int n, bool is_whole) {
+    const int head = first_head(p, item);
     for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
         const int query = quotient(i, p.by_D), d = i - query * p.D;
         const int state = item.n_queries * P + 2 * query, at = query * P + d;
@@ -206,8 +209,7 @@ static __device__ __forceinline__ void combine_records(const struct program &p, 
             n, [=](int w) { return *(const float2 *)(record_of(w) + state); },
             [=](int w) { return record_of(w)[at]; }, &top_sum);
         if (is_whole) {
-            p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
-                __float2bfloat16(out / top_sum.y);
+            leave_pair(y + query * p.D + d, out / top_sum.y, 0xffffu << (threadIdx.x & 16));
             continue;
         }
         float *to = partial_at(p, item.t, head + query, item.split);
@@ -232,8 +234,8 @@ static __device__ __forceinline__ bool is_last(const struct program &p, int i, i
 }
 
 static __device__ __forceinline__ void combine_splits(const struct program &p, struct item item,
-                                                      int n) {
-    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+                                                      bf16 *y, int n) {
+    const int head = first_head(p, item);
     for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
         const int query = quotient(i, p.by_D), d = i - query * p.D;
         float2 top_sum;
@@ -243,8 +245,7 @@ static __device__ __forceinline__ void combine_splits(const struct program &p, s
                 return __ldcg((const float2 *)(partial_at(p, item.t, head + query, s) + p.D));
             },
             [=](int s) { return __ldcg(partial_at(p, item.t, head + query, s) + d); }, &top_sum);
-        p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
-            __float2bfloat16(out / top_sum.y);
+        leave_pair(y + query * p.D + d, out / top_sum.y, 0xffffu << (threadIdx.x & 16));
     }
 }
 
@@ -267,8 +268,9 @@ static __device__ __forceinline__ void attend_to(const struct program &p, const 
             leave_record<P>(&r, item, record_of(warp), lane);
         }
         __syncthreads();
-        if (warp < WARPS) combine_records<P>(p, item, busy, splits == 1);
-        if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, splits);
+        bf16 *y = ph.y + ((int64_t)item.t * p.heads + first_head(p, item)) * p.D;
+        if (warp < WARPS) combine_records<P>(p, item, y, busy, splits == 1);
+        if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, y, splits);
         __syncthreads();
     }
 }

@@ -302,12 +302,6 @@ static __device__ __forceinline__ struct before before_of(const struct program &
     return {__ldcg(p.x + o.t * p.x_ld + o.n), ph.norm ? __ldg(ph.norm + o.n) : 0.0f};
 }
 
-/* A lane's value and its neighbour's, of which they leave a word. `lanes`: that do so. */
-static __device__ __forceinline__ void leave_pair(bf16 *at, float v, uint32_t lanes) {
-    const float other = __shfl_xor_sync(lanes, v, 1);
-    if (threadIdx.x % 2 == 0) store_relaxed((uint32_t *)at, pack_bf16(v, other));
-}
-
 /* The residual stream's outputs of n groups from `first` on, with sums to be added or, in PREPARE,
  * without; the thread's first one is added to `early`. */
 template <int MOST, bool LORA>
@@ -324,7 +318,7 @@ static __device__ __forceinline__ void finish_stream(const struct program &p,
         }
         if (!ph.norm) continue;
         const uint32_t half = 0xffffu << (threadIdx.x & 16);
-        leave_pair(ph.normed + o.t * p.hidden + o.n, x * before.norm, half);
+        leave_pair(ph.y + o.t * p.hidden + o.n, x * before.norm, half);
         float square = x * x;
 #pragma unroll
         for (int d = GROUP_ROWS / 2; d > 0; d /= 2) square += __shfl_xor_sync(half, square, d);
@@ -345,7 +339,7 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
         const float v = total<MOST, LORA>(group, row, t) * factor;
         const float other = total<MOST, LORA>(group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
-            leave_pair(p.h + (int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS +
+            leave_pair(ph.y + (int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS +
                            row,
                        v / (1.0f + __expf(-v)) * other, 0xffu << (threadIdx.x & 24));
         else
