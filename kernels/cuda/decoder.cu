@@ -3,8 +3,8 @@
  * Decoding is bound by reading the weights once, so nothing may interrupt the reading. A layer is
  * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
  * five launches, each would begin and end with some microseconds in which no weights come. Here
- * one block an SM stays for all of them and meets the others at a barrier in global memory, while
- * the first weights of what comes next are on their way already.
+ * one block an SM stays for all of them and polls for what the others leave, word by word
+ * (decoder.cuh), while the first weights of what comes next are on their way already.
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
