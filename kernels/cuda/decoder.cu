@@ -139,17 +139,17 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
                 if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
                 if (lane == 0) *saved = cur;
                 __syncwarp();
-                arm(p, phase_at(i)->armed);
             }
             attend(p, *phase_at(i), warp, lane);
             step = {};
             if (!helps) {
                 cur = *saved;
                 load_step<DQ>(&step, &cur, p, i, warp, lane);
+                arm(p, phase_at(i)->armed);
             }
         } else if (kind == PREPARE && !helps) {
-            arm(p, phase_at(i)->armed);
             prepare<MOST, LORA>(p, *phase_at(i));
+            arm(p, phase_at(i)->armed);
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         } else if (kind != PREPARE) {
