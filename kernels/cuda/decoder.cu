@@ -3,8 +3,8 @@
  * Decoding is bound by reading the weights once, so nothing may interrupt the reading. A layer is
  * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
  * five launches, each would begin and end with some microseconds in which no weights come. Here
- * one block an SM stays for all of them and meets the others at a barrier in global memory, while
- * the first weights of what comes next are on their way already.
+ * one block an SM stays for all of them and polls for what the others leave, word by word
+ * (decoder.cuh), while the first weights of what comes next are on their way already.
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
@@ -38,7 +38,7 @@
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
                                             int warp, int lane) {
     uint32_t before = 0;
-    if (threadIdx.x == 0) before = add_release(&p.sync[0], 1);
+    if (threadIdx.x == 0) before = fetch_add_release(&p.sync[0], 1);
     prefetch_cache(p, next, warp, lane);
     if (threadIdx.x == 0) {
         const uint32_t all = before - before % gridDim.x + gridDim.x;
@@ -139,17 +139,17 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
                 if (next_units(&cur, p, i, warp, lane) > 0) prefetch_step(&cur, 0, lane);
                 if (lane == 0) *saved = cur;
                 __syncwarp();
-                arm(p, phase_at(i)->armed);
             }
             attend(p, *phase_at(i), warp, lane);
             step = {};
             if (!helps) {
                 cur = *saved;
                 load_step<DQ>(&step, &cur, p, i, warp, lane);
+                arm(p, phase_at(i)->armed);
             }
         } else if (kind == PREPARE && !helps) {
-            arm(p, phase_at(i)->armed);
             prepare<MOST, LORA>(p, *phase_at(i));
+            arm(p, phase_at(i)->armed);
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         } else if (kind != PREPARE) {

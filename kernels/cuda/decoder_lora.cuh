@@ -82,7 +82,7 @@ static __device__ __forceinline__ void meet_helpers(const struct program &p, uin
                                                     int lane) {
     __syncwarp();
     if (lane == 0) {
-        add_release(&p.sync[2], 1);
+        fetch_add_release(&p.sync[2], 1);
         while (load_acquire(&p.sync[2]) < times * gridDim.x * HELPERS) {
         }
     }

@@ -76,7 +76,7 @@ static __device__ __forceinline__ uint4 load_relaxed16(const void *at) {
 }
 
 /* What this thread, and those that it met before, wrote is to be seen by who acquires the sum. */
-static __device__ __forceinline__ uint32_t add_release(uint32_t *at, uint32_t by) {
+static __device__ __forceinline__ uint32_t fetch_add_release(uint32_t *at, uint32_t by) {
     uint32_t before;
     asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(before)

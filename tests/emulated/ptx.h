@@ -40,7 +40,7 @@ static inline uint4 load_relaxed16(const void *at) {
     return make_uint4(load_relaxed(words), load_relaxed(words + 1), load_relaxed(words + 2),
                       load_relaxed(words + 3));
 }
-static inline uint32_t add_release(uint32_t *at, uint32_t by) {
+static inline uint32_t fetch_add_release(uint32_t *at, uint32_t by) {
     return __atomic_fetch_add(at, by, __ATOMIC_RELEASE);
 }
 static inline void store_relaxed(uint32_t *at, uint32_t v) {

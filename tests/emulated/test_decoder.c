@@ -4,7 +4,7 @@
 
 #include "tests/gpu/decoder_layers.h"
 
-enum { TERMS = 4, SEQ_BLOCKS = 48, ROWS = GN_DECODER_MAX_ROWS };
+enum { TERMS = 4, SEQ_BLOCKS = 48, MAX_SEQ_BLOCKS = 528, ROWS = GN_DECODER_MAX_ROWS };
 
 typedef struct {
     int sms, hidden, intermediate, heads, kv_heads, D, layers, T, past[5]; /* by row, again */
@@ -19,6 +19,7 @@ typedef struct {
 static const shape shapes[] = {
     {3, 256, 704, 4, 4, 64, 2, 1, {37}, true, 0, {{0}}},
     {8, 64, 128, 1, 1, 128, 1, 1, {700}, true, 0, {{0}}}, /* splits of a context */
+    {3, 64, 128, 1, 1, 64, 1, 1, {8300}, true, 0, {{0}}}, /* more blocks than are kept at hand */
     {5, 640, 1728, 8, 8, 80, 1, 1, {5}, true, 1, {{0, 1, 8}}},
     {2, 64, 64, 1, 1, 64, 2, 1, {0}, true, 2, {{0, 1, 3}, {0, 1, 33}}},
     {4, 512, 1408, 8, 2, 64, 1, 1, {600}, false, 0, {{0}}},
@@ -55,12 +56,13 @@ typedef struct {
     decoder_layers decoder, ops; /* in bfloat16, emulated; in float32 on the CPU */
     gn_lora_pair pairs[TERMS][MAX_LAYERS * PROJ];
     gn_lora terms[TERMS];
-    int32_t row0[ROWS + 1], pos0[ROWS], blocks[ROWS * SEQ_BLOCKS];
+    int seq_blocks;
+    int32_t row0[ROWS + 1], pos0[ROWS], blocks[ROWS * MAX_SEQ_BLOCKS];
 } model;
 
 /* Keys or values of the past, the same on both sides. */
 static void open_cache(model *m, rng *r, gn_tensor *device, gn_tensor *host) {
-    const int64_t n = m->s.T * SEQ_BLOCKS, row = (int64_t)m->s.kv_heads * CACHE_TOKENS * m->s.D;
+    const int64_t n = m->s.T * m->seq_blocks, row = (int64_t)m->s.kv_heads * CACHE_TOKENS * m->s.D;
     float *past = random_floats(r, (size_t)(n * row));
     round_floats(past, GN_BF16, n * row);
     *device = cache_rows(&m->placed, past, GN_BF16, n, m->s.kv_heads, m->s.D);
@@ -88,8 +90,8 @@ static void open_batch(model *m, rng *r) {
     decoder_layers *o = &m->ops;
     for (int i = 0; i <= T; i++) m->row0[i] = i;
     for (int i = 0; i < T; i++) m->pos0[i] = m->s.past[i % COUNT(m->s.past)];
-    for (int i = 0; i < T * SEQ_BLOCKS; i++) m->blocks[i] = (i * 7 + 3) % (T * SEQ_BLOCKS);
-    o->seqs = (gn_seqs){T, SEQ_BLOCKS, m->row0, m->pos0, m->blocks};
+    for (int i = 0; i < T * m->seq_blocks; i++) m->blocks[i] = (i * 7 + 3) % (T * m->seq_blocks);
+    o->seqs = (gn_seqs){T, m->seq_blocks, m->row0, m->pos0, m->blocks};
     o->cos = device_rows(&m->host, NULL, GN_F32, T, m->s.D / 2, 0, 0);
     o->sin = device_rows(&m->host, NULL, GN_F32, T, m->s.D / 2, 0, 0);
     const gn_tensor inv_freq = scaled_vector(&m->host, r, m->s.D / 2, 0.5f, 0.5f);
@@ -105,6 +107,7 @@ static void open_batch(model *m, rng *r) {
 static void open_model(model *m, shape s) {
     rng r = {(uint64_t)(s.hidden + s.T + s.D)};
     *m = (model){.s = s};
+    m->seq_blocks = s.past[0] / CACHE_TOKENS < SEQ_BLOCKS ? SEQ_BLOCKS : MAX_SEQ_BLOCKS;
     decoder_layers *const both[] = {&m->decoder, &m->ops};
     for (int i = 0; i < 2; i++)
         *both[i] = (decoder_layers){.ctx = i ? open_on("cpu", GN_F32) : open_on("cuda", GN_BF16),
@@ -172,7 +175,7 @@ static void test_shape(tally *tally, shape s) {
     const gn_tensor expected = device_rows(&m.host, start, GN_F32, s.T, s.hidden, 0, 0);
     const gn_tensor got = device_rows(&m.placed, start, GN_F32, s.T, s.hidden, 0, 0);
     reserve(m.ops.ctx, gn_linear_workspace(m.ops.ctx, ROWS, 2048, 4096, 64, TERMS) +
-                           gn_attention_workspace(m.ops.ctx, 1024));
+                           gn_attention_workspace(m.ops.ctx, MAX_SEQ_BLOCKS * CACHE_TOKENS));
     cr_assert_eq(run_ops(&m.ops, expected), GN_OK);
     run_decoder(&m, got, start);
     judge_rows(&v, got.data, expected.data, start, s.T, s.hidden);
@@ -186,4 +189,20 @@ Test(emulated_decoder, does_what_the_ops_do, .timeout = 300) {
     tally tally = {0};
     for (int i = 0; i < COUNT(shapes); i++) test_shape(&tally, shapes[i]);
     conclude(&tally, "decoder");
+}
+
+/* Nothing that is waited for may look as if it were not there. */
+Test(emulated_decoder, ends_where_values_are_no_numbers, .timeout = 60) {
+    for (int i = 0; i < COUNT(shapes); i += 6) {
+        model m;
+        open_model(&m, shapes[i]);
+        const int64_t n = (int64_t)m.s.T * m.s.hidden;
+        float *start = calloc((size_t)n, sizeof *start);
+        for (int64_t j = 0; j < n; j += 3) start[j] = NAN;
+        const gn_tensor x = device_rows(&m.placed, start, GN_F32, m.s.T, m.s.hidden, 0, 0);
+        run_decoder(&m, x, start);
+        for (int64_t j = 0; j < n; j++) cr_assert(isnan(((const float *)x.data)[j]));
+        free(start);
+        close_model(&m);
+    }
 }

@@ -200,3 +200,27 @@ Test(gpu_decoder, repeats_itself_to_the_bit) {
     close_model(&m);
     close_sides(&s);
 }
+
+/* Nothing that is waited for may look as if it were not there. */
+Test(gpu_decoder, ends_where_values_are_no_numbers) {
+    enum { T = 3 };
+    sides s = open_sides(GN_BF16);
+    model m;
+    open_model(&m, s.gpu, shapes[2]);
+    gn_decoder *d = open_decoder(&m.decoder);
+    reserve(s.gpu, gn_linear_workspace(s.gpu, SEQS, 1408, 2 * 1408, 64, 2));
+    const int n = T * m.s.hidden;
+    float *x = malloc((size_t)n * sizeof *x);
+    for (int i = 0; i < n; i += 3) m.start[i] = NAN;
+    for (int lora = 0; lora < 2; lora++) {
+        set_batch(&m, T, lora);
+        cr_assert_null(prepare(&m, T, "no numbers"));
+        cr_assert_eq(run_decoder(&m, d, T), GN_OK);
+        cr_assert_eq(gn_ctx_read(s.gpu, x, m.x[0].data, (size_t)n * sizeof *x), GN_OK);
+        for (int i = 0; i < n; i++) cr_assert(isnan(x[i]));
+    }
+    free(x);
+    gn_decoder_close(d);
+    close_model(&m);
+    close_sides(&s);
+}
