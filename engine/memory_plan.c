@@ -79,7 +79,8 @@ static int64_t adapter_bytes(const gn_memory_needs *n, int64_t rest) {
 gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn_error *err) {
     const int64_t one = context_blocks(n); /* these two are blocks */
     const int64_t most = gn_min(one * n->max_seqs, INT32_MAX);
-    const int64_t there = n->is_host ? n->free : n->free + n->weights + GN_CONTEXT_BYTES;
+    const int64_t context = n->is_host ? 0 : gn_context_bytes(&n->memory);
+    const int64_t there = n->memory.free + (n->is_host ? 0 : n->weights + context);
     const bool is_bound = n->budget > 0 || !n->is_host;
     gn_memory_plan p = {.scratch = n->scratch};
     gn_status status = check_budget(n, there, err);
@@ -88,8 +89,8 @@ gn_status gn_memory_plan_make(gn_memory_plan *plan, const gn_memory_needs *n, gn
     if (!n->is_host) {
         p.weights = n->weights;
         /* Whoever sets a budget knows of the other programs. */
-        const int64_t share = n->budget > 0 ? 0 : n->total / MARGIN_SHARE;
-        p.reserve = GN_CONTEXT_BYTES + gn_max(MIN_MARGIN, share);
+        const int64_t share = n->budget > 0 ? 0 : n->memory.total / MARGIN_SHARE;
+        p.reserve = context + gn_max(MIN_MARGIN, share);
     }
     if (is_bound) p.budget = n->budget > 0 ? n->budget : there;
     int64_t rest = p.budget - p.weights - p.scratch - p.reserve;
@@ -115,8 +116,7 @@ gn_status gn_memory_plan_model(gn_memory_plan *plan, gn_model *model,
                        gn_ctx_device(model->ctx));
     gn_memory_needs n = {
         .is_host = is_host,
-        .free = memory.free,
-        .total = memory.total,
+        .memory = memory,
         .weights = model->owned_bytes,
         .scratch = (int64_t)gn_forward_scratch_bytes(model, limits),
         .row = (int64_t)sizeof(float) * (model->config.hidden + model->config.vocab),

@@ -9,8 +9,13 @@
 
 #include "engine/forward.h"
 
-/* Of a CUDA context with this program's kernels. */
-#define GN_CONTEXT_BYTES ((int64_t)512 << 20)
+/* What a CUDA context takes: what was in use once it was open. More than a context ever takes means
+ * that other programs are on the device; then an estimate has to do. */
+#define GN_CONTEXT_BYTES      ((int64_t)512 << 20)
+#define GN_MOST_CONTEXT_BYTES ((int64_t)1 << 30)
+static inline int64_t gn_context_bytes(const gn_ctx_memory *memory) {
+    return memory->opened <= GN_MOST_CONTEXT_BYTES ? memory->opened : GN_CONTEXT_BYTES;
+}
 
 /* For messages. */
 static inline double gn_mib(int64_t bytes) {
@@ -20,7 +25,7 @@ static inline double gn_mib(int64_t bytes) {
 /* Bytes, but for the last two lines. */
 typedef struct gn_memory_needs {
     bool is_host;
-    int64_t free, total; /* of the device, with the weights in place */
+    gn_ctx_memory memory; /* of the device, with the weights in place */
     int64_t weights, scratch;
     int64_t row;                  /* what a sequence more adds to scratch */
     int64_t block;                /* of the KV cache */

@@ -14,7 +14,7 @@
 #include "engine/model_internal.h"
 #include "kernels/ops.h"
 
-enum { MAX_NAME = 256 };
+enum { MAX_NAME = 256, OWNED_ALIGN = 256 };
 
 typedef struct loader {
     gn_model *m;
@@ -33,7 +33,7 @@ static void *keep(void ***list, size_t *n, void *memory) {
     return memory;
 }
 
-void *gn_model_own(gn_model *m, size_t bytes) {
+static void *allocate(gn_model *m, size_t bytes) {
     void *memory = gn_ctx_alloc(m->ctx, bytes ? bytes : 1);
     if (!memory || !keep(&m->owned, &m->n_owned, memory)) {
         gn_ctx_free(m->ctx, memory);
@@ -41,6 +41,35 @@ void *gn_model_own(gn_model *m, size_t bytes) {
     }
     m->owned_bytes += (int64_t)bytes;
     return memory;
+}
+
+size_t gn_model_owned_size(size_t bytes) {
+    return (bytes + OWNED_ALIGN - 1) / OWNED_ALIGN * OWNED_ALIGN;
+}
+
+void *gn_model_own(gn_model *m, size_t bytes) {
+    const size_t size = gn_model_owned_size(bytes);
+    if (size > m->reserved_bytes) return allocate(m, bytes);
+    void *memory = m->reserved;
+    m->reserved += size;
+    m->reserved_bytes -= size;
+    return memory;
+}
+
+gn_status gn_model_reserve(gn_model *m, size_t bytes, gn_error *err) {
+    if (gn_ctx_is_host(m->ctx)) return GN_OK;
+    m->reserved = allocate(m, bytes);
+    if (!m->reserved)
+        return gn_fail(err, GN_ENOMEM, "%s: no memory on %s for weights of %.1f MiB", m->dir,
+                       gn_ctx_device(m->ctx), (double)bytes / 0x1p20);
+    m->reserved_bytes = bytes;
+    return GN_OK;
+}
+
+size_t gn_model_vectors_size(const gn_model *m) {
+    const gn_config *c = &m->config;
+    return (2 * (size_t)c->layers + 1) * gn_model_owned_size((size_t)c->hidden * sizeof(float)) +
+           gn_model_owned_size((size_t)c->head_dim / 2 * sizeof(float));
 }
 
 void *gn_model_own_host(gn_model *m, size_t bytes) {
@@ -243,13 +272,20 @@ static gn_status load_bnb(loader *l, const char *name, int64_t rows, int64_t col
     return status ? status : gn_model_place(l->m, w, l->err);
 }
 
+static gn_qtype quant_of(const loader *l) {
+    return l->options.quant == GN_Q_NONE ? GN_Q_NF4 : l->options.quant;
+}
+
+static size_t quantized_bytes(const loader *l, int64_t rows, int64_t cols) {
+    return gn_quantize_place_bytes(l->m->ctx, quant_of(l), !l->options.no_double_quant, rows, cols);
+}
+
 static gn_status quantize(loader *l, const gn_file_tensor *t, gn_matrix *w) {
-    const gn_qtype type = l->options.quant == GN_Q_NONE ? GN_Q_NF4 : l->options.quant;
+    const gn_qtype type = quant_of(l);
     const bool nested = gn_qtype_is_4bit(type) && !l->options.no_double_quant;
     gn_model *m = l->m;
     const gn_matrix shape = *w;
-    void *memory =
-        gn_model_own(m, gn_quantize_place_bytes(m->ctx, type, nested, shape.rows, shape.cols));
+    void *memory = gn_model_own(m, quantized_bytes(l, shape.rows, shape.cols));
     gn_error cause = {0};
     const gn_status status = memory ? gn_quantize_place(m->ctx, w, type, nested, t->data, t->dtype,
                                                         shape.rows, shape.cols, memory, &cause)
@@ -263,12 +299,16 @@ static gn_status quantize(loader *l, const gn_file_tensor *t, gn_matrix *w) {
     return GN_OK;
 }
 
+static void projection_name(char name[MAX_NAME], int layer, gn_proj proj) {
+    snprintf(name, MAX_NAME, "model.layers.%d.%s.weight", layer, gn_proj_names[proj]);
+}
+
 static gn_status load_projection(loader *l, int layer, gn_proj proj) {
     char name[MAX_NAME];
     const int64_t rows = gn_proj_rows(&l->m->config, proj),
                   cols = gn_proj_cols(&l->m->config, proj);
     gn_matrix *w = &l->m->layers[layer].proj[proj];
-    snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, gn_proj_names[proj]);
+    projection_name(name, layer, proj);
     if (l->m->config.bnb_4bit) return load_bnb(l, name, rows, cols, w);
     if (l->options.as_stored) return load_plain(l, name, rows, cols, w);
     const gn_file_tensor *t = NULL;
@@ -313,6 +353,56 @@ static gn_status fill_places(loader *l) {
     return status;
 }
 
+/* ---- how much that will be ---- */
+
+static size_t placed_size(const loader *l, gn_matrix host) {
+    return gn_model_owned_size(gn_place_bytes(l->m->ctx, &host));
+}
+
+static gn_status add_plain(const loader *l, const char *name, int64_t rows, int64_t cols,
+                           size_t *sum) {
+    const gn_file_tensor *t;
+    const gn_status status =
+        gn_model_find_weight(&t, l->m->file, l->m->dir, name, 2, rows, cols, l->err);
+    if (!status)
+        *sum += placed_size(
+            l, (gn_matrix){.qtype = GN_Q_NONE, .dtype = t->dtype, .rows = rows, .cols = cols});
+    return status;
+}
+
+static gn_status add_projection(const loader *l, int layer, gn_proj proj, size_t *sum) {
+    const gn_model *m = l->m;
+    const int64_t rows = gn_proj_rows(&m->config, proj), cols = gn_proj_cols(&m->config, proj);
+    char name[MAX_NAME];
+    projection_name(name, layer, proj);
+    if (m->config.bnb_4bit) {
+        gn_bnb_weight b;
+        const gn_status status = gn_bnb_find(&b, m->file, m->dir, name, rows, cols, l->err);
+        if (status) return status;
+        *sum += placed_size(l, (gn_matrix){.qtype = b.qtype,
+                                           .dtype = b.dtype,
+                                           .rows = rows,
+                                           .cols = cols,
+                                           .absmax_u8 = b.nested_absmax ? b.absmax->data : NULL});
+        return GN_OK;
+    }
+    if (l->options.as_stored) return add_plain(l, name, rows, cols, sum);
+    *sum += gn_model_owned_size(quantized_bytes(l, rows, cols));
+    return GN_OK;
+}
+
+static gn_status reserve(const loader *l) {
+    const gn_config *c = &l->m->config;
+    size_t sum = gn_model_vectors_size(l->m);
+    if (gn_ctx_is_host(l->m->ctx)) return GN_OK;
+    gn_status status = add_plain(l, "model.embed_tokens.weight", c->vocab, c->hidden, &sum);
+    if (!status && !c->tied_embeddings)
+        status = add_plain(l, "lm_head.weight", c->vocab, c->hidden, &sum);
+    for (int i = 0; !status && i < c->layers * GN_PROJ_COUNT; i++)
+        status = add_projection(l, i / GN_PROJ_COUNT, (gn_proj)(i % GN_PROJ_COUNT), &sum);
+    return status ? status : gn_model_reserve(l->m, sum, l->err);
+}
+
 static gn_status load_weights(loader *l) {
     gn_status status = gn_safetensors_open_dir(&l->m->file, l->m->dir, l->err);
     if (status) return status;
@@ -322,7 +412,8 @@ static gn_status load_weights(loader *l) {
         if (!gn_model_is_redundant(&l->m->config, t->name)) l->total += (int64_t)t->bytes;
     }
     l->used = calloc(n + 1, sizeof *l->used);
-    status = l->used ? fill_places(l) : gn_fail(l->err, GN_ENOMEM, "out of memory");
+    status = l->used ? reserve(l) : gn_fail(l->err, GN_ENOMEM, "out of memory");
+    if (!status) status = fill_places(l);
     if (!status) status = refuse_unused(l);
     free(l->used);
     return status;

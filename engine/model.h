@@ -32,6 +32,8 @@ struct gn_model {
     void **owned;         /* allocations that weights point into */
     size_t n_owned;
     int64_t owned_bytes;
+    char *reserved; /* the part that is left of one of them, for weights to come */
+    size_t reserved_bytes;
     void **staging; /* host memory on its way to the device */
     size_t n_staging;
     int64_t weight_bytes, parameters;

@@ -9,6 +9,13 @@ GN_CHECKED gn_status gn_model_new(gn_model **out, const char *dir, const gn_conf
                                   const gn_model_options *options, gn_error *err);
 /* Device memory that lives as long as the model; NULL when there is none left. */
 void *gn_model_own(gn_model *model, size_t bytes);
+/* Takes at once what the next calls of gn_model_own will ask for, the sum of gn_model_owned_size: a
+ * device gives memory in blocks of megabytes, and the last of each allocation is half empty. A CPU
+ * needs none of it. */
+GN_CHECKED gn_status gn_model_reserve(gn_model *model, size_t bytes, gn_error *err);
+size_t gn_model_owned_size(size_t bytes);
+/* That sum for all norms and inv_freq. */
+size_t gn_model_vectors_size(const gn_model *model);
 /* The same in the host's reach, to be filled; where the device's memory is not, it lives until the
  * next gn_model_place. */
 void *gn_model_own_host(gn_model *model, size_t bytes);

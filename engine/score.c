@@ -65,10 +65,11 @@ gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32_t context,
     return gn_memory_plan_model(plan, model, &limits, &options, err);
 }
 
-static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
+/* Rows [at, rows) of a chunk whose first is at `position`. */
+static gn_status visit_rows(gn_scorer *s, int32_t at, int32_t rows, int32_t position,
                             void (*on_row)(void *, int32_t, const float *), void *user) {
     const size_t vocab = (size_t)s->model->config.vocab;
-    for (int32_t at = 0, n; at < rows; at += n) {
+    for (int32_t n; at < rows; at += n) {
         int32_t which[LOGITS_ROWS];
         const float *logits;
         n = rows - at < LOGITS_ROWS ? rows - at : LOGITS_ROWS;
@@ -80,9 +81,9 @@ static gn_status visit_rows(gn_scorer *s, int32_t rows, int32_t position,
     return GN_OK;
 }
 
-static gn_status run_chunks(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
-                            int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
-                            void *user) {
+static gn_status run_chunks(gn_scorer *s, const int32_t *ids, int32_t n, int32_t first,
+                            const gn_adapter_use *uses, int32_t n_uses,
+                            void (*on_row)(void *, int32_t, const float *), void *user) {
     gn_status status = GN_OK;
     for (int32_t at = 0, rows; !status && at < n; at += rows) {
         rows = n - at < CHUNK_ROWS ? n - at : CHUNK_ROWS;
@@ -93,22 +94,23 @@ static gn_status run_chunks(gn_scorer *s, const int32_t *ids, int32_t n, const g
                                 .uses = uses,
                                 .use0 = use0};
         status = gn_forward_run(s->forward, &batch);
-        if (!status) status = visit_rows(s, rows, at, on_row, user);
+        if (!status) status = visit_rows(s, first > at ? first - at : 0, rows, at, on_row, user);
     }
     return status;
 }
 
-gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
-                        int32_t n_uses, void (*on_row)(void *, int32_t, const float *),
-                        void *user) {
-    if (n < 1 || n > s->context || n_uses < 0 || n_uses > GN_MAX_ADAPTERS) return GN_EINVAL;
+gn_status gn_scorer_run(gn_scorer *s, const int32_t *ids, int32_t n, int32_t first,
+                        const gn_adapter_use *uses, int32_t n_uses,
+                        void (*on_row)(void *, int32_t, const float *), void *user) {
+    if (n < 1 || n > s->context || first < 0 || n_uses < 0 || n_uses > GN_MAX_ADAPTERS)
+        return GN_EINVAL;
     for (int32_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= s->model->config.vocab) return GN_EINVAL;
     gn_status status = gn_forward_acquire(s->forward, uses, n_uses, NULL);
     if (status) return status;
     for (bool ready = false; !status && !ready;)
         status = gn_forward_poll(s->forward, uses, n_uses, &ready, NULL);
-    if (!status) status = run_chunks(s, ids, n, uses, n_uses, on_row, user);
+    if (!status) status = run_chunks(s, ids, n, first, uses, n_uses, on_row, user);
     gn_forward_release(s->forward, uses, n_uses);
     return status;
 }
@@ -128,7 +130,7 @@ static void add_nll(void *user, int32_t position, const float *logits) {
 gn_status gn_scorer_nll(gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses,
                         int32_t n_uses, double *nll) {
     nll_sum sum = {ids, n, s->model->config.vocab, 0};
-    const gn_status status = gn_scorer_run(s, ids, n, uses, n_uses, add_nll, &sum);
+    const gn_status status = gn_scorer_run(s, ids, n, 0, uses, n_uses, add_nll, &sum);
     *nll = sum.nll;
     return status;
 }

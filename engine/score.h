@@ -16,11 +16,11 @@ GN_CHECKED gn_status gn_scorer_plan(gn_memory_plan *plan, gn_model *model, int32
                                     gn_kv_dtype kv, int64_t budget, gn_adapter *const *adapters,
                                     int32_t n_adapters, gn_error *err);
 
-/* Runs ids (n) from position 0 and calls on_row once for each position, in order, with logits
- * (vocab) that say what follows it. uses may be NULL when n_uses is 0. */
+/* Runs ids (n) from position 0 and calls on_row once for each position from `first` on, in order,
+ * with logits (vocab) that say what follows it. uses may be NULL when n_uses is 0. */
 GN_CHECKED gn_status gn_scorer_run(
-    gn_scorer *s, const int32_t *ids, int32_t n, const gn_adapter_use *uses, int32_t n_uses,
-    void (*on_row)(void *user, int32_t position, const float *logits), void *user);
+    gn_scorer *s, const int32_t *ids, int32_t n, int32_t first, const gn_adapter_use *uses,
+    int32_t n_uses, void (*on_row)(void *user, int32_t position, const float *logits), void *user);
 
 /* Negative log-likelihood, in nats, of ids[1..n) given what precedes each. */
 GN_CHECKED gn_status gn_scorer_nll(gn_scorer *s, const int32_t *ids, int32_t n,

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "engine/model_internal.h"
+#include "kernels/ops.h"
 
 static const struct {
     const char *name;
@@ -122,11 +123,28 @@ static gn_status ones(gn_model *m, gn_tensor *norm, gn_error *err) {
     return status;
 }
 
+static size_t plain_size(const gn_model *m, int64_t rows, int64_t cols) {
+    const gn_matrix plain = {.qtype = GN_Q_NONE, .dtype = GN_BF16, .rows = rows, .cols = cols};
+    return gn_model_owned_size(gn_place_bytes(m->ctx, &plain));
+}
+
+static gn_status reserve(gn_model *m, bool plain, bool nest, gn_error *err) {
+    const gn_config *c = &m->config;
+    size_t sum = gn_model_vectors_size(m) + 2 * plain_size(m, c->vocab, c->hidden);
+    for (int p = 0; p < GN_PROJ_COUNT; p++) {
+        const int64_t rows = gn_proj_rows(c, (gn_proj)p), cols = gn_proj_cols(c, (gn_proj)p);
+        const size_t nf4 = gn_quantize_place_bytes(m->ctx, GN_Q_NF4, nest, rows, cols);
+        sum += (size_t)c->layers * (plain ? plain_size(m, rows, cols) : gn_model_owned_size(nf4));
+    }
+    return gn_model_reserve(m, sum, err);
+}
+
 static gn_status fill(gn_model *m, const gn_model_options *options, gn_error *err) {
     const bool plain = options->as_stored, nest = !options->no_double_quant;
     const gn_config *c = &m->config;
     uint64_t seed = 1;
-    gn_status status = random_plain(m, &m->embed, c->vocab, c->hidden, seed++ << 40, err);
+    gn_status status = reserve(m, plain, nest, err);
+    if (!status) status = random_plain(m, &m->embed, c->vocab, c->hidden, seed++ << 40, err);
     if (!status) status = random_plain(m, &m->lm_head, c->vocab, c->hidden, seed++ << 40, err);
     if (!status) status = ones(m, &m->norm, err);
     for (int i = 0; !status && i < c->layers; i++) {

@@ -49,10 +49,12 @@ void gn_ctx_free(gn_ctx *ctx, void *memory);
 /* Gives back what only loading weights needed. */
 void gn_ctx_trim(gn_ctx *ctx);
 
-/* Bytes of the device's memory, and those of them that nobody uses. On the CPU: of the machine, or
- * of the container; what only caches files counts as free. GN_EIO when that cannot be known. */
+/* Bytes of the device's memory, those of them that nobody uses, and those that were in use once the
+ * context was open, before anything else was put there: the driver's, and other programs'. On the
+ * CPU: of the machine, or of the container; what only caches files counts as free; opened is 0.
+ * GN_EIO when that cannot be known. */
 typedef struct gn_ctx_memory {
-    int64_t free, total;
+    int64_t free, total, opened;
 } gn_ctx_memory;
 GN_CHECKED gn_status gn_ctx_read_memory(gn_ctx *ctx, gn_ctx_memory *memory);
 GN_CHECKED gn_status gn_ctx_read_host_memory(gn_ctx_memory *memory);

@@ -170,6 +170,19 @@ static double flop_of(const run *r) {
            (weights * (again + 1) + lora * (again + 2) + attention * (again + 2.5) + head * 2);
 }
 
+/* The plan beside what was found. */
+static gn_status show_memory(const run *r) {
+    gn_train_measured found;
+    if (gn_ctx_is_host(r->model->ctx)) return GN_OK;
+    const gn_status status = gn_train_memory_measure(
+        &found, &r->plan, r->model, gn_trainable_parameters(r->trainable), r->optimizer);
+    if (status) return gn_fail(r->bench->err, status, "memory: %s", gn_status_text(status));
+    char *text = gn_train_memory_text(&r->plan, &found);
+    if (text) fputs(text, stderr);
+    free(text);
+    return GN_OK;
+}
+
 static gn_status report(const run *r, double seconds) {
     const gn_bench *b = r->bench;
     const double rows = (double)b->streams * b->prompt, tok_s = rows / seconds;
@@ -194,6 +207,7 @@ static gn_status report(const run *r, double seconds) {
     cJSON_AddNumberToObject(line, "floor", floor);
     cJSON_AddNumberToObject(line, "ratio", tok_s / floor);
     cJSON_AddNumberToObject(line, "peak_bytes", b->peak_bytes);
+    cJSON_AddNumberToObject(line, "planned_bytes", (double)gn_train_memory_sum(&r->plan));
     return gn_print_json_take(line, b->err);
 }
 
@@ -206,6 +220,7 @@ gn_status gn_bench_train(gn_bench *b) {
     gn_status status = open_run(&r);
     if (!status) status = measure(&r, &seconds);
     gn_progress("%s", "");
+    if (!status) status = show_memory(&r);
     if (!status) status = report(&r, seconds);
     close_run(&r);
     return status;

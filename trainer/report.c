@@ -31,6 +31,8 @@ enum {
     X(tok_s)                                                                                       \
     X(device_bytes)                                                                                \
     X(eval_loss)                                                                                   \
+    X(mmlu_eval_accuracy)                                                                          \
+    X(mmlu_test_accuracy)                                                                          \
     X(eval_ppl)                                                                                    \
     X(time)
 

@@ -503,3 +503,34 @@ gn_status gn_train_step_loss(gn_train_step *s, const gn_train_batch *batch,
                              const gn_trained *trained, double *loss) {
     return run(s, batch, trained, false, loss);
 }
+
+/* Lets every sequence learn a token alone, where its first label is; false: one has no label. */
+static bool choose_label(gn_train_step *s, const gn_train_batch *b, int32_t id) {
+    bool ok = true;
+    shift_labels(s, b);
+    for (int32_t i = 0; i < b->seqs.n; i++) {
+        int32_t n = 0;
+        for (int32_t t = b->seqs.row0[i]; t < b->seqs.row0[i + 1]; t++)
+            if (s->next[t] != GN_IGNORED_LABEL) s->next[t] = n++ ? GN_IGNORED_LABEL : id;
+        ok = ok && n > 0;
+    }
+    return ok;
+}
+
+gn_status gn_train_step_choose(gn_train_step *s, const gn_train_batch *batch,
+                               const gn_trained *trained, const int32_t *choices, int n,
+                               double *loss, float *nll) {
+    gn_status status = run(s, batch, trained, false, loss);
+    for (int c = 0; c < n && !status; c++) {
+        double sum;
+        if (!choose_label(s, batch, choices[c])) return GN_EINVAL;
+        status = find_loss(s);
+        if (!status) status = sum_loss(s, &sum);
+        for (int32_t i = 0; i < batch->seqs.n && !status; i++) {
+            int32_t t = batch->seqs.row0[i];
+            while (s->next[t] == GN_IGNORED_LABEL) t++;
+            nll[(int64_t)i * n + c] = s->host_loss[t];
+        }
+    }
+    return status;
+}

@@ -100,5 +100,10 @@ GN_CHECKED gn_status gn_train_step_run(gn_train_step *s, const gn_train_batch *b
 /* The loss alone, without dropout: for evaluation. */
 GN_CHECKED gn_status gn_train_step_loss(gn_train_step *s, const gn_train_batch *batch,
                                         const gn_trained *trained, double *loss);
+/* The same; and of each sequence, in place of its first learned label, the losses of n tokens: nll
+ * (sequences, n). */
+GN_CHECKED gn_status gn_train_step_choose(gn_train_step *s, const gn_train_batch *batch,
+                                          const gn_trained *trained, const int32_t *choices, int n,
+                                          double *loss, float *nll);
 
 #endif

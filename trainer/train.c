@@ -269,7 +269,7 @@ static gn_status run_evaluation(gn_train_run *run, double *sums) {
     return status ? step_failed(run, status, "evaluation") : GN_OK;
 }
 
-static gn_status evaluate(gn_train_run *run) {
+static gn_status evaluate_loss(gn_train_run *run) {
     double sums[SUMS] = {0};
     gn_status status = run_evaluation(run, sums);
     if (status) return status;
@@ -286,6 +286,11 @@ static gn_status evaluate(gn_train_run *run) {
     if (is_better) run->state.best_loss = loss;
     if (!status && is_better && run->o->keep_best) status = gn_train_save_result(run);
     return status;
+}
+
+static gn_status evaluate(gn_train_run *run) {
+    const gn_status status = run->data.eval ? evaluate_loss(run) : GN_OK;
+    return status || !run->data.mmlu ? status : gn_train_mmlu(run);
 }
 
 /* ---- the loop ---- */

@@ -72,27 +72,39 @@ static int32_t larger(int32_t a, int32_t b) {
     return a > b ? a : b;
 }
 
+/* A question that is longer than a batch makes batches longer. */
+static gn_status open_mmlu(gn_train_data *data, const gn_train_options *o, gn_error *err) {
+    gn_batch_limits *limits = &data->limits;
+    const gn_status status = gn_mmlu_open(&data->mmlu, &o->mmlu, o->model.dir, 0, err);
+    if (status) return status;
+    limits->seq_rows = larger(limits->seq_rows, gn_mmlu_longest(data->mmlu));
+    limits->rows = larger(limits->rows, limits->seq_rows);
+    return GN_OK;
+}
+
+static void set_limits(gn_train_data *data) {
+    data->limits = gn_batcher_limits(data->train);
+    if (!data->eval) return;
+    const gn_batch_limits eval = gn_batcher_limits(data->eval);
+    data->limits.rows = larger(data->limits.rows, eval.rows);
+    data->limits.seqs = larger(data->limits.seqs, eval.seqs);
+    data->limits.seq_rows = larger(data->limits.seq_rows, eval.seq_rows);
+}
+
 gn_status gn_train_data_open(gn_train_data *data, const gn_train_options *options, int processes,
                              gn_error *err) {
     *data = (gn_train_data){0};
-    const gn_status status = open_all(data, options, processes, err);
-    if (status) {
-        gn_train_data_close(data);
-        return status;
-    }
-    data->limits = gn_batcher_limits(data->train);
-    if (data->eval) {
-        const gn_batch_limits eval = gn_batcher_limits(data->eval);
-        data->limits.rows = larger(data->limits.rows, eval.rows);
-        data->limits.seqs = larger(data->limits.seqs, eval.seqs);
-        data->limits.seq_rows = larger(data->limits.seq_rows, eval.seq_rows);
-    }
-    return GN_OK;
+    gn_status status = open_all(data, options, processes, err);
+    if (!status) set_limits(data);
+    if (!status && options->does_mmlu) status = open_mmlu(data, options, err);
+    if (status) gn_train_data_close(data);
+    return status;
 }
 
 void gn_train_data_close(gn_train_data *data) {
     gn_batcher_close(data->train);
     gn_batcher_close(data->eval);
+    gn_mmlu_close(data->mmlu);
     if (data->eval_samples != data->samples) gn_dataset_close(data->eval_samples);
     gn_dataset_close(data->samples);
     *data = (gn_train_data){0};

@@ -1,4 +1,5 @@
-/* train_data.h - a run's batches: to train on, and to evaluate on. */
+/* train_data.h - a run's batches: to train on, and to evaluate on. Questions of MMLU come as many
+ * at a time as the others leave room for. */
 #ifndef GN_TRAIN_DATA_H
 #define GN_TRAIN_DATA_H
 
@@ -8,7 +9,8 @@
 typedef struct gn_train_data {
     gn_dataset *samples, *eval_samples; /* the same where some are held out */
     gn_batcher *train, *eval;           /* eval NULL: nothing is evaluated */
-    gn_batch_limits limits;             /* of batches of either */
+    gn_mmlu *mmlu;                      /* NULL: likewise */
+    gn_batch_limits limits;             /* of batches of all of them */
 } gn_train_data;
 
 /* Reads and tokenizes all files. `processes` share a step's rows. */

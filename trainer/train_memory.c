@@ -12,8 +12,9 @@
 
 #include "engine/memory_plan.h"
 
-#define MIB    ((int64_t)1 << 20)
-#define MARGIN (128 * MIB) /* of the reserve, beside the context */
+#define MIB   ((int64_t)1 << 20)
+#define LEAST (192 * MIB) /* of the reserve */
+#define BLOCK (2 * MIB)   /* in such the driver gives memory, but for what is small */
 
 /* Rates of today's GPUs, as ratios: operations of products in the time that a byte takes over the
  * bus, and in the time that one takes to or from memory; attention runs at a third of products'
@@ -31,7 +32,8 @@ enum {
 enum { GRADIENTS = GN_KEEP_COUNT, OPTIMIZER, LODGERS, KINDS };
 
 typedef struct use {
-    int64_t unit;       /* bytes of one */
+    int64_t unit;       /* bytes of one, as they are taken */
+    int64_t page;       /* bytes of its page, if it is one */
     int64_t least, all; /* how many: at least, at most */
     int64_t whole;      /* bytes of all of them */
     double saves;       /* operations a byte, or as much time, in an update */
@@ -48,7 +50,7 @@ typedef struct needs {
 
 int64_t gn_train_memory_sum(const gn_train_memory *m) {
     return m->weights + m->embeddings + m->adapters + m->gradients + m->optimizer + m->inputs +
-           m->kept + m->scratch + m->reserve;
+           m->kept + m->scratch + m->workspace + m->context + m->reserve;
 }
 
 /* ---- what is needed ---- */
@@ -83,10 +85,17 @@ static void find_kept(needs *n, const gn_model *model) {
     }
 }
 
+/* What an allocation of a GPU's memory takes of it. */
+static int64_t taken_by(const needs *n, int64_t bytes) {
+    return n->is_host || bytes <= BLOCK / 2 ? bytes : (bytes + BLOCK - 1) / BLOCK * BLOCK;
+}
+
 /* A page that stays saves `trips` copies to the device in an update. */
-static use pages_of(int64_t unit, int64_t count, int64_t whole, bool travel, double trips) {
-    const bool stay = !travel || count <= MIN_PAGES || whole <= MIN_PAGES * unit;
-    return (use){.unit = unit,
+static use pages_of(const needs *n, int64_t page, int64_t count, int64_t whole, bool travel,
+                    double trips) {
+    const bool stay = !travel || count <= MIN_PAGES || whole <= MIN_PAGES * page;
+    return (use){.unit = taken_by(n, page),
+                 .page = page,
                  .least = stay ? count : MIN_PAGES,
                  .all = count,
                  .whole = whole,
@@ -96,12 +105,13 @@ static use pages_of(int64_t unit, int64_t count, int64_t whole, bool travel, dou
 static void find_optimizer(needs *n, int64_t total) {
     const gn_train_wanted *w = n->wanted;
     const gn_optimizer_size size = gn_optimizer_measure(&w->optimizer, total, w->weights);
-    const int64_t unit = (int64_t)size.page_bytes;
+    const int64_t page = (int64_t)size.page_bytes, whole = size.pages * taken_by(n, page);
     use *pages = &n->uses[OPTIMIZER], *lodgers = &n->uses[LODGERS];
-    *pages = pages_of(unit, size.pages, size.pages * unit, w->paged && !n->is_host, 1);
-    *lodgers =
-        (use){.unit = unit, .all = gn_min(pages->all - pages->least, n->fixed.inputs / unit)};
-    lodgers->whole = lodgers->all * unit;
+    *pages = pages_of(n, page, size.pages, whole, w->paged && !n->is_host, 1);
+    *lodgers = (use){.unit = pages->unit,
+                     .page = page,
+                     .all = gn_min(pages->all - pages->least, n->fixed.inputs / page)};
+    lodgers->whole = lodgers->all * lodgers->unit;
     pages->all -= lodgers->all;
     pages->whole -= lodgers->whole;
 }
@@ -116,9 +126,9 @@ static gn_status find_trained(needs *n, gn_error *err) {
     if (w->n_groups > 0 && !n->is_host) {
         const int64_t page =
             (int64_t)gn_grad_page_bytes(w->items, w->n_items, w->grads, w->groups, w->n_groups);
-        n->uses[GRADIENTS] = pages_of(page, (int64_t)w->n_groups, grads, true, 2);
+        n->uses[GRADIENTS] = pages_of(n, page, (int64_t)w->n_groups, grads, true, 2);
     } else {
-        n->uses[GRADIENTS] = pages_of(grads, 1, grads, false, 2);
+        n->uses[GRADIENTS] = pages_of(n, grads, 1, grads, false, 2);
     }
     return GN_OK;
 }
@@ -128,7 +138,8 @@ static gn_status find_needs(needs *n, const gn_model *model, const gn_train_want
     const gn_train_step_bytes step = gn_train_step_measure(model, &wanted->limits);
     n->wanted = wanted;
     n->fixed.inputs = step.inputs;
-    n->fixed.scratch = step.scratch + gn_max(step.workspace, GN_SUM_WORKSPACE);
+    n->fixed.scratch = step.scratch;
+    n->fixed.workspace = gn_max(step.workspace, GN_SUM_WORKSPACE);
     find_kept(n, model);
     return find_trained(n, err);
 }
@@ -149,10 +160,11 @@ static gn_status find_device(needs *n, gn_model *model, int64_t budget, gn_error
         n->fixed.embeddings =
             matrix_bytes(&model->embed) + (tied ? 0 : matrix_bytes(&model->lm_head));
         n->fixed.weights = model->owned_bytes - n->fixed.embeddings;
-        n->available += model->owned_bytes + GN_CONTEXT_BYTES;
+        n->fixed.context = gn_context_bytes(&memory);
+        n->available += model->owned_bytes + n->fixed.context;
         /* Whoever sets a budget knows of the other programs. */
         const int64_t share = budget > 0 ? 0 : memory.total / MARGIN_SHARE;
-        n->fixed.reserve = GN_CONTEXT_BYTES + gn_max(MARGIN, share);
+        n->fixed.reserve = gn_max(LEAST, share);
         if (budget == 0) n->budget = n->available;
     }
     if (n->budget > n->available)
@@ -239,8 +251,8 @@ static gn_train_memory result_of(const needs *n) {
         m.kept += taken_bytes(&n->uses[i]);
     }
     m.grads_travel = grads->taken < grads->all;
-    m.grad_budget = (size_t)(grads->taken * grads->unit);
-    m.optimizer_budget = (size_t)m.optimizer;
+    m.grad_budget = (size_t)(grads->taken * grads->page);
+    m.optimizer_budget = (size_t)((optimizer->taken + lodgers->taken) * optimizer->page);
     m.recomputed = recomputed_share(n);
     return m;
 }
@@ -352,15 +364,15 @@ static gn_status refuse(const needs *n, const gn_model *model, gn_error *err) {
     const advice a = find_advice(n, model);
     const gn_train_memory *m = &n->fixed;
     const use *grads = &n->uses[GRADIENTS], *optimizer = &n->uses[OPTIMIZER];
-    return gn_fail(err, GN_ENOMEM,
-                   "%.1f MiB of memory are %.1f too few: weights %.1f, embeddings %.1f, trained "
-                   "weights %.1f, gradients %.1f, optimizer %.1f, layers' inputs %.1f, scratch "
-                   "%.1f, context and reserve %.1f%s",
-                   gn_mib(n->budget), gn_mib(least_sum(n) - n->budget), gn_mib(m->weights),
-                   gn_mib(m->embeddings), gn_mib(m->adapters),
-                   gn_mib(bytes_of(grads, grads->least)),
-                   gn_mib(bytes_of(optimizer, optimizer->least)), gn_mib(m->inputs),
-                   gn_mib(m->scratch), gn_mib(m->reserve), a.text);
+    return gn_fail(
+        err, GN_ENOMEM,
+        "%.1f MiB of memory are %.1f too few: weights %.1f, embeddings %.1f, trained "
+        "weights %.1f, gradients %.1f, optimizer %.1f, layers' inputs %.1f, scratch "
+        "%.1f, working memory %.1f, context %.1f, reserve %.1f%s",
+        gn_mib(n->budget), gn_mib(least_sum(n) - n->budget), gn_mib(m->weights),
+        gn_mib(m->embeddings), gn_mib(m->adapters), gn_mib(bytes_of(grads, grads->least)),
+        gn_mib(bytes_of(optimizer, optimizer->least)), gn_mib(m->inputs), gn_mib(m->scratch),
+        gn_mib(m->workspace), gn_mib(m->context), gn_mib(m->reserve), a.text);
 }
 
 gn_status gn_train_memory_plan(gn_train_memory *out, gn_model *model, const gn_train_wanted *wanted,
@@ -416,8 +428,10 @@ char *gn_train_memory_text(const gn_train_memory *p, const gn_train_measured *me
     write_row(f, "optimizer", p->optimizer, m->optimizer);
     write_row(f, "inputs of layers", p->inputs, -1);
     write_row(f, "activations kept", p->kept, -1);
-    write_row(f, "activations and scratch", p->scratch, -1);
-    write_row(f, "context and reserve", p->reserve, -1);
+    write_row(f, "scratch of one layer", p->scratch, -1);
+    write_row(f, "working memory", p->workspace, -1);
+    write_row(f, "context", p->context, -1);
+    write_row(f, "reserve", p->reserve, -1);
     write_row(f, "together", gn_train_memory_sum(p), m->sum);
     write_row(f, "of", p->budget, -1);
     if (fclose(f) == 0) return text;

@@ -34,8 +34,10 @@ typedef struct gn_train_memory {
     int64_t adapters;            /* trained weights */
     int64_t gradients, optimizer;
     int64_t inputs, kept; /* activations: of layers' inputs, and of others */
-    int64_t scratch;      /* one layer's activations and gradients; the ops' working memory */
-    int64_t reserve;      /* the driver's context, kernels, recorded graphs */
+    int64_t scratch;      /* one layer's activations and gradients */
+    int64_t workspace;    /* the ops' working memory */
+    int64_t context;      /* the driver's and the backend's, as found */
+    int64_t reserve;      /* kernels that are loaded later, recorded graphs */
 
     int32_t keep[GN_KEEP_COUNT]; /* for gn_train_limits */
     bool grads_travel;           /* for gn_parameters_open_paged; else gn_parameters_open */
@@ -54,7 +56,7 @@ GN_CHECKED gn_status gn_train_memory_plan(gn_train_memory *out, gn_model *model,
 
 /* What was found once training ran; bytes, negative where nobody knows. */
 typedef struct gn_train_measured {
-    int64_t gradients, optimizer; /* the most that was on the device */
+    int64_t gradients, optimizer; /* the most that was on the device, in pages */
     int64_t sum;                  /* all that this process has there */
 } gn_train_measured;
 GN_CHECKED gn_status gn_train_memory_measure(gn_train_measured *out, const gn_train_memory *plan,

@@ -16,11 +16,6 @@
     X(BOOL, do_train, "true", "this command trains; evaluate with ./guanaco eval")                 \
     X(BOOL, do_predict, "false", "nothing is generated here: chat with the saved adapter")         \
     X(BOOL, predict_with_generate, "false", "nothing is generated here: chat with the adapter")    \
-    X(BOOL, do_mmlu_eval, "false", "MMLU is not part of training: run it on a saved adapter")      \
-    X(STRING, mmlu_split, "eval", "MMLU is not part of training")                                  \
-    X(STRING, mmlu_dataset, "mmlu-fs", "MMLU is not part of training")                             \
-    X(STRING, max_mmlu_samples, NULL, "MMLU is not part of training")                              \
-    X(STRING, mmlu_source_max_len, "2048", "MMLU is not part of training")                         \
     X(BOOL, fp16, "false", "float16 is not computed in; bfloat16 is (--bf16)")                     \
     X(BOOL, tf32, "false", "TF32 is not computed in; bfloat16 is (--bf16)")                        \
     X(BOOL, gradient_checkpointing, "true",                                                        \
@@ -185,6 +180,9 @@ static const gn_option table[] = {
      .help = "steps from one evaluation to the next"},
     {GN_OPT_INT, "per-device-eval-batch-size", AT(o.eval_batch_size), .initial = "8", .min = 1,
      .max = 1 << 20, .help = "rows of a batch"},
+    {GN_OPT_BOOL, "do-mmlu-eval", AT(o.does_mmlu),
+     .help = "evaluate on MMLU, too: which of A, B, C and D is likeliest"},
+    GN_MMLU_OPTIONS(gn_train_options),
     {GN_OPT_INT, "early-stopping-patience", AT(o.patience), .initial = "0", .min = 0,
      .max = 1 << 30, .help = "end after so many evaluations without a better loss; 0: do not"},
     {GN_OPT_BOOL, "load-best-model-at-end", AT(o.keep_best),
@@ -331,9 +329,14 @@ static gn_status resolve_evaluation(parsed *p, gn_error *err) {
     if (o->eval_files.n > 0 && o->eval_size > 0)
         return gn_fail(err, GN_EINVAL,
                        "--eval-dataset and --eval-dataset-size: only one of them can be");
-    o->evaluates = o->eval_files.n > 0 || o->eval_size > 0;
+    const gn_mmlu_choice *mmlu = &o->mmlu;
+    if (!o->does_mmlu && (mmlu->split != 0 || mmlu->max_samples > 0 ||
+                          mmlu->source_max_len != 2048 || strcmp(mmlu->dataset, "mmlu-fs") != 0))
+        return gn_fail(err, GN_EINVAL, "options of MMLU say nothing without --do-mmlu-eval");
+    const bool has_samples = o->eval_files.n > 0 || o->eval_size > 0;
+    o->evaluates = has_samples || o->does_mmlu;
     o->eval_when = p->eval_when ? p->eval_when - 1 : GN_WHEN_STEPS;
-    if (!o->evaluates && (o->patience > 0 || o->keep_best || p->eval_when > 1))
+    if ((!o->evaluates && p->eval_when > 1) || (!has_samples && (o->patience > 0 || o->keep_best)))
         return gn_fail(err, GN_EINVAL,
                        "evaluation needs data: --eval-dataset FILE or --eval-dataset-size N");
     return GN_OK;

@@ -3,6 +3,7 @@
 #define GN_TRAIN_OPTIONS_H
 
 #include "trainer/data_choice.h"
+#include "trainer/mmlu.h"
 #include "trainer/schedule.h"
 #include "trainer/trainer.h"
 
@@ -49,7 +50,8 @@ typedef struct gn_train_options {
     int optim;     /* gn_train_optim */
     bool average_micro_batches;
     /* Evaluation and output */
-    bool evaluates; /* decided once parsed */
+    bool evaluates, does_mmlu; /* the former is decided once parsed */
+    gn_mmlu_choice mmlu;
     int eval_when;
     int64_t eval_steps;
     int eval_batch_size;

@@ -85,6 +85,19 @@ gn_status gn_train_report_evaluation(gn_train_run *run, double loss, int64_t tok
     return gn_metrics_write_take(run->metrics, line, run->o->json, run->err);
 }
 
+gn_status gn_train_report_mmlu(gn_train_run *run) {
+    const gn_mmlu_result r = gn_mmlu_read(run->data.mmlu);
+    if (!run->metrics) return GN_OK;
+    gn_progress("%s", "");
+    fprintf(stderr, "step %lld: MMLU (%s) accuracy %.2f %%, loss %.4f (%lld questions)\n",
+            (long long)run->state.step, r.split, 100 * r.accuracy, r.loss, (long long)r.questions);
+    cJSON *line = cJSON_CreateObject();
+    cJSON_AddNumberToObject(line, "step", (double)run->state.step);
+    gn_mmlu_write(run->data.mmlu, line);
+    cJSON_AddNumberToObject(line, "time", now());
+    return gn_metrics_write_take(run->metrics, line, run->o->json, run->err);
+}
+
 void gn_train_report_start(const gn_train_run *run) {
     const gn_model_info info = gn_model_describe(gn_trainable_model(run->trainable));
     const gn_parameters *p = gn_trainable_parameters(run->trainable);

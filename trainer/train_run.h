@@ -1,5 +1,5 @@
-/* train_run.h - a run in memory, shared by train.c (the loop), train_state.c (saving and going on)
- * and train_report.c (what is said about it). */
+/* train_run.h - a run in memory, shared by train.c (the loop), train_state.c (saving and going on),
+ * train_mmlu.c and train_report.c (what is said about it). */
 #ifndef GN_TRAIN_RUN_H
 #define GN_TRAIN_RUN_H
 
@@ -45,12 +45,18 @@ GN_CHECKED gn_status gn_train_save(gn_train_run *run);
 /* Writes adapter/ or model/. */
 GN_CHECKED gn_status gn_train_save_result(gn_train_run *run);
 
+/* ---- train_mmlu.c ---- */
+
+/* Asks all questions and reports what came of it. */
+GN_CHECKED gn_status gn_train_mmlu(gn_train_run *run);
+
 /* ---- train_report.c ---- */
 
 /* One step is done and took so long: draws the progress line, and logs the step when it is due. */
 GN_CHECKED gn_status gn_train_report_step(gn_train_run *run, const gn_step_result *result,
                                           double seconds, int64_t tokens);
 GN_CHECKED gn_status gn_train_report_evaluation(gn_train_run *run, double loss, int64_t tokens);
+GN_CHECKED gn_status gn_train_report_mmlu(gn_train_run *run);
 /* What is about to be trained, on what. */
 void gn_train_report_start(const gn_train_run *run);
 /* How memory is divided; once there were steps, beside what was found to be used. */

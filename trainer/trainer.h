@@ -26,6 +26,7 @@ int gn_merge_command(int n, char *const *args);
 int gn_report_command(int n, char *const *args);
 int gn_eval_ppl_command(int n, char *const *args);
 int gn_eval_logits_command(int n, char *const *args);
+int gn_eval_mmlu_command(int n, char *const *args);
 int gn_bench_command(int n, char *const *args);
 int gn_data_command(int n, char *const *args);
 int gn_train_command(int n, char *const *args);

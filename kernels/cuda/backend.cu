@@ -59,7 +59,7 @@ static gn_status cuda_read_memory(gn_ctx *ctx, gn_ctx_memory *memory) {
     size_t available = 0, total = 0;
     cudaError_t error = cudaSetDevice(ctx->cuda->device);
     if (error == cudaSuccess) error = cudaMemGetInfo(&available, &total);
-    *memory = {(int64_t)available, (int64_t)total};
+    *memory = {(int64_t)available, (int64_t)total, ctx->cuda->opened};
     return error == cudaSuccess ? GN_OK : GN_EIO;
 }
 
@@ -172,9 +172,12 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     ctx->backend = &cuda_backend;
     if (auto_compute) ctx->compute = GN_BF16;
     snprintf(ctx->device, sizeof ctx->device, "cuda:%d (%.40s)", index, properties.name);
-    const gn_status status = open_parts(cuda);
+    gn_ctx_memory memory;
+    gn_status status = open_parts(cuda);
+    if (!status) status = cuda_read_memory(ctx, &memory);
     if (status)
         return gn_fail(err, status, "device cuda:%d: cannot set up %s: %s", index, properties.name,
                        gn_status_text(status));
+    cuda->opened = memory.total - memory.free;
     return GN_OK;
 }

@@ -41,6 +41,7 @@ typedef struct gn_cuda_batch {
 
 struct gn_cuda {
     int device, sms;
+    int64_t opened;         /* bytes of the device in use when the context was open */
     size_t shared_limit;    /* bytes of shared memory a block may ask for */
     size_t shared_reserved; /* that the system has of each block's, at its beginning */
     bool overlaps;          /* kernels may start while the one before drains (Hopper on) */

@@ -481,7 +481,7 @@ Test(engine, log_probabilities_are_those_of_the_logits) {
         cr_assert(isnan(told.token[0].logprob));
         int32_t ids[MAX_SCORES];
         for (int t = 0; t < told.n; t++) ids[t] = told.token[t].id;
-        cr_assert_eq(gn_scorer_run(scorer, ids, told.n, &use, i / 8 % 4, expect_scores, model),
+        cr_assert_eq(gn_scorer_run(scorer, ids, told.n, 0, &use, i / 8 % 4, expect_scores, model),
                      GN_OK);
         for (int t = 1; t < told.n; t++) {
             cr_assert_float_eq(told.token[t].logprob, expected.token[t].logprob, 1e-3,

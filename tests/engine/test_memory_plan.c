@@ -12,10 +12,11 @@
 #define MIB ((int64_t)1 << 20)
 #define GIB ((int64_t)1 << 30)
 
+#define CONTEXT (512 * MIB)
+
 /* A 7B model of 4-bit weights on a GPU of 24 GiB. */
 static gn_memory_needs needs_7b(void) {
-    return (gn_memory_needs){.free = 19 * GIB,
-                             .total = 24 * GIB,
+    return (gn_memory_needs){.memory = {.free = 19 * GIB, .total = 24 * GIB, .opened = CONTEXT},
                              .weights = 3700 * MIB,
                              .scratch = 400 * MIB,
                              .row = 4 * (4096 + 32000),
@@ -48,10 +49,17 @@ Test(memory_plan, a_gpu_gives_what_remains_to_keys_and_values) {
     gn_memory_needs n = needs_7b();
     gn_memory_plan p = plan_ok(&n);
     const int64_t rest = p.budget - p.weights - p.scratch - p.reserve;
-    cr_assert_geq(p.budget, n.free + n.weights);
+    cr_assert_geq(p.budget, n.memory.free + n.weights);
     cr_assert_geq(p.reserve, 256 * MIB);
     cr_assert_eq(p.adapters, rest / 8);
     cr_assert_gt(p.kv + n.block, rest - p.adapters);
+
+    /* A larger context leaves less, unless it is so large that others must be there, too. */
+    n.memory.opened = CONTEXT + 100 * MIB;
+    cr_assert_eq(plan_ok(&n).reserve, p.reserve + 100 * MIB);
+    n.memory.opened = 4 * GIB;
+    cr_assert_eq(plan_ok(&n).reserve, p.reserve - CONTEXT + GN_CONTEXT_BYTES);
+    n.memory.opened = CONTEXT;
 
     n.adapters = -1;
     cr_assert_eq(plan_ok(&n).adapters, 0);

@@ -112,7 +112,7 @@ static logits run_model(const char *dir, gn_qtype quant, const char *adapter_dir
     l.values = test_alloc((size_t)n * (size_t)l.vocab * sizeof(float));
     const gn_adapter_use use = {adapter, 1};
     cr_assert_eq(gn_scorer_open(&scorer, model, n, GN_KV_AUTO, &err), GN_OK, "%s", err.message);
-    cr_assert_eq(gn_scorer_run(scorer, ids, n, &use, adapter != NULL, keep_row, &l), GN_OK);
+    cr_assert_eq(gn_scorer_run(scorer, ids, n, 0, &use, adapter != NULL, keep_row, &l), GN_OK);
     gn_scorer_close(scorer);
     gn_adapter_close(adapter);
     gn_model_close(model);

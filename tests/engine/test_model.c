@@ -8,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/model.h"
+#include "engine/model_internal.h"
+#include "kernels/backend.h"
 #include "tests/support/folder.h"
 
 #define GOLDEN GN_SOURCE_DIR "/tests/golden/data/"
@@ -636,5 +637,31 @@ Test(model, text_comes_back) {
     free(ids);
     const char *const *stops = gn_chat_stops(m, &n);
     cr_assert(n >= 1 && stops);
+    gn_model_close(m);
+}
+
+/* On a device what was reserved is cut up, and what goes beyond it stands alone. */
+Test(model, reserved_memory_is_cut_up) {
+    const gn_model_options options = on_cpu(NULL);
+    const gn_config config = {.layers = 2, .hidden = HIDDEN, .head_dim = 32};
+    gn_model *m;
+    gn_error err = {0};
+    cr_assert_eq(gn_model_new(&m, "m", &config, &options, &err), GN_OK, "%s", err.message);
+    cr_assert_eq(gn_model_reserve(m, 1000, &err), GN_OK);
+    cr_assert(m->n_owned == 0 && m->owned_bytes == 0, "nothing on a CPU");
+    m->ctx->cuda = (struct gn_cuda *)1; /* no host */
+    const size_t sum = gn_model_owned_size(1) + gn_model_owned_size(256) + gn_model_vectors_size(m);
+    cr_assert_eq(sum, 256 + 256 + 5 * 512 + 256);
+    cr_assert_eq(gn_model_reserve(m, sum, &err), GN_OK);
+    char *first = gn_model_own(m, 1), *second = gn_model_own(m, 256), *at = second;
+    cr_assert_eq(second - first, 256);
+    for (int i = 0; i < 6; i++) {
+        char *next = gn_model_own(m, (i < 5 ? HIDDEN : 16) * sizeof(float));
+        cr_assert_eq(next - at, i == 0 ? 256 : 512);
+        at = next;
+    }
+    cr_assert(m->n_owned == 1 && m->owned_bytes == (int64_t)sum && m->reserved_bytes == 0);
+    cr_assert(gn_model_own(m, 5) && m->n_owned == 2 && m->owned_bytes == (int64_t)sum + 5);
+    m->ctx->cuda = NULL;
     gn_model_close(m);
 }

@@ -86,7 +86,7 @@ static void check_forms(gn_compute compute, gn_kv_dtype kv, double least, double
         gn_scorer *scorer = NULL;
         cr_assert_eq(gn_scorer_open(&scorer, model, TOKENS, kv, NULL), GN_OK);
         memset(logits, 0xff, sizeof logits);
-        cr_assert_eq(gn_scorer_run(scorer, ids, TOKENS, &use, adapter != NULL, keep_row, logits),
+        cr_assert_eq(gn_scorer_run(scorer, ids, TOKENS, 0, &use, adapter != NULL, keep_row, logits),
                      GN_OK);
         memcpy(reference, tensor(file, cases[i].tensor, sizeof reference), sizeof reference);
         const double error = relative_l2(logits, reference, TOKENS * VOCAB);

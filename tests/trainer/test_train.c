@@ -236,6 +236,14 @@ static gn_status sum_floats(gn_communicator *c, gn_ctx *ctx, const gn_tensor *ar
     return status;
 }
 
+#define MMLU "--do-mmlu-eval --mmlu-dataset @mmlu.json"
+
+static double any_loss(int line) {
+    return value(line, has(line, "loss")        ? "loss"
+                       : has(line, "eval_loss") ? "eval_loss"
+                                                : "mmlu_loss");
+}
+
 Test(train, two_processes_are_as_one) {
     sums = mmap(NULL, sizeof *sums, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     cr_assert(sums != MAP_FAILED);
@@ -244,8 +252,9 @@ Test(train, two_processes_are_as_one) {
     pthread_barrierattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
     pthread_barrier_init(&sums->barrier, &shared, 2);
     write_data("data.jsonl", 24);
+    write_questions("mmlu.json", 11);
     run(ORDERED "--output-dir @one --per-device-train-batch-size 4 --threads 1 "
-                "--gradient-accumulation-steps 2 --eval-dataset @data.jsonl");
+                "--gradient-accumulation-steps 2 --eval-dataset @data.jsonl " MMLU);
     const pid_t child = fork();
     gn_communicator c = {
         .rank = child ? 0 : 1, .size = 2, .sum = sum_floats, .sum_numbers = sum_numbers};
@@ -253,7 +262,7 @@ Test(train, two_processes_are_as_one) {
     const gn_status status =
         run_with(&c,
                  ORDERED "--output-dir @two --per-device-train-batch-size 4 --threads 1 "
-                         "--gradient-accumulation-steps 1 --eval-dataset @data.jsonl",
+                         "--gradient-accumulation-steps 1 --eval-dataset @data.jsonl " MMLU,
                  &err);
     if (!child) _exit(status ? 1 : 0);
     int how;
@@ -262,12 +271,14 @@ Test(train, two_processes_are_as_one) {
     const double worst = difference(test_path("two/adapter/adapter_model.safetensors"),
                                     test_path("one/adapter/adapter_model.safetensors"));
     cr_assert(worst < 1e-4, "%g", worst);
-    double one[5];
-    cr_assert_eq(read_metrics("one"), 5); /* 3 steps, 2 evaluations */
-    for (int i = 0; i < 5; i++) one[i] = value(i, has(i, "loss") ? "loss" : "eval_loss");
-    cr_assert_eq(read_metrics("two"), 5);
-    for (int i = 0; i < 5; i++)
-        cr_assert(fabs(value(i, has(i, "loss") ? "loss" : "eval_loss") - one[i]) < 1e-5);
+    enum { LINES = 3 + 2 * 2 }; /* steps, evaluations of both kinds */
+    double one[LINES];
+    cr_assert_eq(read_metrics("one"), LINES);
+    for (int i = 0; i < LINES; i++) one[i] = any_loss(i);
+    const double accuracy = value(LINES - 1, "mmlu_eval_accuracy");
+    cr_assert_eq(read_metrics("two"), LINES);
+    for (int i = 0; i < LINES; i++) cr_assert(fabs(any_loss(i) - one[i]) < 1e-5);
+    cr_assert_eq(value(LINES - 1, "mmlu_eval_accuracy"), accuracy);
     munmap(sums, sizeof *sums);
 }
 

@@ -11,6 +11,8 @@
 #define MIB ((int64_t)1 << 20)
 #define GIB ((int64_t)1 << 30)
 
+#define CONTEXT (600 * MIB)
+
 enum { RANK = 8, TOKENS = 48, MAX_BLOCKS = 4096 };
 
 /* ---- a device that counts: the CPU's ops, and memory that is not the host's ---- */
@@ -48,9 +50,10 @@ static void count_free(gn_ctx *ctx, void *memory) {
 
 static gn_status count_memory(gn_ctx *ctx, gn_ctx_memory *memory) {
     (void)ctx;
-    *memory = (gn_ctx_memory){.free = device.total - GN_CONTEXT_BYTES - device.model->owned_bytes -
-                                      device.live,
-                              .total = device.total};
+    *memory =
+        (gn_ctx_memory){.free = device.total - CONTEXT - device.model->owned_bytes - device.live,
+                        .total = device.total,
+                        .opened = CONTEXT};
     return GN_OK;
 }
 
@@ -105,7 +108,8 @@ static void close_devices(devices *d) {
 
 /* All but what was there before; and the optimizer's eight bytes for a sum. */
 static int64_t predicted(const gn_train_memory *m) {
-    return m->adapters + m->gradients + m->optimizer + m->inputs + m->kept + m->scratch;
+    return m->adapters + m->gradients + m->optimizer + m->inputs + m->kept + m->scratch +
+           m->workspace;
 }
 
 /* ---- tests ---- */
@@ -144,7 +148,7 @@ static void check_run(gn_model *model, const lora_list *list, const gn_train_wan
     cr_assert_eq(found.optimizer, m->optimizer);
     cr_assert_eq(found.gradients, m->grads_travel ? m->gradients : -1);
     cr_assert_eq(found.sum - placed_bytes(model) - (int64_t)sizeof(double),
-                 gn_train_memory_sum(m) - m->reserve + GN_CONTEXT_BYTES);
+                 gn_train_memory_sum(m) - m->reserve);
     uint16_t *weights = read_weights(&r, &bytes);
     if (before->weights) {
         cr_assert_eq(r.loss, before->loss);
@@ -287,7 +291,7 @@ Test(train_memory, prediction_is_what_is_allocated) {
                                      .max_rank = cases[i].rank};
         w.optimizer.eight_bit = cases[i].eight_bit;
         const gn_train_memory m = plan_ok(model, &w, 0);
-        cr_assert_eq(m.weights + m.embeddings + m.reserve, 0);
+        cr_assert_eq(m.weights + m.embeddings + m.context + m.reserve, 0);
         cr_assert(!m.grads_travel);
         lora_options o = {.optimizer = w.optimizer, .limits = w.limits};
         memcpy(o.limits.keep, m.keep, sizeof o.limits.keep);
@@ -334,7 +338,7 @@ Test(train_memory, a_refusal_says_what_would_fit) {
     w.limits.context = 256;
     gn_train_memory m;
     gn_error err = {0};
-    int64_t least = GN_CONTEXT_BYTES;
+    int64_t least = CONTEXT;
     while (gn_train_memory_plan(&m, model, &w, least, &err)) least += MIB;
     err = refusal(model, &w, least - 4 * MIB);
 
@@ -354,7 +358,7 @@ Test(train_memory, a_refusal_says_what_would_fit) {
 
     /* So little is missing that a smaller rank or another optimizer is enough. */
     w.paged = false;
-    least = GN_CONTEXT_BYTES;
+    least = CONTEXT;
     while (gn_train_memory_plan(&m, model, &w, least, &err)) least += 10000;
     err = refusal(model, &w, least - 30000);
     cr_assert(strstr(err.message, "fit: an optimizer in pages, or micro-batches"), "%s",
@@ -370,7 +374,7 @@ Test(train_memory, a_refusal_says_what_would_fit) {
     plan_ok(model, &other, least - 30000);
 
     /* Not even the weights fit; the device itself is smaller; nothing is trained. */
-    err = refusal(model, &w, GN_CONTEXT_BYTES);
+    err = refusal(model, &w, CONTEXT);
     cr_assert_null(strstr(err.message, "would fit"), "%s", err.message);
     err = refusal(model, &w, 5 * GIB);
     cr_assert(strstr(err.message, "5120.0 MiB is more than the 4096.0"), "%s", err.message);

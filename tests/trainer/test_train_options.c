@@ -95,32 +95,35 @@ Test(train_options, presets) {
     refused("--preset guanaco-8b", "guanaco-7b");
 }
 
-/* scripts/finetune_guanaco_7b.sh of the original, but for its data set and MMLU. */
+/* scripts/finetune_guanaco_7b.sh of the original, but for its data set. */
 Test(train_options, the_originals_command_line) {
     const gn_train_options preset = options_of("--preset guanaco-7b");
     gn_train_options o;
     gn_error err;
     cr_assert_eq(
-        read_line(&o,
-                  "--model_name_or_path llama --output_dir ./output/guanaco-7b --logging_steps 10 "
-                  "--save_strategy steps --data_seed 42 --save_steps 500 --save_total_limit 40 "
-                  "--evaluation_strategy steps --eval_dataset_size 1024 --max_eval_samples 1000 "
-                  "--per_device_eval_batch_size 4 --max_new_tokens 32 --dataloader_num_workers 3 "
-                  "--group_by_length --logging_strategy steps --remove_unused_columns False "
-                  "--do_train --do_eval --lora_r 64 --lora_alpha 16 --lora_modules all "
-                  "--double_quant --quant_type nf4 --bf16 --bits 4 --warmup_ratio 0.03 "
-                  "--lr_scheduler_type constant --gradient_checkpointing --dataset oasst1.jsonl "
-                  "--dataset_format oasst1 --source_max_len 16 --target_max_len 512 "
-                  "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 "
-                  "--max_steps 1875 --eval_steps 187 --learning_rate 0.0002 --adam_beta2 0.999 "
-                  "--max_grad_norm 0.3 --lora_dropout 0.1 --weight_decay 0.0 --seed 0",
-                  &err),
+        read_line(
+            &o,
+            "--model_name_or_path llama --output_dir ./output/guanaco-7b --logging_steps 10 "
+            "--save_strategy steps --data_seed 42 --save_steps 500 --save_total_limit 40 "
+            "--evaluation_strategy steps --eval_dataset_size 1024 --max_eval_samples 1000 "
+            "--per_device_eval_batch_size 4 --max_new_tokens 32 --dataloader_num_workers 3 "
+            "--group_by_length --logging_strategy steps --remove_unused_columns False "
+            "--do_train --do_eval --do_mmlu_eval --lora_r 64 --lora_alpha 16 --lora_modules all "
+            "--double_quant --quant_type nf4 --bf16 --bits 4 --warmup_ratio 0.03 "
+            "--lr_scheduler_type constant --gradient_checkpointing --dataset oasst1.jsonl "
+            "--dataset_format oasst1 --source_max_len 16 --target_max_len 512 "
+            "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 "
+            "--max_steps 1875 --eval_steps 187 --learning_rate 0.0002 --adam_beta2 0.999 "
+            "--max_grad_norm 0.3 --lora_dropout 0.1 --weight_decay 0.0 --seed 0",
+            &err),
         GN_OK, "%s", err.message);
     cr_assert_str_eq(o.model.dir, "llama");
     cr_assert_str_eq(o.output, "./output/guanaco-7b");
     cr_assert(o.mode == GN_TRAIN_QLORA && o.model.quant == GN_Q_NF4 && o.model.double_quant);
     cr_assert_eq(o.model.compute, GN_COMPUTE_BF16);
     cr_assert(o.evaluates && o.eval_when == GN_WHEN_STEPS && o.eval_size == 1024);
+    cr_assert(o.does_mmlu && o.mmlu.split == 0 && o.mmlu.max_samples == 0);
+    cr_assert(!strcmp(o.mmlu.dataset, "mmlu-fs") && o.mmlu.source_max_len == 2048);
     cr_assert(o.max_eval == 1000 && o.eval_steps == 187 && o.eval_batch_size == 4);
     cr_assert(o.save_when == GN_WHEN_STEPS && o.save_steps == 500 && o.save_limit == 40);
     cr_assert(o.seed == 0 && o.data_seed == 42 && o.logging_steps == 10);
@@ -152,10 +155,15 @@ Test(train_options, what_the_originals_names_mean) {
     cr_assert(o.evaluates && o.eval_size == 0);
     /* One value means something here. */
     options_of("--report_to none --temperature 1 --top_p 1 --num_beams 1 --do_mmlu_eval False");
+    /* MMLU is an evaluation, alone or beside another. */
+    o = options_of("--do_mmlu_eval --mmlu_split test --mmlu_dataset m.json --max_mmlu_samples 9 "
+                   "--mmlu_source_max_len 700 --evaluation_strategy epoch");
+    cr_assert(o.evaluates && o.does_mmlu && o.mmlu.split == 1 && o.mmlu.max_samples == 9);
+    cr_assert(!strcmp(o.mmlu.dataset, "m.json") && o.mmlu.source_max_len == 700);
+    cr_assert_eq(o.eval_when, GN_WHEN_EPOCH);
 }
 
 Test(train_options, refusals) {
-    refused("--do_mmlu_eval", "--do_mmlu_eval");
     refused("--do_train False", "trains");
     refused("--do_predict", "nothing is generated");
     refused("--predict_with_generate True", "nothing is generated");
@@ -164,7 +172,10 @@ Test(train_options, refusals) {
     refused("--gradient_checkpointing False", "computed again");
     refused("--trust_remote_code", "ever run");
     refused("--temperature 0.7", "nothing is generated");
-    refused("--max_mmlu_samples 3", "MMLU");
+    refused("--max_mmlu_samples 3", "--do-mmlu-eval");
+    refused("--mmlu_dataset m.json", "--do-mmlu-eval");
+    refused("--do_mmlu_eval --mmlu_split dev", "eval|test");
+    refused("--do_mmlu_eval --early-stopping-patience 3", "--eval-dataset");
     refused("--deepspeed x.json", "one process");
     refused("--overwrite_output_dir", "never written over");
     refused("--resume_from_checkpoint out/checkpoint-3", "newest");

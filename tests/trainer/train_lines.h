@@ -78,6 +78,18 @@ static inline void write_data(const char *name, int n) {
     cr_assert_eq(fclose(f), 0);
 }
 
+/* n questions of two subjects. */
+static inline void write_questions(const char *name, int n) {
+    FILE *f = fopen(test_path(name), "wb");
+    cr_assert(f);
+    for (int i = 0; i < n; i++)
+        fprintf(f,
+                "{\"input\":\"What is %d and %d?\\nA. %d\\nB. 7\\nC. 9\\nD. 0\\nAnswer:\", "
+                "\"output\":\"%c\",\"subject\":\"%s\"}\n",
+                i * 13 % 50, i, i, 'A' + i * 7 % 4, i % 3 ? "sums" : "more_sums");
+    cr_assert_eq(fclose(f), 0);
+}
+
 /* ---- what they leave ---- */
 
 static cJSON *lines[MAX_LINES];
