@@ -179,10 +179,9 @@ static gn_status dys_of(const struct call *op, struct span s, gn_cuda_factor dy[
     return status;
 }
 
-/* That of f from an element on. */
+/* A factor that is not turned, from an element on. */
 static gn_cuda_factor from(const struct call *op, gn_cuda_factor f, int64_t row, int64_t column) {
-    const int64_t at = f.turned ? column * f.ld + row : row * f.ld + column;
-    f.data = (const char *)f.data + at * (int64_t)gn_dtype_size(op->dtype);
+    f.data = (const char *)f.data + (row * f.ld + column) * (int64_t)gn_dtype_size(op->dtype);
     return f;
 }
 
@@ -303,7 +302,7 @@ static struct group group_of(const struct call *op, const struct term *t, int be
     return g;
 }
 
-/* dB += s dy^T u */
+/* u, and dB += s dy^T u. */
 static gn_status add_db(const struct call *op, const struct term *t, struct group g,
                         gn_cuda_factor x) {
     const gn_cuda_factor a = from(op, t->a, g.rank0, 0);
@@ -319,7 +318,7 @@ static gn_status add_db(const struct call *op, const struct term *t, struct grou
     return status;
 }
 
-/* dA += v^T x: of a single pair where it is to stand. */
+/* dA += v^T x: of a single pair where it is to stand, of several through their sum. */
 static gn_status add_da(const struct call *op, const struct term *t, struct group g,
                         gn_cuda_factor x) {
     const gn_cuda_factor v = gn_cuda_turned(from(op, t->v, 0, g.rank0));
