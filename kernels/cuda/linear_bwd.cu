@@ -57,10 +57,10 @@ static const gn_lora_pair *pair_of(const gn_linear_args *args, int part) {
 
 /* ---- working memory ---- */
 
-/* Values of x, dropped and dy together: enough for all rows of products of a single part, and of
- * any whose dy has the compute dtype. */
+/* Values of x, dropped and dy together that are reserved: enough for all rows of a product whose x
+ * and dy have the compute dtype and whose x has no norm, and for one row of any. */
 static int64_t span_values(int64_t T, int64_t K, int64_t N) {
-    return T * (K + (K < N ? K : N)) + 2 * K + N;
+    return T * K + 2 * K + N;
 }
 
 static size_t weight_bytes(int64_t K, int64_t N, int64_t ranks, size_t size) {
@@ -109,16 +109,16 @@ static gn_status lay_out(struct call *op) {
     const int64_t rank = max_rank_of(args), ranks = ranks_of(args).first[args->n_parts];
     if (backward_bytes(T, K, columns, rank, ranks, size) > op->ctx->workspace_bytes)
         return GN_ENOMEM;
-    const struct widths w = widths_of(op);
-    const int64_t width = w.x + w.dropped + w.dy, values = span_values(T, K, columns);
     struct memory *m = &op->memory;
-    m->rows = width * T <= values ? T : values / width;
-    char *at = (char *)op->ctx->workspace;
+    char *at = (char *)op->ctx->workspace, *end = at + op->ctx->workspace_bytes - 3 * align_up(1);
     m->weight = carve(&at, weight_bytes(K, columns, ranks, size));
     m->a = carve(&at, (size_t)(ranks * K) * size);
     m->b = carve(&at, (size_t)(columns * rank) * size);
     m->u = carve(&at, (size_t)(T * ranks) * size);
     m->v = carve(&at, (size_t)(T * ranks) * size);
+    const struct widths w = widths_of(op);
+    const int64_t row = (w.x + w.dropped + w.dy) * (int64_t)size;
+    m->rows = row * T <= end - at ? T : (end - at) / row;
     m->x = carve(&at, (size_t)(m->rows * w.x) * size);
     m->dropped = carve(&at, (size_t)(m->rows * w.dropped) * size);
     m->dy = carve(&at, (size_t)(m->rows * w.dy) * size);
