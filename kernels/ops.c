@@ -361,6 +361,7 @@ static bool is_part_grads(const gn_ctx *ctx, const gn_linear_args *args,
     const gn_matrix *w = args->part[i].w;
     const struct gn_linear_part_grads *part = &grads->part[i];
     if (!is_gradient_rows(ctx, &part->dy, args->x.shape[0], w->rows)) return false;
+    if (part->dy_spare < 0 || part->dy_spare > part->dy.ld - w->rows) return false;
     if (!is_sum(&part->dw, w->rows, w->cols) || (part->dw.data && w->qtype != GN_Q_NONE))
         return false;
     const int64_t rank = args->n_lora ? args->lora[0].pairs[args->pair + i].rank : 0;

@@ -36,6 +36,7 @@ typedef struct gn_linear_grads {
     gn_tensor dx; /* (T, K), of what the products multiply: norm(x) where there is a norm */
     struct gn_linear_part_grads {
         gn_tensor dy;     /* (T, N_i) */
+        int64_t dy_spare; /* columns past N_i of dy's rows that belong to nobody, as x_spare */
         gn_tensor da, db; /* of the LoRA term's pair */
         gn_tensor dw;     /* (N_i, K), of a weight that is not quantized */
     } part[GN_MAX_PARTS];

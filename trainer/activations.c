@@ -108,9 +108,10 @@ static void lay_out_scratch(gn_activations *a, const gn_model *model, const gn_t
     kind table[GN_ACT_COUNT];
     make_table(table, model, limits);
     const kind *q = &table[GN_ACT_Q], *k = &table[GN_ACT_K];
+    const kind dnorm = {c->hidden, q->dtype, ALWAYS, table[GN_ACT_A].spare};
     a->stream = cut(b, rows, c->hidden, GN_F32);
     a->dstream = cut(b, rows, c->hidden, GN_F32);
-    a->dnorm = cut(b, rows, c->hidden, gn_ctx_activation(model->ctx));
+    a->dnorm = cut_kind(b, rows, &dnorm);
     a->loss = cut(b, rows, 1, GN_F32);
     a->cos = cut(b, rows, c->head_dim / 2, GN_F32);
     a->sin = cut(b, rows, c->head_dim / 2, GN_F32);

@@ -210,6 +210,7 @@ static gn_status product_bwd(const gn_train_step *s, const gn_linear_args *args,
     for (int i = 0; i < args->n_parts; i++) {
         struct gn_linear_part_grads *part = &grads.part[i];
         part->dy = dy[i];
+        part->dy_spare = dy[i].ld - dy[i].shape[1];
         if (t->pairs && t->pairs[args->pair + i].rank > 0) {
             part->da = t->grads[args->pair + i].a;
             part->db = t->grads[args->pair + i].b;

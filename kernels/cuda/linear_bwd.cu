@@ -8,9 +8,10 @@
  *
  * The floor is that of dx = dy W, 2 T N K operations. LoRA's products are bound by memory: each of
  * x' and dy is read twice. Without dropout all parts see one x: their A's stand below one another,
- * their u's and v's side by side, so that u, v A and dA are one product of all parts, and v A is
- * what dy W is then added to. Masks are computed anew, into the working memory that holds x' and
- * then v A.
+ * their u's and v's side by side, so that u, v A and dA are one product of all parts. Where rows of
+ * a dy have columns to spare, v stands in them and A below W, and v A comes with dy W; else v A is
+ * what dy W is added to. Masks are computed anew, into the working memory that holds x' and then
+ * v A.
  *
  * x, x' and dy in the compute dtype take working memory; rows are taken as many at a time as fit
  * into what is reserved, which for every product of a model is all of them. */
@@ -56,14 +57,14 @@ static const gn_lora_pair *pair_of(const gn_linear_args *args, int part) {
 
 /* ---- working memory ---- */
 
-/* Values of x, dropped and dy together: enough for all rows of products of a single part, and of
- * any whose dy has the compute dtype. */
+/* Values of x, dropped and dy together that are reserved: enough for all rows of a product whose x
+ * and dy have the compute dtype and whose x has no norm, and for one row of any. */
 static int64_t span_values(int64_t T, int64_t K, int64_t N) {
-    return T * (K + (K < N ? K : N)) + 2 * K + N;
+    return T * K + 2 * K + N;
 }
 
 static size_t weight_bytes(int64_t K, int64_t N, int64_t ranks, size_t size) {
-    const size_t weight = (size_t)gn_cuda_piece_bound(N, K) * size;
+    const size_t weight = (size_t)gn_cuda_piece_bound(N + ranks, K) * size;
     const size_t sums = (size_t)(ranks * K) * sizeof(float);
     return weight > sums ? weight : sums;
 }
@@ -108,16 +109,16 @@ static gn_status lay_out(struct call *op) {
     const int64_t rank = max_rank_of(args), ranks = ranks_of(args).first[args->n_parts];
     if (backward_bytes(T, K, columns, rank, ranks, size) > op->ctx->workspace_bytes)
         return GN_ENOMEM;
-    const struct widths w = widths_of(op);
-    const int64_t width = w.x + w.dropped + w.dy, values = span_values(T, K, columns);
     struct memory *m = &op->memory;
-    m->rows = width * T <= values ? T : values / width;
-    char *at = (char *)op->ctx->workspace;
+    char *at = (char *)op->ctx->workspace, *end = at + op->ctx->workspace_bytes - 3 * align_up(1);
     m->weight = carve(&at, weight_bytes(K, columns, ranks, size));
     m->a = carve(&at, (size_t)(ranks * K) * size);
     m->b = carve(&at, (size_t)(columns * rank) * size);
     m->u = carve(&at, (size_t)(T * ranks) * size);
     m->v = carve(&at, (size_t)(T * ranks) * size);
+    const struct widths w = widths_of(op);
+    const int64_t row = (w.x + w.dropped + w.dy) * (int64_t)size;
+    m->rows = row * T <= end - at ? T : (end - at) / row;
     m->x = carve(&at, (size_t)(m->rows * w.x) * size);
     m->dropped = carve(&at, (size_t)(m->rows * w.dropped) * size);
     m->dy = carve(&at, (size_t)(m->rows * w.dy) * size);
@@ -178,42 +179,10 @@ static gn_status dys_of(const struct call *op, struct span s, gn_cuda_factor dy[
     return status;
 }
 
-/* That of f from an element on. */
+/* A factor that is not turned, from an element on. */
 static gn_cuda_factor from(const struct call *op, gn_cuda_factor f, int64_t row, int64_t column) {
-    const int64_t at = f.turned ? column * f.ld + row : row * f.ld + column;
-    f.data = (const char *)f.data + at * (int64_t)gn_dtype_size(op->dtype);
+    f.data = (const char *)f.data + (row * f.ld + column) * (int64_t)gn_dtype_size(op->dtype);
     return f;
-}
-
-/* ---- through the weight ---- */
-
-/* dx = dy W + beta dx. */
-static gn_status through_weight(const struct call *op, int part, struct span s, gn_cuda_factor dy,
-                                float beta) {
-    const gn_matrix *m = op->args->part[part].w;
-    const gn_tensor *dx = &op->grads->dx;
-    char *to = (char *)at_row(dx, s.row0);
-    const bool stored = gn_cuda_is_stored(op->ctx, m);
-    const int64_t step = stored ? m->cols : gn_cuda_piece_cols(m->rows, m->cols);
-    gn_status status = GN_OK;
-    for (int64_t k0 = 0; k0 < m->cols && !status; k0 += step) {
-        const int64_t k = m->cols - k0 < step ? m->cols - k0 : step;
-        const gn_cuda_region columns = {0, m->rows, k0, k};
-        const gn_cuda_factor w = {stored ? m->data : op->memory.weight, k, false};
-        if (!stored)
-            status = gn_cuda_dequantize(op->ctx, m, &columns, op->memory.weight, k, op->dtype);
-        if (!status)
-            status = gn_cuda_gemm(op->ctx, s.rows, k, m->rows, 1, dy, w, beta,
-                                  to + k0 * (int64_t)gn_dtype_size(dx->dtype), dx->dtype, dx->ld);
-    }
-    return status;
-}
-
-static gn_status add_weight_gradient(const struct call *op, int part, struct span s,
-                                     gn_cuda_factor dy, gn_cuda_factor x) {
-    const gn_tensor *dw = &op->grads->part[part].dw;
-    return gn_cuda_gemm(op->ctx, dw->shape[0], op->K, s.rows, 1, gn_cuda_turned(dy), x, 1, dw->data,
-                        GN_F32, dw->ld);
 }
 
 /* ---- through LoRA ---- */
@@ -224,6 +193,7 @@ struct term {
     gn_cuda_parts ranks;
     gn_cuda_factor x, dy[GN_MAX_PARTS];
     gn_cuda_factor a, u, v; /* (ranks, K), (rows, ranks) */
+    int beside;             /* the part beside whose dy v stands; -1: none */
 };
 
 /* The rows of s that the term covers. */
@@ -234,9 +204,22 @@ static struct span covered(const gn_lora *term, struct span s) {
     return {from, to > from ? to - from : 0};
 }
 
+/* The first part whose dy has room for v, if v A may come with dy W; or -1. */
+static int part_with_room(const struct call *op, const struct term *t, int64_t rows) {
+    if (!op->grads->dx.data || op->args->dropout.p > 0 || t->s.rows < rows) return -1;
+    for (int i = 0; i < t->ranks.n; i++) {
+        const part_grads *grads = &op->grads->part[i];
+        if (grads->dy.dtype == op->dtype && grads->dy_spare >= t->ranks.first[t->ranks.n] &&
+            !gn_cuda_is_stored(op->ctx, op->args->part[i].w))
+            return i;
+    }
+    return -1;
+}
+
 static struct term term_of(const struct call *op, struct span s, const gn_cuda_factor dy[],
                            gn_cuda_factor x) {
     struct term t = {};
+    t.beside = -1;
     t.ranks = ranks_of(op->args);
     const int64_t ranks = t.ranks.first[t.ranks.n];
     bool is_wanted = op->grads->dx.data;
@@ -249,6 +232,8 @@ static struct term term_of(const struct call *op, struct span s, const gn_cuda_f
     t.a = {op->memory.a, op->K, false};
     t.u = {op->memory.u, ranks, false};
     t.v = {op->memory.v, ranks, false};
+    t.beside = part_with_room(op, &t, s.rows);
+    if (t.beside >= 0) t.v = from(op, t.dy[t.beside], 0, op->args->part[t.beside].w->rows);
     return t;
 }
 
@@ -264,8 +249,11 @@ static gn_cuda_operands_args mask_of(const struct call *op, const struct term *t
     return mask;
 }
 
-/* A of every part, in the compute dtype. */
-static gn_status stack_a(const struct call *op, const struct term *t) {
+/* A of every part, in the compute dtype: of a single part where it stands, if it can. */
+static gn_status stack_a(const struct call *op, struct term *t) {
+    if (t->ranks.n == 1)
+        return rows_in(op, &pair_of(op->args, 0)->a, {0, t->ranks.first[1]}, op->memory.a, NULL,
+                       &t->a);
     gn_status status = GN_OK;
     for (int i = 0; i < t->ranks.n && !status; i++) {
         const gn_lora_pair *pair = pair_of(op->args, i);
@@ -314,7 +302,7 @@ static struct group group_of(const struct call *op, const struct term *t, int be
     return g;
 }
 
-/* dB += s dy^T u */
+/* u, and dB += s dy^T u. */
 static gn_status add_db(const struct call *op, const struct term *t, struct group g,
                         gn_cuda_factor x) {
     const gn_cuda_factor a = from(op, t->a, g.rank0, 0);
@@ -330,7 +318,7 @@ static gn_status add_db(const struct call *op, const struct term *t, struct grou
     return status;
 }
 
-/* dA += v^T x: of a single pair where it is to stand. */
+/* dA += v^T x: of a single pair where it is to stand, of several through their sum. */
 static gn_status add_da(const struct call *op, const struct term *t, struct group g,
                         gn_cuda_factor x) {
     const gn_cuda_factor v = gn_cuda_turned(from(op, t->v, 0, g.rank0));
@@ -399,17 +387,65 @@ static gn_status add_dropped_dx(const struct call *op, const struct term *t) {
     return status;
 }
 
+/* ---- through the weight ---- */
+
+static gn_status add_weight_gradient(const struct call *op, int part, struct span s,
+                                     gn_cuda_factor dy, gn_cuda_factor x) {
+    const gn_tensor *dw = &op->grads->part[part].dw;
+    return gn_cuda_gemm(op->ctx, dw->shape[0], op->K, s.rows, 1, gn_cuda_turned(dy), x, 1, dw->data,
+                        GN_F32, dw->ld);
+}
+
+/* Columns [k0, k0 + k) of W, and of A below it where v stands beside dy. */
+static gn_status fill_weight(const struct call *op, int part, const struct term *t, int64_t k0,
+                             int64_t k) {
+    const gn_matrix *m = op->args->part[part].w;
+    const gn_cuda_region columns = {0, m->rows, k0, k};
+    const gn_status status =
+        gn_cuda_dequantize(op->ctx, m, &columns, op->memory.weight, k, op->dtype);
+    if (status || part != t->beside) return status;
+    const gn_cuda_factor weight = {op->memory.weight, k, false};
+    const int64_t ranks = t->ranks.first[t->ranks.n];
+    const gn_tensor a = {
+        (void *)from(op, t->a, 0, k0).data, op->dtype, 2, {ranks, k, 1, 1}, t->a.ld};
+    const gn_tensor to =
+        gn_tensor_2d((void *)from(op, weight, m->rows, 0).data, op->dtype, ranks, k);
+    return gn_cuda_operands(op->ctx, &to, &a, NULL);
+}
+
+/* dx = dy W + beta dx. */
+static gn_status through_weight(const struct call *op, int part, struct span s,
+                                const struct term *t, gn_cuda_factor dy, float beta) {
+    const gn_matrix *m = op->args->part[part].w;
+    const gn_tensor *dx = &op->grads->dx;
+    const bool stored = gn_cuda_is_stored(op->ctx, m);
+    const int64_t rows = m->rows + (part == t->beside ? t->ranks.first[t->ranks.n] : 0);
+    const int64_t step = stored ? m->cols : gn_cuda_piece_cols(rows, m->cols);
+    char *to = (char *)at_row(dx, s.row0);
+    gn_status status = GN_OK;
+    for (int64_t k0 = 0; k0 < m->cols && !status; k0 += step) {
+        const int64_t k = m->cols - k0 < step ? m->cols - k0 : step;
+        const gn_cuda_factor w = {stored ? m->data : op->memory.weight, k, false};
+        if (!stored) status = fill_weight(op, part, t, k0, k);
+        if (!status)
+            status = gn_cuda_gemm(op->ctx, s.rows, k, rows, 1, dy, w, beta,
+                                  to + k0 * (int64_t)gn_dtype_size(dx->dtype), dx->dtype, dx->ld);
+    }
+    return status;
+}
+
 /* ---- the call ---- */
 
-/* What is written first is not read: v A where the term covers all rows, else dy W. */
+/* v A comes with dy W, or is written before it where the term covers all rows, or added. */
 static gn_status run_dx(const struct call *op, struct span s, const struct term *t,
                         const gn_cuda_factor dy[]) {
     const bool drops = op->args->dropout.p > 0, has_lora = t->s.rows > 0;
-    const bool begins = has_lora && !drops && t->s.rows == s.rows;
+    const bool comes = t->beside >= 0;
+    const bool begins = has_lora && !drops && !comes && t->s.rows == s.rows;
     gn_status status = begins ? find_dx(op, t, 0) : GN_OK;
     for (int i = 0; i < op->args->n_parts && !status; i++)
-        status = through_weight(op, i, s, dy[i], begins || i > 0 ? 1.0f : 0.0f);
-    if (status || !has_lora || begins) return status;
+        status = through_weight(op, i, s, t, dy[i], begins || i > 0 ? 1.0f : 0.0f);
+    if (status || !has_lora || comes || begins) return status;
     return drops ? add_dropped_dx(op, t) : find_dx(op, t, 1);
 }
 
@@ -419,7 +455,7 @@ static gn_status run_span(const struct call *op, struct span s) {
     gn_status status = wants_x(op) ? x_of(op, s, &x) : GN_OK;
     if (!status) status = dys_of(op, s, dy);
     if (status) return status;
-    const struct term t = term_of(op, s, dy, x);
+    struct term t = term_of(op, s, dy, x);
     if (t.s.rows > 0) {
         status = stack_a(op, &t);
         if (!status) status = find_v(op, &t);

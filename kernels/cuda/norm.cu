@@ -3,12 +3,12 @@
  * One block per row. Forward the sum of squares is taken in double, as on the CPU: a few operations
  * a thread, so that it is the launch that costs. The backward pass, of many rows, is bound by
  * memory, and sums float32: chips that are not made for computing centers are slow at double. It
- * reads x, dy and skip and writes dx, and dx rounded; x and dy are read twice, the second time from
- * cache. */
+ * reads x, dy and skip and writes dx, and dx rounded: a thread takes 8 columns, which it reads
+ * once; of rows that are not aligned, or too long for that, x and dy are read again, from cache. */
 #include "operands.h"
 #include "rows.cuh"
 
-enum { THREADS = 256 };
+enum { THREADS = 256, MAX_THREADS = 1024 };
 
 /* y may be x: a thread writes the elements that it alone reads again. */
 static __global__ void __launch_bounds__(THREADS)
@@ -34,8 +34,7 @@ gn_status gn_cuda_rmsnorm(gn_ctx *ctx, gn_tensor *y, const gn_tensor *x, const g
 /* ---- backward ---- */
 
 struct norm_bwd {
-    struct rows dx, rounded, dy, skip, x;
-    const float *w;
+    struct rows dx, rounded, dy, skip, x, w; /* w: one row */
     float eps;
     int64_t C;
     float *rms; /* (T) inverse, for dw; or NULL */
@@ -43,6 +42,46 @@ struct norm_bwd {
 
 /* With r = 1/rms(x) and g = w * dy: dx = skip + r g - x r^3 mean(g x). dx may be skip, and rounded
  * dy: a thread writes what it alone has read. */
+struct weights {
+    float g, x;
+};
+
+static __device__ __forceinline__ struct weights weights_of(const struct norm_bwd &o, float squares,
+                                                            float dot) {
+    const float r = 1.0f / sqrtf(block_sum(squares) / (float)o.C + o.eps);
+    if (o.rms && threadIdx.x == 0) o.rms[blockIdx.x] = r;
+    return {r, r * r * r * (block_sum(dot) / (float)o.C)};
+}
+
+static __global__ void __launch_bounds__(MAX_THREADS)
+    rmsnorm_bwd_once_kernel(const struct norm_bwd o) {
+    enum { N = ROW_VECTOR };
+    const int64_t row = blockIdx.x, c = (int64_t)threadIdx.x * N;
+    float x[N] = {}, g[N] = {}, dx[N] = {}, squares = 0.0f, dot = 0.0f;
+    pdl_trigger();
+    pdl_wait();
+    if (c < o.C) {
+        float w[N];
+        load<N>(x, o.x, row, c);
+        load<N>(g, o.dy, row, c);
+        if (o.skip.data) load<N>(dx, o.skip, row, c);
+        load<N>(w, o.w, 0, c);
+#pragma unroll
+        for (int i = 0; i < N; i++) g[i] *= w[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        squares += x[i] * x[i];
+        dot += g[i] * x[i];
+    }
+    const struct weights by = weights_of(o, squares, dot);
+    if (c >= o.C) return;
+#pragma unroll
+    for (int i = 0; i < N; i++) dx[i] += by.g * g[i] - by.x * x[i];
+    store<N>(o.dx, row, c, dx);
+    if (o.rounded.data) store<N>(o.rounded, row, c, dx);
+}
+
 template <int N>
 static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struct norm_bwd o) {
     const int64_t row = blockIdx.x;
@@ -50,25 +89,25 @@ static __global__ void __launch_bounds__(THREADS) rmsnorm_bwd_kernel(const struc
     pdl_trigger();
     pdl_wait();
     for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
-        float x[N], dy[N];
+        float x[N], dy[N], w[N];
         load<N>(x, o.x, row, c);
         load<N>(dy, o.dy, row, c);
+        load<N>(w, o.w, 0, c);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             squares += x[i] * x[i];
-            dot += o.w[c + i] * dy[i] * x[i];
+            dot += w[i] * dy[i] * x[i];
         }
     }
-    const float r = 1.0f / sqrtf(block_sum(squares) / (float)o.C + o.eps);
-    const float along = r * r * r * (block_sum(dot) / (float)o.C);
-    if (o.rms && threadIdx.x == 0) o.rms[row] = r;
+    const struct weights by = weights_of(o, squares, dot);
     for (int64_t c = threadIdx.x * N; c < o.C; c += THREADS * N) {
-        float x[N], dy[N], dx[N] = {};
+        float x[N], dy[N], w[N], dx[N] = {};
         load<N>(x, o.x, row, c);
         load<N>(dy, o.dy, row, c);
+        load<N>(w, o.w, 0, c);
         if (o.skip.data) load<N>(dx, o.skip, row, c);
 #pragma unroll
-        for (int i = 0; i < N; i++) dx[i] += r * o.w[c + i] * dy[i] - along * x[i];
+        for (int i = 0; i < N; i++) dx[i] += by.g * w[i] * dy[i] - by.x * x[i];
         store<N>(o.dx, row, c, dx);
         if (o.rounded.data) store<N>(o.rounded, row, c, dx);
     }
@@ -112,7 +151,7 @@ gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn
     o.dy = rows_of(dy);
     if (skip) o.skip = rows_of(skip);
     o.x = rows_of(x);
-    o.w = (const float *)w->data;
+    o.w = {w->data, 0, false};
     o.eps = eps;
     o.C = C;
     if (dw->data) {
@@ -120,9 +159,15 @@ gn_status gn_cuda_rmsnorm_bwd(gn_ctx *ctx, gn_tensor *dx, gn_tensor *rounded, gn
         o.rms = (float *)ctx->workspace;
     }
     const bool vectors = in_vectors(o.dx, C) && in_vectors(o.dy, C) && in_vectors(o.x, C) &&
-                         in_vectors(o.rounded, C) && (!skip || in_vectors(o.skip, C));
-    gn_status status = launch(ctx, vectors ? rmsnorm_bwd_kernel<ROW_VECTOR> : rmsnorm_bwd_kernel<1>,
-                              dim3((unsigned)T), dim3(THREADS), 0, o);
+                         in_vectors(o.w, C) && in_vectors(o.rounded, C) && in_vectors(o.skip, C);
+    const int64_t pieces = C / ROW_VECTOR;
+    const bool once = vectors && pieces <= MAX_THREADS;
+    const int64_t threads = once ? (pieces + WARP - 1) / WARP * WARP : (int64_t)THREADS;
+    gn_status status = launch(ctx,
+                              once      ? rmsnorm_bwd_once_kernel
+                              : vectors ? rmsnorm_bwd_kernel<ROW_VECTOR>
+                                        : rmsnorm_bwd_kernel<1>,
+                              dim3((unsigned)T), dim3((unsigned)threads), 0, o);
     if (status || !dw->data) return status;
     status = launch(ctx, rmsnorm_dw_kernel, dim3((unsigned)((C + DW_COLUMNS - 1) / DW_COLUMNS)),
                     dim3(THREADS), 0, (float *)dw->data, o, T);

@@ -67,6 +67,7 @@ typedef struct {
     bool in_place;       /* dx is x */
     gn_dtype lora_dtype;
     int pad, shift;
+    int spare; /* of dy */
 } bwd_shape;
 
 /* A gradient, dense: what it was, what the CPU makes of it, how far off it may be, and what the GPU
@@ -133,13 +134,14 @@ static bwd make_bwd(const sides *sides, const weights *w, const bwd_shape *s, ui
     }
     snprintf(p.name, sizeof p.name,
              "%s %s%s/%s T=%d K=%d N=%d,%d,%d r=%d,%d,%d%s rows %d+%d dropout %g%s%s%s%s%s pad %d "
-             "shift %d",
+             "shift %d spare %d",
              gn_dtype_name(sides->compute), gn_qtype_name(w->type.qtype),
              w->type.double_quant ? "+dq" : "", gn_dtype_name(w->type.dtype), s->T, s->K, s->N[0],
              s->N[1], s->N[2], s->rank[0], s->rank[1], s->rank[2], gn_dtype_name(s->lora_dtype),
              s->row0, s->rows, (double)s->dropout, s->norm ? " norm" : "",
              s->act_x ? " of activations" : "", s->f32_dy ? " f32 dy" : "",
-             s->f32_dx ? " f32 dx" : "", s->in_place ? " in place" : "", s->pad, s->shift);
+             s->f32_dx ? " f32 dx" : "", s->in_place ? " in place" : "", s->pad, s->shift,
+             s->spare);
     return p;
 }
 
@@ -212,7 +214,7 @@ static void solve_on_cpu(const bwd *p) {
                            dense(p->b[i], s->N[i], s->rank[i])};
         args.part[i] = (struct gn_linear_part){dense(p->dy[i], s->T, s->N[i]), &p->w->host[i].m};
         grads.part[i] =
-            (struct gn_linear_part_grads){dense(p->dy[i], s->T, s->N[i]), expected_of(p, DA + i),
+            (struct gn_linear_part_grads){dense(p->dy[i], s->T, s->N[i]), 0, expected_of(p, DA + i),
                                           expected_of(p, DB + i), expected_of(p, DW + i)};
     }
     cr_assert_eq(gn_ctx_reserve(cpu, bwd_workspace(cpu, p)), GN_OK);
@@ -257,8 +259,9 @@ static const char *solve_on_gpu(const bwd *p, int run) {
         args.part[i] =
             (struct gn_linear_part){device_rows(&m, NULL, act, s->T, N, 0, 0), &p->w->placed[i]};
         grads.part[i] = (struct gn_linear_part_grads){
-            device_rows(&m, p->dy[i], s->f32_dy ? GN_F32 : act, s->T, N, s->pad, s->shift),
-            tensors[DA + i], tensors[DB + i], tensors[DW + i]};
+            device_rows(&m, p->dy[i], s->f32_dy ? GN_F32 : act, s->T, N, s->pad + s->spare,
+                        s->shift),
+            s->spare, tensors[DA + i], tensors[DB + i], tensors[DW + i]};
     }
     term.placed = device_alloc(&m, pairs, sizeof pairs, 0);
     cr_assert_eq(stage_rows(gpu, s->T, &term, 1), GN_OK, "%s", p->name);
@@ -522,6 +525,22 @@ static const bwd_shape bwd_shapes[] = {
     {.T = 21, .K = 128, .N = {88}, .n_parts = 1, .rank = {8}, .rows = 21, .no_dx = true},
     {.T = 21, .K = 128, .N = {88}, .n_parts = 1, .rank = {8}, .rows = 21, .no_params = true},
     {.T = 33, .K = 100, .N = {40}, .n_parts = 1, .rows = 0},
+    {.T = 21,
+     .K = 128,
+     .N = {88},
+     .n_parts = 1,
+     .rank = {8},
+     .rows = 21,
+     .lora_dtype = GN_BF16,
+     .spare = 8},
+    {.T = 40,
+     .K = 192,
+     .N = {128, 64},
+     .n_parts = 2,
+     .rank = {16, 7},
+     .rows = 40,
+     .f32_dx = true,
+     .spare = 24},
     {.T = 50,
      .K = 192,
      .N = {72},

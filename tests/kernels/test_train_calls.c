@@ -14,7 +14,7 @@ typedef struct {
     gn_lora_pair pair;
     gn_linear_args args;
     gn_linear_grads grads;
-    gn_tensor x, y, dx, dy, norm, dnorm, dtable, q, k, dq, dk, dv, da, cos, sin;
+    gn_tensor x, y, dx, rounded, dy, norm, dnorm, dtable, q, k, dq, dk, dv, da, cos, sin;
     gn_attention_rows rows;
     gn_cross_entropy_args loss;
     gn_seqs seqs;
@@ -28,6 +28,7 @@ static void make_calls(calls *c) {
     c->y = rows2(c->f[1], 4, 64);
     c->dx = rows2(c->f[2], 4, 64);
     c->dy = rows2(c->f[3], 4, 64);
+    c->rounded = rows2(c->f[12], 4, 64);
     c->norm = gn_tensor_1d(c->f[4], GN_F32, 64);
     c->dnorm = gn_tensor_1d(c->f[5], GN_F32, 64);
     c->dtable = rows2(c->f[6], 4, 64);
@@ -77,7 +78,8 @@ static gn_status call_embed(calls *c) {
     return gn_embed_bwd(c->ctx, &c->dtable, &c->dy, c->ids);
 }
 static gn_status call_rmsnorm(calls *c) {
-    return gn_rmsnorm_bwd(c->ctx, &c->dx, NULL, &c->dnorm, &c->dy, &c->y, &c->x, &c->norm, 1e-5f);
+    return gn_rmsnorm_bwd(c->ctx, &c->dx, &c->rounded, &c->dnorm, &c->dy, &c->y, &c->x, &c->norm,
+                          1e-5f);
 }
 static gn_status call_linear(calls *c) {
     return gn_linear_bwd(c->ctx, &c->args, &c->grads);
@@ -117,12 +119,18 @@ static gn_status call_loss(calls *c) {
     X(embed, c->dtable.dtype = GN_BF16)                                                            \
     X(embed, c->dtable.data = NULL)                                                                \
     X(rmsnorm, c->dx.shape[0] = 3)                                                                 \
+    X(rmsnorm, c->rounded.shape[0] = 3)                                                            \
+    X(rmsnorm, c->rounded.dtype = GN_BF16)                                                         \
     X(rmsnorm, c->dy.shape[1] = 32)                                                                \
     X(rmsnorm, c->y.shape[0] = 3)                                                                  \
     X(rmsnorm, c->dnorm.shape[0] = 63)                                                             \
     X(rmsnorm, c->norm.data = NULL)                                                                \
     X(rmsnorm, c->x.dtype = GN_BF16)                                                               \
     X(linear, c->args.part[0].w = NULL)                                                            \
+    X(linear, c->args.x_spare = 1)                                                                 \
+    X(linear, c->args.x_spare = -1)                                                                \
+    X(linear, c->grads.part[0].dy_spare = 1)                                                       \
+    X(linear, c->grads.part[0].dy_spare = -1)                                                      \
     X(linear, c->args.n_lora = 2)                                                                  \
     X(linear, c->args.dropout.p = 1)                                                               \
     X(linear, c->args.dropout.p = -0.1f)                                                           \

@@ -518,6 +518,27 @@ Test(train_step, what_is_kept_changes_no_bit) {
     close_golden(&g);
 }
 
+/* Of so many rows that a GPU takes the way of many. */
+Test(train_step, many_rows_in_bfloat16_are_near_float32) {
+    golden g = open_golden();
+    const gn_train_batch b = batch_of(g.ids, g.labels, MAX_SAMPLES);
+    float *grads[2];
+    double loss[2], off = 0;
+    for (int i = 0; i < 2; i++) {
+        run r = open_lora(i ? GN_COMPUTE_BF16 : GN_COMPUTE_F32, 2, true);
+        grads[i] = step_grads(&r, &b, &loss[i]);
+        if (i) off = relative_l2(grads[1], grads[0], count_grads(&r));
+        close_run(&r);
+    }
+    fprintf(stderr, "many rows in bfloat16: loss within %.2e, gradients %.2e\n",
+            fabs(loss[1] - loss[0]) / loss[0], off);
+    cr_assert(fabs(loss[1] - loss[0]) < 0.01 * loss[0]);
+    cr_assert(off < 0.03, "gradients: relative L2 %g", off);
+    free(grads[0]);
+    free(grads[1]);
+    close_golden(&g);
+}
+
 static void move_along(run *r, float *const v[], float by) {
     for (int i = 0; i < r->n; i++) {
         const gn_tensor *weight = &r->params[i].weight;
