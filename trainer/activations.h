@@ -32,9 +32,9 @@ typedef struct gn_activations {
     char *kept[GN_ACT_COUNT];     /* of the first layers, one after the other */
     int32_t n_kept[GN_ACT_COUNT]; /* such layers */
     gn_tensor stream, dstream;    /* (max_rows, hidden) f32 */
-    gn_tensor dnorm;              /* (max_rows, hidden): gradient of a norm's output, then dstream */
-    gn_tensor da, dq, dk, dv;     /* like A, Q, K, V */
-    gn_tensor loss, cos, sin;     /* (max_rows, ...) f32 */
+    gn_tensor dnorm;          /* (max_rows, hidden): gradient of a norm's output, then dstream */
+    gn_tensor da, dq, dk, dv; /* like A, Q, K, V */
+    gn_tensor loss, cos, sin; /* (max_rows, ...) f32 */
     void *kept_memory, *scratch_memory;
 } gn_activations;
 

@@ -303,8 +303,7 @@ gn_status gn_cuda_lora_shrink(gn_ctx *ctx, const gn_linear_args *args, int part0
                               const void *x, int64_t x_ld, void *scratch) {
     struct lora_call c = call_of(ctx, args, x, x_ld, scratch);
     c.part0 = part0;
-    if (c.T > FEW_ROWS)
-        return gn_cuda_lora_shrink_many(ctx, args, &c, n_parts);
+    if (c.T > FEW_ROWS) return gn_cuda_lora_shrink_many(ctx, args, &c, n_parts);
     const int64_t chunks = chunks_bound(c.n_terms, covered_rows(args), CHUNK);
     const int pieces = lora_pieces(ctx, chunks * n_parts, c.K / (COLUMNS * WARPS));
     return launch(ctx, shrink_kernel, dim3((unsigned)pieces, (unsigned)n_parts, (unsigned)chunks),
