@@ -1,7 +1,7 @@
 /* forward.c - the LLaMA forward pass, composed from ops.
  *
- * Per layer: q, k, v = W norm(x); rotate, store and attend; x += W_o a; h = silu(W_g norm(x)) *
- * W_u norm(x); x += W_d h. Five ops a layer; the norms ride in the products' prologues, the
+ * Per layer: q, k, v = W norm(x); rotate and store; attend; x += W_o a; h = silu(W_g norm(x)) *
+ * W_u norm(x); x += W_d h. Six ops a layer; the norms ride in the products' prologues, the
  * residual additions and SwiGLU in their epilogues, LoRA in the products themselves.
  *
  * A step of decoding is the same ops on the same memory each time, so a device that can may record
@@ -310,8 +310,8 @@ static gn_status run_layer(gn_forward *f, const gn_batch *b, int i) {
     const gn_tensor cos = rows_of(&f->cos, n), sin = rows_of(&f->sin, n);
 
     gn_status status = project(f, i, GN_Q, 3, x, &layer->attn_norm, GN_STORE, qkv);
-    if (status == GN_OK)
-        status = gn_rope_attention(ctx, &y, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
+    if (status == GN_OK) status = gn_rope_store(ctx, &q, &k, &v, &cos, &sin, &b->seqs, &f->kv[i]);
+    if (status == GN_OK) status = gn_attention(ctx, &y, &q, &f->kv[i], &b->seqs);
     if (status == GN_OK) status = project(f, i, GN_O, 1, a, NULL, GN_ADD, &x);
     if (status == GN_OK)
         status = project(f, i, GN_GATE, 2, x, &layer->mlp_norm, GN_SWIGLU, gate_up);

@@ -25,8 +25,6 @@ extern "C" {
     X(rope_store, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_tensor *, const gn_tensor *, \
                    const gn_tensor *, const gn_seqs *, gn_kv *))                                   \
     X(attention, (gn_ctx *, gn_tensor *, const gn_tensor *, const gn_kv *, const gn_seqs *))       \
-    X(rope_attention, (gn_ctx *, gn_tensor *, gn_tensor *, const gn_tensor *, const gn_tensor *,   \
-                       const gn_tensor *, const gn_tensor *, const gn_seqs *, gn_kv *))            \
     X(adamw, (gn_ctx *, const gn_adamw_args *))                                                    \
     X(sum_squares, (gn_ctx *, double *sum, const gn_tensor *))                                     \
     X(convert, (gn_ctx *, gn_tensor *, const gn_tensor *))                                         \

@@ -203,49 +203,31 @@ gn_status gn_rope_table(gn_ctx *ctx, gn_tensor *cos, gn_tensor *sin, const gn_te
     return cos->shape[0] == 0 ? GN_OK : ctx->backend->rope_table(ctx, cos, sin, inv_freq, seqs);
 }
 
-static bool may_rope_store(const gn_ctx *ctx, const gn_tensor *q, const gn_tensor *k,
-                           const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
-                           const gn_seqs *seqs, const gn_kv *kv) {
-    if (!ctx || !is_activation(ctx, q, 3) || !is_activation(ctx, k, 3) || !is_activation(ctx, v, 3))
-        return false;
-    const int64_t T = q->shape[0], kv_heads = k->shape[1], D = q->shape[2];
-    if (k->shape[0] != T || k->shape[2] != D || v->shape[0] != T || v->shape[1] != kv_heads ||
-        v->shape[2] != D)
-        return false;
-    return is_kv(kv, kv_heads, D) && is_rows(cos, T, D / 2) && is_rows(sin, T, D / 2) &&
-           is_seqs(seqs, T) && has_blocks(seqs, kv);
-}
-
 gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k, const gn_tensor *v,
                         const gn_tensor *cos, const gn_tensor *sin, const gn_seqs *seqs,
                         gn_kv *kv) {
-    if (!may_rope_store(ctx, q, k, v, cos, sin, seqs, kv)) return GN_EINVAL;
-    return q->shape[0] == 0 ? GN_OK : ctx->backend->rope_store(ctx, q, k, v, cos, sin, seqs, kv);
-}
-
-static bool may_attend(const gn_ctx *ctx, const gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
-                       const gn_seqs *seqs) {
-    if (!ctx || !kv || !is_activation(ctx, q, 3) || !is_activation(ctx, y, 3)) return false;
-    const int64_t T = q->shape[0], heads = q->shape[1], D = q->shape[2];
-    const int64_t kv_heads = kv->k.shape[1];
-    if (y->shape[0] != T || y->shape[1] != heads || y->shape[2] != D) return false;
-    return is_kv(kv, kv_heads, D) && heads % kv_heads == 0 && is_seqs(seqs, T) &&
-           has_blocks(seqs, kv);
+    if (!ctx || !is_activation(ctx, q, 3) || !is_activation(ctx, k, 3) || !is_activation(ctx, v, 3))
+        return GN_EINVAL;
+    const int64_t T = q->shape[0], kv_heads = k->shape[1], D = q->shape[2];
+    if (k->shape[0] != T || k->shape[2] != D || v->shape[0] != T || v->shape[1] != kv_heads ||
+        v->shape[2] != D)
+        return GN_EINVAL;
+    if (!is_kv(kv, kv_heads, D) || !is_rows(cos, T, D / 2) || !is_rows(sin, T, D / 2) ||
+        !is_seqs(seqs, T) || !has_blocks(seqs, kv))
+        return GN_EINVAL;
+    return T == 0 ? GN_OK : ctx->backend->rope_store(ctx, q, k, v, cos, sin, seqs, kv);
 }
 
 gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
                        const gn_seqs *seqs) {
-    if (!may_attend(ctx, y, q, kv, seqs)) return GN_EINVAL;
-    return q->shape[0] == 0 ? GN_OK : ctx->backend->attention(ctx, y, q, kv, seqs);
-}
-
-gn_status gn_rope_attention(gn_ctx *ctx, gn_tensor *y, gn_tensor *q, const gn_tensor *k,
-                            const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
-                            const gn_seqs *seqs, gn_kv *kv) {
-    if (!may_rope_store(ctx, q, k, v, cos, sin, seqs, kv) || !may_attend(ctx, y, q, kv, seqs))
+    if (!ctx || !kv || !is_activation(ctx, q, 3) || !is_activation(ctx, y, 3)) return GN_EINVAL;
+    const int64_t T = q->shape[0], heads = q->shape[1], D = q->shape[2];
+    const int64_t kv_heads = kv->k.shape[1];
+    if (y->shape[0] != T || y->shape[1] != heads || y->shape[2] != D) return GN_EINVAL;
+    if (!is_kv(kv, kv_heads, D) || heads % kv_heads != 0 || !is_seqs(seqs, T) ||
+        !has_blocks(seqs, kv))
         return GN_EINVAL;
-    return q->shape[0] == 0 ? GN_OK
-                            : ctx->backend->rope_attention(ctx, y, q, k, v, cos, sin, seqs, kv);
+    return T == 0 ? GN_OK : ctx->backend->attention(ctx, y, q, kv, seqs);
 }
 
 size_t gn_attention_workspace(const gn_ctx *ctx, int64_t context) {

@@ -156,11 +156,7 @@ GN_CHECKED gn_status gn_rope_store(gn_ctx *ctx, gn_tensor *q, const gn_tensor *k
  * are scaled by 1/sqrt(head_dim). */
 GN_CHECKED gn_status gn_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
                                   const gn_seqs *seqs);
-/* gn_rope_store, then gn_attention of that q: what a layer does. What q holds then is not said. */
-GN_CHECKED gn_status gn_rope_attention(gn_ctx *ctx, gn_tensor *y, gn_tensor *q, const gn_tensor *k,
-                                       const gn_tensor *v, const gn_tensor *cos,
-                                       const gn_tensor *sin, const gn_seqs *seqs, gn_kv *kv);
-/* Working memory of both, for sequences of up to `context` tokens. */
+/* Working memory for sequences of up to `context` tokens. */
 size_t gn_attention_workspace(const gn_ctx *ctx, int64_t context);
 
 #ifdef __cplusplus

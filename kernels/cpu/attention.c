@@ -109,10 +109,3 @@ gn_status gn_cpu_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const 
     gn_cpu_parallel(ctx->pool, work < GN_CPU_SERIAL, run_items, &op);
     return GN_OK;
 }
-
-gn_status gn_cpu_rope_attention(gn_ctx *ctx, gn_tensor *y, gn_tensor *q, const gn_tensor *k,
-                                const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
-                                const gn_seqs *seqs, gn_kv *kv) {
-    const gn_status status = gn_cpu_rope_store(ctx, q, k, v, cos, sin, seqs, kv);
-    return status ? status : gn_cpu_attention(ctx, y, q, kv, seqs);
-}

@@ -18,13 +18,9 @@
  * belongs to the columns of its own accumulators. The next keys are under way while values are
  * multiplied: 8 KiB a warp, twice what the memory needs.
  *
- * A step of decoding may leave rotating and storing to it (gn_rope_attention): then a warp that
- * reads cache blocks with new rows writes those rows first.
- *
  * Partial results (maximum, sum, output) of a block's warps are combined in shared memory; of a
  * unit that several blocks read for, the last to arrive combines theirs. */
 #include "attention_decode.cuh"
-#include "rows.cuh"
 
 #include <limits.h>
 
@@ -188,21 +184,11 @@ typedef struct unit {
     int first_warp, last_warp; /* of the grid, that read for it */
 } unit;
 
-/* Where its query `i` stands: the row, and the first column. */
-typedef struct query_at {
-    int row, col;
-} query_at;
-
-static __device__ __forceinline__ query_at place_of(const gn_cuda_attention_args &a, const unit &u,
-                                                    int i) {
+/* Where its query `i` lies in q or y. */
+static __device__ __forceinline__ int64_t query_at(const gn_cuda_attention_args &a, int64_t ld,
+                                                   const unit &u, int i) {
     const int group = a.heads / a.kv_heads, query = u.first + i;
-    return {u.row0 + query / group, (u.kv_head * group + query % group) * a.D};
-}
-
-static __device__ __forceinline__ bf16 *output_of(const gn_cuda_attention_args &a, const unit &u,
-                                                  int i) {
-    const query_at at = place_of(a, u, i);
-    return (bf16 *)a.y + at.row * a.y_ld + at.col;
+    return (u.row0 + query / group) * ld + (int64_t)(u.kv_head * group + query % group) * a.D;
 }
 
 /* Those of positions g and g + 8 of a cache block; of the first n. */
@@ -223,90 +209,6 @@ static __device__ __forceinline__ void apply_scales(float scores[4], const float
 #pragma unroll
         for (int i = 0; i < 4; i++) scores[i] *= scale[i / 2];
     }
-}
-
-static __device__ __forceinline__ uint4 eight_of_bf16(const float x[8]) {
-    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-                      pack_bf16(x[6], x[7]));
-}
-
-static __device__ __forceinline__ void write_eight(bf16 *to, const float x[8], float) {
-    *(uint4 *)to = eight_of_bf16(x);
-}
-static __device__ __forceinline__ void write_eight(f8 *to, const float x[8], float scale) {
-    uint2 codes;
-#pragma unroll
-    for (int i = 0; i < 8; i++) ((f8 *)&codes)[i] = from_float<f8>(x[i] * scale);
-    *(uint2 *)to = codes;
-}
-
-/* Dimensions d to d + 7 and those half a head further, rotated, of a head at column `col`. */
-static __device__ __forceinline__ void load_rotated(float low[8], float high[8],
-                                                    const gn_cuda_attention_args &a,
-                                                    const struct rows &from, int row, int col,
-                                                    int d) {
-    const gn_cuda_new_rows &n = a.new_rows;
-    float cosines[8], sines[8];
-    load<8>(low, from, row, col + d);
-    load<8>(high, from, row, col + d + a.D / 2);
-    load<8>(cosines, {(void *)n.cosines, n.cos_ld, false}, row, d);
-    load<8>(sines, {(void *)n.sines, n.sin_ld, false}, row, d);
-#pragma unroll
-    for (int i = 0; i < 8; i++) rotate(cosines[i], sines[i], &low[i], &high[i]);
-}
-
-/* Key and value of a row for the cache, eight dimensions (of keys, and as many half a head further)
- * a lane. */
-template <typename C>
-static __device__ __forceinline__ void store_row(const gn_cuda_attention_args &a, int row,
-                                                 int kv_head, int64_t block, int position) {
-    const gn_cuda_new_rows &n = a.new_rows;
-    const int lane = threadIdx.x % WARP, key_lanes = a.D / 16;
-    const bool is_key = lane < key_lanes, is_value = !is_key && lane - key_lanes < a.D / 8;
-    const int d = 8 * (is_key ? lane : lane - key_lanes);
-    float low[8] = {0.0f}, high[8] = {0.0f};
-    if (is_key) load_rotated(low, high, a, {(void *)n.k, n.k_ld, true}, row, kv_head * a.D, d);
-    if (is_value) load<8>(low, {(void *)n.v, n.v_ld, true}, row, kv_head * a.D + d);
-
-    const int64_t at = (int64_t)kv_head * TOKENS + position;
-    f8_scale scale = {1.0f, 1.0f};
-    if constexpr (is_f8<C>) {
-        float top = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8; i++) top = fmaxf(top, fmaxf(fabsf(low[i]), fabsf(high[i])));
-        const float key_top = warp_max(is_key ? top : 0.0f);
-        const float value_top = warp_max(is_value ? top : 0.0f);
-        scale = f8_scale_of(is_key ? key_top : value_top);
-        float *scales = (float *)(is_key ? a.k_scales : a.v_scales);
-        if (lane == 0 || lane == key_lanes)
-            scales[block * a.kv_heads * TOKENS + at] = scale.of_codes;
-    }
-    C *to = (is_key ? (C *)a.k + block * a.k_ld : (C *)a.v + block * a.v_ld) + at * a.D + d;
-    if (is_key || is_value) write_eight(to, low, scale.of_values);
-    if (is_key) write_eight(to + a.D / 2, high, scale.of_values);
-}
-
-/* Those of a sequence whose positions are in its cache blocks b to end - 1. Every warp that reads
- * such a block has written them itself, whoever else does. */
-template <typename C>
-static __device__ __forceinline__ void store_rows(const gn_cuda_attention_args &a, int seq,
-                                                  int kv_head, int b, int end) {
-    const int row0 = a.batch.row0[seq], rows = a.batch.row0[seq + 1] - row0;
-    const int pos0 = a.batch.pos0[seq];
-    const int32_t *table = a.batch.blocks + (int64_t)seq * a.max_blocks;
-    for (int p = max(pos0, b * TOKENS); p < min(pos0 + rows, end * TOKENS); p++)
-        store_row<C>(a, row0 + p - pos0, kv_head, table[p / TOKENS], p % TOKENS);
-    __syncwarp();
-}
-
-/* Dimensions d to d + 7 of query `i`. */
-static __device__ __forceinline__ uint4 load_query(const gn_cuda_attention_args &a, const unit &u,
-                                                   int i, int d) {
-    const query_at at = place_of(a, u, i);
-    if (!a.new_rows.k) return *(const uint4 *)((const bf16 *)a.q + at.row * a.q_ld + at.col + d);
-    float low[8], high[8];
-    load_rotated(low, high, a, {(void *)a.q, a.q_ld, true}, at.row, at.col, d % (a.D / 2));
-    return eight_of_bf16(d < a.D / 2 ? low : high);
 }
 
 /* A warp's result: out[h][j][i] is dimension 64h + 8g + 2j + i/2 of query 2c + i%2. */
@@ -350,17 +252,17 @@ static __device__ __forceinline__ void read_blocks(result<P> &r, const gn_cuda_a
         read_values(block, TOKENS);
     }
     pdl_wait();
-    if (a.new_rows.k) store_rows<C>(a, seq, u.kv_head, b, end);
     if (!is_settled) {
         read_keys(block);
         read_values(block, longest - b * TOKENS);
     }
+    const bf16 *q = (const bf16 *)a.q + query_at(a, a.q_ld, u, g);
     uint4 query[P / 32];
 #pragma unroll
     for (int s = 0; s < P / 32; s++) {
         const int d = 32 * s + 8 * c;
         query[s] = make_uint4(0, 0, 0, 0);
-        if (g < u.n_queries && d < D) query[s] = load_query(a, u, g, d);
+        if (g < u.n_queries && d < D) query[s] = *(const uint4 *)(q + d);
     }
 
     const float scale = a.scale * LOG2_E;
@@ -410,7 +312,7 @@ static __device__ __forceinline__ void write_result(const gn_cuda_attention_args
     for (int j = 0; j < 2; j++) {
         if (2 * c + j >= u.n_queries) continue;
         const float over = 1.0f / r.sum[j];
-        bf16 *y = output_of(a, u, 2 * c + j);
+        bf16 *y = (bf16 *)a.y + query_at(a, a.y_ld, u, 2 * c + j);
 #pragma unroll
         for (int h = 0; h < P / 64; h++) {
             uint32_t v[4];
@@ -492,7 +394,7 @@ static __device__ __forceinline__ void combine_unit(const gn_cuda_attention_args
             if (d == 0) *(float2 *)(to + QUERIES * P + 2 * query) = top_sum;
         } else {
             const float over = 1.0f / top_sum.y;
-            *(uint2 *)(output_of(a, u, query) + d) =
+            *(uint2 *)((bf16 *)a.y + query_at(a, a.y_ld, u, query) + d) =
                 make_uint2(pack_bf16(o.x * over, o.y * over), pack_bf16(o.z * over, o.w * over));
         }
     }
@@ -589,6 +491,10 @@ static gn_status launch_decode(gn_ctx *ctx, const gn_cuda_attention_args *args) 
                   DECODE_WARPS * RECORDS, *args, (float *)ctx->workspace, ctx->cuda->counters);
 }
 
+template <typename C> static gn_status decode(gn_ctx *ctx, const gn_cuda_attention_args *args) {
+    return args->D <= 64 ? launch_decode<64, C>(ctx, args) : launch_decode<128, C>(ctx, args);
+}
+
 size_t gn_cuda_attention_workspace(const gn_ctx *ctx, int64_t context) {
     (void)context;
     return (size_t)decode_blocks(ctx) * 2 * RECORD<128> * sizeof(float);
@@ -617,8 +523,8 @@ static bool is_fast(const gn_ctx *ctx, const gn_cuda_attention_args *args, const
            is_aligned(args->v, args->v_ld);
 }
 
-static gn_cuda_attention_args args_of(const gn_ctx *ctx, gn_tensor *y, const gn_tensor *q,
-                                      const gn_kv *kv, const gn_seqs *seqs) {
+gn_status gn_cuda_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
+                            const gn_seqs *seqs) {
     gn_cuda_attention_args args = {};
     args.y = y->data;
     args.q = q->data;
@@ -639,52 +545,17 @@ static gn_cuda_attention_args args_of(const gn_ctx *ctx, gn_tensor *y, const gn_
     args.max_blocks = seqs->max_blocks;
     args.batch = ctx->cuda->batch;
     args.scale = (float)(1.0 / sqrt((double)args.D));
-    return args;
-}
+    if (!is_fast(ctx, &args, q, kv)) return attend_exactly(ctx, &args, q->dtype, kv->k.dtype);
 
-/* Whether some sequence has from min_rows to max_rows rows. */
-static bool has_rows(const gn_seqs *seqs, int32_t min_rows, int32_t max_rows) {
+    bool has_short = false, has_long = false;
     for (int32_t i = 0; i < seqs->n; i++) {
         const int32_t rows = seqs->row0[i + 1] - seqs->row0[i];
-        if (rows >= min_rows && rows <= max_rows) return true;
+        has_short |= rows >= 1 && rows <= GN_CUDA_DECODE_ROWS;
+        has_long |= rows > GN_CUDA_DECODE_ROWS;
     }
-    return false;
-}
-
-static gn_status decode(gn_ctx *ctx, const gn_cuda_attention_args *args, gn_dtype cache) {
-    if (cache == GN_F8)
-        return args->D <= 64 ? launch_decode<64, f8>(ctx, args) : launch_decode<128, f8>(ctx, args);
-    return args->D <= 64 ? launch_decode<64, bf16>(ctx, args) : launch_decode<128, bf16>(ctx, args);
-}
-
-gn_status gn_cuda_attention(gn_ctx *ctx, gn_tensor *y, const gn_tensor *q, const gn_kv *kv,
-                            const gn_seqs *seqs) {
-    const gn_cuda_attention_args args = args_of(ctx, y, q, kv, seqs);
-    const gn_dtype cache = kv->k.dtype;
-    if (!is_fast(ctx, &args, q, kv)) return attend_exactly(ctx, &args, q->dtype, cache);
     gn_status status = GN_OK;
-    if (has_rows(seqs, 1, GN_CUDA_DECODE_ROWS)) status = decode(ctx, &args, cache);
-    if (has_rows(seqs, GN_CUDA_DECODE_ROWS + 1, INT32_MAX) && !status)
-        status = gn_cuda_attention_prefill(ctx, &args, cache == GN_F8);
+    const bool has_codes = kv->k.dtype == GN_F8;
+    if (has_short) status = has_codes ? decode<f8>(ctx, &args) : decode<bf16>(ctx, &args);
+    if (has_long && !status) status = gn_cuda_attention_prefill(ctx, &args, has_codes);
     return status;
-}
-
-/* One launch where all sequences decode: a warp that reads the end of a context writes it first,
- * and queries are rotated on their way into registers. */
-gn_status gn_cuda_rope_attention(gn_ctx *ctx, gn_tensor *y, gn_tensor *q, const gn_tensor *k,
-                                 const gn_tensor *v, const gn_tensor *cos, const gn_tensor *sin,
-                                 const gn_seqs *seqs, gn_kv *kv) {
-    gn_cuda_attention_args args = args_of(ctx, y, q, kv, seqs);
-    const bool at_once = is_fast(ctx, &args, q, kv) && is_aligned(k->data, k->ld) &&
-                         is_aligned(v->data, v->ld) && is_aligned(cos->data, cos->ld) &&
-                         is_aligned(sin->data, sin->ld) &&
-                         !has_rows(seqs, GN_CUDA_DECODE_ROWS + 1, INT32_MAX);
-    if (!at_once) {
-        const gn_status status = gn_cuda_rope_store(ctx, q, k, v, cos, sin, seqs, kv);
-        return status ? status : gn_cuda_attention(ctx, y, q, kv, seqs);
-    }
-    args.new_rows = {
-        k->data, v->data, (const float *)cos->data, (const float *)sin->data, k->ld, v->ld,
-        cos->ld, sin->ld};
-    return decode(ctx, &args, kv->k.dtype);
 }

@@ -16,13 +16,6 @@ enum {
 
 static const float LOG2_E = 1.44269504f; /* exponentials are powers of two */
 
-/* Rows that are not in the cache yet, and the angles by which they and q are to be rotated. */
-typedef struct gn_cuda_new_rows {
-    const void *k, *v; /* NULL: the cache has them, and q is rotated */
-    const float *cosines, *sines;
-    int64_t k_ld, v_ld, cos_ld, sin_ld;
-} gn_cuda_new_rows;
-
 /* Device pointers; steps in elements. */
 typedef struct gn_cuda_attention_args {
     void *y;
@@ -34,7 +27,6 @@ typedef struct gn_cuda_attention_args {
     int n_seqs, max_blocks;
     gn_cuda_batch batch;
     float scale;
-    gn_cuda_new_rows new_rows; /* decoding only */
 } gn_cuda_attention_args;
 
 /* attention_prefill.cu: the sequences with more than GN_CUDA_DECODE_ROWS rows. has_codes: the cache

@@ -33,14 +33,6 @@ static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return *(const uint32_t *)&pair;
 }
 
-/* Dimension j of a head and the one half a head further, by the cosine and the sine of a position's
- * angle j: rounded alike wherever that is done. */
-static __device__ __forceinline__ void rotate(float cosine, float sine, float *low, float *high) {
-    const float x = *low, y = *high;
-    *low = fmaf(x, cosine, -__fmul_rn(y, sine));
-    *high = fmaf(y, cosine, __fmul_rn(x, sine));
-}
-
 /* What other kernels or blocks write: from L2, never from a stale L1. */
 static __device__ __forceinline__ uint4 load_fresh16(const void *at) {
     return __ldcg((const uint4 *)at);

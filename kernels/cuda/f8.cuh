@@ -22,17 +22,6 @@ template <> __device__ __forceinline__ f8 from_float<f8>(float x) {
     return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
 }
 
-/* Of a row whose largest magnitude is `top`: what its values are to be multiplied by, and what its
- * codes are. */
-typedef struct f8_scale {
-    float of_values, of_codes;
-} f8_scale;
-
-static __device__ __forceinline__ f8_scale f8_scale_of(float top) {
-    if (top < GN_KV_LEAST) return {0.0f, 0.0f};
-    return {GN_F8_MAX / top, top / GN_F8_MAX};
-}
-
 /* Two codes, each the upper byte of a half of `x`, as bf16: exact, for any chip. */
 static __device__ __forceinline__ uint32_t widen_pair(uint32_t x) {
     const uint32_t bits = (x & 0x80008000) | (x >> 4 & 0x07f007f0), power = 0x7b807b80; /* 2^120 */

@@ -101,7 +101,10 @@ static __device__ __forceinline__ C *target_of(const rope_args &a, place p, role
 /* Dimension j of a row's head and the one that it is paired with. */
 static __device__ __forceinline__ void rotate(const rope_args &a, int64_t row, int j, float *low,
                                               float *high) {
-    rotate(a.cosines[row * a.cos_ld + j], a.sines[row * a.sin_ld + j], low, high);
+    const float c = a.cosines[row * a.cos_ld + j], s = a.sines[row * a.sin_ld + j];
+    const float x = *low, y = *high;
+    *low = x * c - y * s;
+    *high = y * c + x * s;
 }
 
 /* N elements that are read and written at once. */
@@ -179,7 +182,8 @@ static __global__ void __launch_bounds__(THREADS) rope_f8_kernel(const rope_args
         top = fmaxf(top, fmaxf(fabsf(x0[i]), fabsf(x1[i])));
     }
     top = warp_max(top);
-    const f8_scale scale = f8_scale_of(top);
+    const bool is_zero = top < GN_KV_LEAST;
+    const float over_scale = is_zero ? 0.0f : GN_F8_MAX / top;
     f8 *to = r.is_q ? NULL : target_of<f8>(a, p, r);
 #pragma unroll
     for (int i = 0; i < MAX_PAIRS; i++) {
@@ -189,13 +193,13 @@ static __global__ void __launch_bounds__(THREADS) rope_f8_kernel(const rope_args
             from[j] = from_float<T>(x0[i]);
             from[j + a.half] = from_float<T>(x1[i]);
         } else {
-            to[j] = from_float<f8>(x0[i] * scale.of_values);
-            to[j + a.half] = from_float<f8>(x1[i] * scale.of_values);
+            to[j] = from_float<f8>(x0[i] * over_scale);
+            to[j + a.half] = from_float<f8>(x1[i] * over_scale);
         }
     }
     if (r.is_q || lane > 0) return;
     float *scales = r.is_k ? a.k_scales : a.v_scales;
-    scales[p.block * a.kv_heads * a.tokens + p.row] = scale.of_codes;
+    scales[p.block * a.kv_heads * a.tokens + p.row] = is_zero ? 0.0f : top / GN_F8_MAX;
 }
 
 static bool is_aligned(const void *p, int64_t ld, gn_dtype dtype, int64_t n) {

@@ -143,7 +143,6 @@ gn_status gn_cuda_open(gn_ctx *ctx, int index, bool auto_compute, gn_error *err)
     s->table.rope_table = gn_cuda_rope_table;
     s->table.rope_store = gn_cuda_rope_store;
     s->table.attention = gn_cuda_attention;
-    s->table.rope_attention = gn_cuda_rope_attention;
     s->table.attention_workspace = gn_cuda_attention_workspace;
     s->table.embed = gn_cuda_embed;
     s->table.embed_bwd = gn_cuda_embed_bwd;
