@@ -12,9 +12,10 @@ gn_status gn_cuda_linear_decode(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_decode_workspace(int64_t max_rank, int max_terms);
 
 /* linear_mma.cu: up to GN_CUDA_MMA_ROWS rows in bfloat16 with 4-bit weights in tiles, on Hopper;
- * faster than linear_decode.cu from GN_CUDA_MMA_MIN_ROWS on.
- * All parts' weights must be of one type with one and the same table of code values. */
-enum { GN_CUDA_MMA_MIN_ROWS = 9, GN_CUDA_MMA_ROWS = 2048 };
+ * faster than linear_decode.cu from GN_CUDA_MMA_MIN_ROWS on, and than linear_dense.cu as long as it
+ * fits. All parts' weights must be of one type with one and the same table of code values, and have
+ * a multiple of 256 columns. */
+enum { GN_CUDA_MMA_MIN_ROWS = 9, GN_CUDA_MMA_ROWS = 512 };
 bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args);
 gn_status gn_cuda_linear_mma(gn_ctx *ctx, const gn_linear_args *args);
 size_t gn_cuda_linear_mma_workspace(const gn_ctx *ctx, int64_t rows, int64_t max_k, int64_t max_n,

@@ -540,6 +540,9 @@ bool gn_cuda_linear_mma_fits(const gn_ctx *ctx, const gn_linear_args *args) {
     }
     const struct plan plan =
         plan_of(ctx, x->shape[0], x->shape[1], 0, groups_of(args), false, true);
+    /* With more rows than a tile has, dequantizing pays where tiles are few, so that all are
+     * shared, and where LoRA then rides in the product. */
+    if (plan.token_tiles > 1 && (plan.tiles < plan.clusters || max_rank_of(args) > 0)) return false;
     return plan.tiles <= GN_CUDA_COUNTERS / (2 * PEERS) &&
            (int64_t)plan.tiles * plan.steps < INT32_MAX / (plan.clusters + 1);
 }

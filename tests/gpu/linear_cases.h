@@ -476,13 +476,14 @@ static norms *row_norms_of(const gn_tensor *t) {
 }
 
 /* Where bfloat16 is computed in: roundings of the factors of x W, A x and B u that may differ. x is
- * rounded after its norm, or its scale is applied to the sums; so it is with a block's codes; u may
- * be rounded or not, A and B too when they are float32, and what a mask leaves of x. */
+ * rounded after its norm, or its scale is applied to the sums; a weight is rounded, or its code is,
+ * its block's scale and their product; u may be rounded or not, A and B too when they are float32,
+ * and what a mask leaves of x. */
 static int roundings_of_x(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.norm ? 2 : 0;
 }
 static int roundings_of_w(const problem *p) {
-    return p->sides->compute == GN_BF16 && p->w->type.qtype != GN_Q_NONE ? 2 : 0;
+    return p->sides->compute == GN_BF16 && p->w->type.qtype != GN_Q_NONE ? 3 : 0;
 }
 static int roundings_of_lora(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.lora_dtype == GN_F32;

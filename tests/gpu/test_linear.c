@@ -217,9 +217,8 @@ Test(gpu_linear, many_rows) {
         {{64, {13, 65, 7}, 3}, true, false, GN_STORE},
         {{2048, {3000}, 1}, false, false, GN_ADD},
     };
-    const int used[] = {0, 1, 8},
-              rows[] = {17,  31,  32,  33,  64,  65,  96,  97,  128,
-                        129, 192, 200, 256, 257, 385, 450, 513, 1030};
+    const int used[] = {0, 1, 8}, rows[] = {17,  31,  32,  33,  64,  65,  96,  97,  128,
+                                            129, 192, 200, 256, 257, 385, 450, 513, 1030};
     tally t = {0};
     sides s = open_sides(GN_BF16);
     for (int i = 0; i < COUNT(shapes) * COUNT(used); i++) {
