@@ -1,17 +1,18 @@
 /* attention.h - what the ways to attention share: their arguments, and how a batch is cut.
  *
  * A step may be recorded and replayed for later batches of as many rows and sequences. So a grid
- * depends on nothing but those two numbers, and blocks find out on the device which rows are
- * theirs; those for which none are left do nothing. Only whether a batch has short or long
- * sequences at all is decided on the host: equal keys must agree on that. */
+ * depends on nothing but those two numbers and the context's bucket, and blocks find out on the
+ * device which rows are theirs; those for which none are left do nothing. Only whether a batch
+ * has short or long sequences at all is decided on the host: equal keys must agree on that. */
 #ifndef GN_CUDA_ATTENTION_H
 #define GN_CUDA_ATTENTION_H
 
 #include "f8.cuh"
 
 enum {
-    GN_CUDA_KV_TOKENS = 16,  /* of a cache block, on the fast ways */
-    GN_CUDA_DECODE_ROWS = 15 /* a sequence with more rows in the batch is a prefill */
+    GN_CUDA_KV_TOKENS = 16,    /* of a cache block, on the fast ways */
+    GN_CUDA_DECODE_ROWS = 15,  /* a sequence with more rows in the batch is a prefill */
+    GN_CUDA_BUCKET_BEGIN = 256 /* the least context bucket */
 };
 
 static const float LOG2_E = 1.44269504f; /* exponentials are powers of two */
@@ -33,6 +34,18 @@ typedef struct gn_cuda_attention_args {
  * is F8, else BF16. */
 gn_status gn_cuda_attention_prefill(gn_ctx *ctx, const gn_cuda_attention_args *args,
                                     bool has_codes);
+
+/* The longest context after this batch, rounded up to a power of two: what a grid may know about
+ * positions. */
+static inline int64_t gn_cuda_context_bucket(const gn_seqs *seqs) {
+    int64_t longest = 0, bucket = GN_CUDA_BUCKET_BEGIN;
+    for (int32_t i = 0; i < seqs->n; i++) {
+        const int64_t end = (int64_t)seqs->pos0[i] + seqs->row0[i + 1] - seqs->row0[i];
+        if (end > longest) longest = end;
+    }
+    while (bucket < longest) bucket *= 2;
+    return bucket;
+}
 
 /* Some consecutive queries of one sequence; a query is one row for one head of a group. */
 typedef struct tile_of_seq {

@@ -122,18 +122,6 @@ template <typename T> static inline T __shfl_up_sync(uint32_t mask, T v, int by)
     return emulator::shuffle(mask, v, lane >= by ? lane - by : lane);
 }
 
-static inline int __reduce_add_sync(uint32_t mask, int v) {
-    for (int d = 1; d < emulator::LANES; d *= 2) v += __shfl_xor_sync(mask, v, d);
-    return v;
-}
-static inline int __reduce_max_sync(uint32_t mask, int v) {
-    for (int d = 1; d < emulator::LANES; d *= 2) {
-        const int other = __shfl_xor_sync(mask, v, d);
-        v = v > other ? v : other;
-    }
-    return v;
-}
-
 static inline void __threadfence() {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }

@@ -11,7 +11,7 @@ typedef struct {
     int pad;     /* elements between rows of q and y */
 } head_shape;
 
-enum { MAX_SEQS = 80, SPARE = 3 };
+enum { MAX_SEQS = 20, SPARE = 3 };
 
 /* Rows of each sequence in the batch, and its tokens before them. */
 typedef struct {
@@ -46,16 +46,6 @@ static const batch_shape batches[] = {
     {8, {{5, 1}, {777, 1}, {100, 15}, {64, 16}, {0, 17}, {40, 0}, {1900, 128}, {2500, 1}}},
     {4, {{0, 2}, {14, 5}, {1, 64}, {63, 65}}},
     {3, {{0, 127}, {130, 0}, {17, 33}}},
-    {70, {[0 ... 32] = {190, 1}, {0, 1}, [34 ... 68] = {190, 1}, {207, 1}}}, /* nearly alike */
-    {80,
-     {[0 ... 4] = {40, 1},
-      {0, 90},
-      [6 ... 30] = {41, 1},
-      {1999, 1},
-      {17, 0},
-      [33 ... 65] = {47, 1},
-      {300, 9},
-      [67 ... 79] = {48, 1}}},
 };
 
 static const head_shape shapes[] = {
@@ -374,7 +364,7 @@ static void check_all(gn_dtype compute, const char *what) {
     tally t = {0};
     sides s = open_sides(compute);
     for (int i = 0; i < COUNT(shapes) * COUNT(batches); i++) {
-        if (is_brief() && i % 7 != 6) continue;
+        if (is_brief() && i % 9 != 0) continue;
         problem p = make_problem(&s, shapes[i % COUNT(shapes)], batches[i / COUNT(shapes)],
                                  (uint64_t)(1 + i));
         check_problem(&t, &p);
