@@ -3,8 +3,8 @@
  * Decoding is bound by reading the weights once, so nothing may interrupt the reading. A layer is
  * five phases that need each other's results whole (q k v, attention, o, gate and up, down): as
  * five launches, each would begin and end with some microseconds in which no weights come. Here
- * one block an SM stays for all of them and polls for what the others leave, word by word
- * (decoder.cuh), while the first weights of what comes next are on their way already.
+ * one block an SM stays for all of them and meets the others at a barrier in global memory, while
+ * the first weights of what comes next are on their way already.
  *
  *   - A phase's groups (two tiles of 8 rows of weights) are dealt to the blocks, and a group's
  *     columns to the block's warps. So a warp meets the same columns in every group and keeps its
@@ -33,46 +33,22 @@
 
 /* ---- the grid ---- */
 
-/* Everything that all blocks wrote before is to be seen after; threads of a block have met before.
- * While the others come, the cache that attention, the phase `next`, reads is fetched. */
+/* Everything that all blocks wrote before is to be seen after. `meetings`: of the program so far,
+ * with this one. While the others come, the cache that the next phase reads is fetched. */
 static __device__ __forceinline__ void meet(const struct program &p, const struct phase &next,
-                                            int warp, int lane) {
-    uint32_t before = 0;
-    if (threadIdx.x == 0) before = fetch_add_release(&p.sync[0], 1);
-    prefetch_cache(p, next, warp, lane);
+                                            uint32_t meetings, int warp, int lane) {
+    __syncthreads();
     if (threadIdx.x == 0) {
-        const uint32_t all = before - before % gridDim.x + gridDim.x;
-        while (load_acquire(&p.sync[0]) < all) {
+        __threadfence();
+        atomicAdd(&p.sync[0], 1u);
+    }
+    if (next.kind == ATTEND) prefetch_cache(p, next, warp, lane);
+    if (threadIdx.x == 0) {
+        while (load_relaxed(&p.sync[0]) < meetings * gridDim.x) {
         }
+        __threadfence();
     }
     __syncthreads();
-}
-
-static __device__ __forceinline__ void arm_words(void *at, int n) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n; i += THREADS) store_relaxed((uint32_t *)at + i, ARMED);
-}
-
-/* This block's part of buffers `which`; of q k v's normed the others. Who arms attended does not
- * matter: it is written after the next meeting. */
-static __device__ __forceinline__ void arm(const struct program &p, int which) {
-    const struct range stream = share_of(p.stream_each, p.stream_left);
-    const struct range h = share_of(p.h_each, p.h_left);
-    const int n = stream.end - stream.begin, dim = p.heads * p.D;
-    const int begin = dim / 2 * (int)blockIdx.x / (int)gridDim.x,
-              end = dim / 2 * (int)(blockIdx.x + 1) / (int)gridDim.x;
-#pragma unroll 1
-    for (int i = 0; i < 2 * p.T; i++) {
-        const int t = i / 2, row = which * MAX_T + t;
-        const int normed =
-            ((i % 2 ? 2 + which : 1 - which) * MAX_T + t) * p.hidden + stream.begin * GROUP_ROWS;
-        arm_words(p.normed + normed, n * GROUP_ROWS / 2);
-        arm_words(p.squares + normed / GROUP_ROWS, n);
-        if (i % 2) continue;
-        arm_words(p.h + (int64_t)row * p.intermediate + h.begin * GN_CUDA_TILE_ROWS,
-                  (h.end - h.begin) * GN_CUDA_TILE_ROWS / 2);
-        arm_words(p.attended + row * dim + 2 * begin, end - begin);
-    }
 }
 
 /* The last block to leave makes the counters ready for the next program. */
@@ -83,14 +59,11 @@ static __device__ __forceinline__ void leave(const struct program &p) {
 
 /* What all layers need of the rows' positions. */
 template <int MOST> static __device__ __forceinline__ void note_positions(const struct program &p) {
-    const int half = p.D / 2;
-#pragma unroll 1
-    for (int t = 0; t < rows_of<MOST>(p); t++) {
-        const int position = p.batch.row_pos[t], last = position / TOKENS;
+    const int t = threadIdx.x, half = p.D / 2;
+    if (t < rows_of<MOST>(p)) {
+        const int position = p.batch.row_pos[t];
         const int32_t *blocks = p.batch.blocks + p.batch.row_seq[t] * (int64_t)p.max_blocks;
-        if (threadIdx.x == 0) *slot_of(t) = {blocks[last], position};
-        for (int b = threadIdx.x; b <= min(last, NEAR - 1); b += THREADS)
-            near_blocks(t)[b] = blocks[b];
+        *slot_of(t) = {blocks[position / TOKENS], position % TOKENS};
     }
     for (int i = threadIdx.x; i < rows_of<MOST>(p) * half; i += THREADS) {
         const int row = i / half, j = i % half;
@@ -129,8 +102,8 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
     uint32_t products = 0;
 #pragma unroll 1
     for (int i = 0; i < p.n_phases; i++) {
+        if (i > 0) meet(p, *phase_at(i), (uint32_t)i, warp, lane);
         const enum kind kind = phase_at(i)->kind;
-        if (kind == ATTEND) meet(p, *phase_at(i), warp, lane);
         if (warp == 0) load_phase(p, i + PHASES - 1, lane);
         if (!helps && kind != ATTEND) load_step<DQ>(&step, &cur, p, i, warp, lane);
         if (kind == ATTEND) {
@@ -145,18 +118,15 @@ static __global__ void __launch_bounds__(THREADS + LORA * HELPERS * WARP, 1)
             if (!helps) {
                 cur = *saved;
                 load_step<DQ>(&step, &cur, p, i, warp, lane);
-                arm(p, phase_at(i)->armed);
             }
         } else if (kind == PREPARE && !helps) {
             prepare<MOST, LORA>(p, *phase_at(i));
-            arm(p, phase_at(i)->armed);
         } else if (kind != PREPARE && helps) {
             help<MOST>(p, i, ++products, warp - WARPS, lane);
         } else if (kind != PREPARE) {
             multiply<MOST, DQ, LORA>(p, i, &step, &cur, warp, lane);
         }
         if (warp == 0) wait_for_all_copies();
-        __syncthreads();
     }
     leave(p);
 }
@@ -200,48 +170,36 @@ static void plan_product(struct phase *ph, enum kind kind, const gn_matrix *cons
     ph->n_parts = n;
 }
 
-/* Layer i, after which come others or none. */
+/* next_norm: of the next layer, or NULL. */
 static void plan_layer(struct phase ph[LAYER_PHASES], const struct program *p,
-                       const gn_decoder_options *o, int i, int sms) {
-    const gn_decoder_layer *layer = &o->layers[i];
-    const int which = i % 2, other = 1 - which, mlp = 2 + which, pair = i * PROJECTIONS;
-    const int normed = MAX_T * p->hidden, squares = normed / GROUP_ROWS;
-    bf16 *attended = p->attended + which * MAX_T * p->heads * p->D;
-    bf16 *h = p->h + (int64_t)which * MAX_T * p->intermediate;
+                       const gn_decoder_layer *layer, const gn_tensor *next_norm, int pair,
+                       int sms) {
     const gn_matrix *w[PROJECTIONS];
     list_weights(w, layer);
-    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows,
-                 p->normed + which * normed, pair, sms);
-    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, attended, pair + 3, sms);
-    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed + mlp * normed, pair + 4, sms);
-    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, h, pair + 6, sms);
-    ph[0].squares = p->squares + which * squares;
+    plan_product(&ph[0], QKV, w, 3, w[0]->rows + w[1]->rows + w[2]->rows, p->normed, pair, sms);
     ph[1].kind = ATTEND;
-    ph[1].y = attended;
-    ph[1].armed = other;
+    plan_product(&ph[2], ADD, w + 3, 1, w[3]->rows, p->attended, pair + 3, sms);
     ph[2].norm = (const float *)layer->mlp_norm->data;
-    ph[2].y = p->normed + mlp * normed;
-    ph[2].squares = ph[3].squares = p->squares + mlp * squares;
-    ph[3].y = h;
-    if (i + 1 < o->n_layers) ph[4].norm = (const float *)o->layers[i + 1].attn_norm->data;
-    ph[4].y = p->normed + other * normed;
-    ph[4].squares = p->squares + other * squares;
-    for (int k = 0; k < LAYER_PHASES; k++) {
-        ph[k].keys = (bf16 *)layer->kv->k.data;
-        ph[k].values = (bf16 *)layer->kv->v.data;
+    plan_product(&ph[3], SWIGLU, w + 4, 2, 2 * w[4]->rows, p->normed, pair + 4, sms);
+    plan_product(&ph[4], ADD, w + 6, 1, w[6]->rows, p->h, pair + 6, sms);
+    ph[4].norm = next_norm ? (const float *)next_norm->data : NULL;
+    for (int i = 0; i < LAYER_PHASES; i++) {
+        ph[i].keys = (bf16 *)layer->kv->k.data;
+        ph[i].values = (bf16 *)layer->kv->v.data;
     }
 }
 
 static void plan(struct phase *phases, const struct program *p, const gn_decoder_options *o,
                  int sms) {
     struct phase *first = phases;
+    const int groups = p->hidden / GROUP_ROWS;
     first->kind = PREPARE;
     first->norm = (const float *)o->layers[0].attn_norm->data;
-    first->y = p->normed;
-    first->squares = p->squares;
-    first->groups_each = p->stream_each;
-    first->groups_left = p->stream_left;
-    for (int i = 0; i < o->n_layers; i++) plan_layer(phases + 1 + i * LAYER_PHASES, p, o, i, sms);
+    first->groups_each = groups / sms;
+    first->groups_left = groups % sms;
+    for (int i = 0; i < o->n_layers; i++)
+        plan_layer(phases + 1 + i * LAYER_PHASES, p, &o->layers[i],
+                   i + 1 < o->n_layers ? o->layers[i + 1].attn_norm : NULL, i * PROJECTIONS, sms);
 }
 
 /* Whether two device arrays hold the same floats; a failure to read them counts as no. */
@@ -301,14 +259,9 @@ static size_t partial_bytes(const gn_ctx *ctx, const gn_decoder_options *o) {
     return most * (size_t)(o->heads * (o->head_dim + 4)) * sizeof(float);
 }
 
-/* Device memory, every byte of which is `fill`. */
-static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes, int fill) {
+static gn_status allocate(void **out, gn_ctx *ctx, size_t bytes) {
     *out = gn_ctx_alloc(ctx, bytes);
-    void *image = malloc(bytes);
-    gn_status status = GN_ENOMEM;
-    if (*out && image) status = gn_ctx_write(ctx, *out, memset(image, fill, bytes), bytes);
-    free(image);
-    return status;
+    return *out ? GN_OK : GN_ENOMEM;
 }
 
 typedef void decoder_fn(const struct program);
@@ -349,38 +302,33 @@ static gn_status open_program(gn_decoder *d, const gn_decoder_options *o) {
     p->by_half = divide_by(p->D / GROUP_ROWS);
     p->by_D = divide_by(p->D);
     p->n_phases = 1 + o->n_layers * LAYER_PHASES;
-    const int sms = d->ctx->cuda->sms;
-    p->stream_each = p->hidden / GROUP_ROWS / sms;
-    p->stream_left = p->hidden / GROUP_ROWS % sms;
-    p->h_each = p->intermediate / GN_CUDA_TILE_ROWS / sms;
-    p->h_left = p->intermediate / GN_CUDA_TILE_ROWS % sms;
     const size_t rows = MAX_T, dim = (size_t)(p->heads * p->D);
     const size_t groups = (size_t)(p->hidden / GROUP_ROWS);
     const size_t phase_bytes = (size_t)p->n_phases * sizeof(struct phase);
-    const int armed = (int)(ARMED & 255);
     const struct {
         void **at;
         size_t bytes;
-        int fill;
+        bool zero;
     } parts[] = {
-        {(void **)&p->normed, 4 * rows * (size_t)p->hidden * sizeof *p->normed, armed},
-        {(void **)&p->squares, 4 * rows * groups * sizeof *p->squares, armed},
-        {(void **)&p->q, rows * dim * sizeof *p->q, 0},
-        {(void **)&p->attended, 2 * rows * dim * sizeof *p->attended, 0},
-        {(void **)&p->h, 2 * rows * (size_t)p->intermediate * sizeof *p->h, 0},
-        {(void **)&p->partials, partial_bytes(d->ctx, o), 0},
-        {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, 0},
-        {(void **)&p->sync, 3 * sizeof *p->sync, 0},
-        {&d->phases, phase_bytes, 0},
+        {(void **)&p->normed, rows * (size_t)p->hidden * sizeof *p->normed, false},
+        {(void **)&p->squares, rows * groups * sizeof *p->squares, false},
+        {(void **)&p->q, rows * dim * sizeof *p->q, false},
+        {(void **)&p->attended, rows * dim * sizeof *p->attended, false},
+        {(void **)&p->h, rows * (size_t)p->intermediate * sizeof *p->h, false},
+        {(void **)&p->partials, partial_bytes(d->ctx, o), false},
+        {(void **)&p->splits_done, rows * (size_t)p->heads * sizeof *p->splits_done, true},
+        {(void **)&p->sync, 3 * sizeof *p->sync, true},
+        {&d->phases, phase_bytes, false},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        const gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes, parts[i].fill);
+        gn_status status = allocate(parts[i].at, d->ctx, parts[i].bytes);
+        if (!status && parts[i].zero) status = gn_ctx_zero(d->ctx, *parts[i].at, parts[i].bytes);
         if (status) return status;
     }
     p->phases = (const struct phase *)d->phases;
     struct phase *phases = (struct phase *)calloc((size_t)p->n_phases, sizeof *phases);
     if (!phases) return GN_ENOMEM;
-    plan(phases, p, o, sms);
+    plan(phases, p, o, d->ctx->cuda->sms);
     const gn_status status = gn_ctx_write(d->ctx, d->phases, phases, phase_bytes);
     free(phases);
     return status;

@@ -28,20 +28,17 @@ struct alignas(16) weight {
 
 enum kind { PREPARE, QKV, ATTEND, ADD, SWIGLU };
 
-/* A step of a layer. A product's group is two tiles of 8 rows: halves
+/* What happens between two barriers of the grid. A product's group is two tiles of 8 rows: halves
  * of a head that rotate together, gate's and up's, or neighbours. */
 struct alignas(16) phase {
     struct weight w[3];
     const bf16 *x;       /* what is multiplied, (T, 64 blocks) */
     const float *norm;   /* PREPARE, ADD: of the next product's x, or NULL */
-    bf16 *y;             /* what is left for the next product: normed, attended or h */
-    float *squares;      /* of y; QKV, SWIGLU: of x */
     bf16 *keys, *values; /* the layer's cache */
     enum kind kind;
     int pair, n_parts;            /* LoRA's, of the phase's first weight */
     int groups_each, groups_left; /* of a block; one more for each of the first blocks */
     int blocks;                   /* of 64 columns */
-    int armed;                    /* PREPARE, ATTEND: which buffers these arm */
 };
 
 /* To divide small numbers by: x / d is the upper half of x inverse. */
@@ -58,16 +55,12 @@ struct program {
     int64_t x_ld, cos_ld, sin_ld, k_ld, v_ld; /* of a row; of a cache block */
     const float *cosines, *sines;
     /* RMSNorm's input times its weights, and the squares of that input, summed by groups; its
-     * factor, one number a row, is applied to the product's sums. Of q k v's norm, then of gate and
-     * up's. These, what attention leaves and h are awaited; layers take two of each in turn. */
-    bf16 *normed;                 /* (2, 2, MAX_T, hidden) */
-    float *squares;               /* (2, 2, MAX_T, hidden / GROUP_ROWS) */
-    bf16 *attended, *h;           /* (2, MAX_T, heads D), (2, MAX_T, intermediate) */
-    bf16 *q;                      /* (T, heads D) */
-    int h_each, h_left;           /* groups of a block that leave h, as in phase */
-    int stream_each, stream_left; /* and of one that leave normed */
-    float *partials;              /* (T, heads, splits, D + 4): see decoder_attention.cuh */
-    uint32_t *splits_done;        /* (T, kv heads, tiles) */
+     * factor, one number a row, is applied to the product's sums. */
+    bf16 *normed;           /* (T, hidden) */
+    float *squares;         /* (MAX_T, hidden / GROUP_ROWS) */
+    bf16 *q, *attended, *h; /* (T, heads D) twice, (T, intermediate) */
+    float *partials;        /* (T, heads, splits, D + 4): see decoder_attention.cuh */
+    uint32_t *splits_done;  /* (T, kv heads, tiles) */
     int splits, max_blocks;
     gn_cuda_batch batch;
     const float *code, *nested_code;    /* of all weights; NULL without double quantization */
@@ -85,25 +78,23 @@ template <int MOST> static __device__ __forceinline__ int rows_of(const struct p
 
 /* ---- shared memory ---- */
 
-/* A row's position, and the cache block that takes its key and value. */
+/* Where the cache takes a row's key and value. */
 struct slot {
-    int block, position;
+    int block, token;
 };
 
 /* Offsets. The table of decoded bytes is elsewhere: at an address whose low half is zero. */
 enum {
     NESTED_AT = 0,
-    SQUARES_AT = NESTED_AT + 256 * (int)sizeof(float), /* (MAX_T, WARPS) RMSNorm's, by warps */
-    SLOTS_AT = SQUARES_AT + MAX_T * WARPS * (int)sizeof(float), /* (MAX_T) */
-    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot),    /* (MAX_T, MAX_D / 2) */
+    FACTORS_AT = NESTED_AT + 256 * (int)sizeof(float),       /* (MAX_T) RMSNorm's */
+    SLOTS_AT = FACTORS_AT + MAX_T * (int)sizeof(float),      /* (MAX_T) */
+    ANGLES_AT = SLOTS_AT + MAX_T * (int)sizeof(struct slot), /* (MAX_T, MAX_D / 2) */
     PHASES_AT = ANGLES_AT + MAX_T * MAX_D / 2 * (int)sizeof(float2),
     PHASES = 3, /* at hand: the current one, the next, and one that is on its way */
     ITEM_AT = PHASES_AT + PHASES * (int)sizeof(struct phase), /* decoder_attention.cuh */
     LAST_AT = ITEM_AT + 32,                                   /* likewise */
     CURSORS_AT = LAST_AT + 32,                                /* (WARPS) during attention */
-    BLOCKS_AT = CURSORS_AT + WARPS * 64,                      /* (MAX_T, NEAR) of the block table */
-    NEAR = 512, /* blocks; of longer contexts it stays in memory */
-    LOW_BYTES = BLOCKS_AT + MAX_T * NEAR * (int)sizeof(int32_t),
+    LOW_BYTES = CURSORS_AT + WARPS * 64,
     TABLE = 1 << 16,   /* its address */
     ENTRY_BYTES = 256, /* of which it fills half */
     TABLE_BYTES = 256 * ENTRY_BYTES,
@@ -124,10 +115,6 @@ static __device__ __forceinline__ struct slot *slot_of(int t) {
     return (struct slot *)(shared + SLOTS_AT) + t;
 }
 
-static __device__ __forceinline__ int32_t *near_blocks(int t) {
-    return (int32_t *)(shared + BLOCKS_AT) + t * NEAR;
-}
-
 /* Cosine and sine of angle j of row t. */
 static __device__ __forceinline__ float2 *angle_of(int t, int j) {
     return (float2 *)(shared + ANGLES_AT) + t * (MAX_D / 2) + j;
@@ -137,24 +124,6 @@ static __device__ __forceinline__ struct phase *phase_at(int i) {
     return (struct phase *)(shared + PHASES_AT) + i % PHASES;
 }
 
-/* ---- results that are awaited ---- */
-
-/* Who needs what a phase leaves polls for the words themselves, which saves the fence, the counter
- * and the second read of a barrier. A word that is not there yet is ARMED, which no result is:
- * conversion and arithmetic make other NaNs.
- *
- * Before it is written a word must have been armed, after all have read what it was before; and
- * who polls for it must see that. So all blocks meet once a layer, before attention. Then they have
- * read all of the layer before, and q k v's normed of this one: buffers that are armed now, polled
- * for after the next meeting. */
-static constexpr uint32_t ARMED = ~0u;
-
-/* A lane's value and its neighbour's, of which they leave a word. `lanes`: that do so. */
-static __device__ __forceinline__ void leave_pair(bf16 *at, float v, uint32_t lanes) {
-    const float other = __shfl_xor_sync(lanes, v, 1);
-    if (threadIdx.x % 2 == 0) store_relaxed((uint32_t *)at, pack_bf16(v, other));
-}
-
 /* ---- who does what ---- */
 
 /* A block's groups of a phase; a warp's blocks of columns. */
@@ -162,13 +131,9 @@ struct range {
     int begin, end;
 };
 
-static __device__ __forceinline__ struct range share_of(int each, int left) {
-    const int i = (int)blockIdx.x, begin = i * each + min(i, left);
-    return {begin, begin + each + (i < left)};
-}
-
 static __device__ __forceinline__ struct range groups_of(const struct phase &ph) {
-    return share_of(ph.groups_each, ph.groups_left);
+    const int i = (int)blockIdx.x, begin = i * ph.groups_each + min(i, ph.groups_left);
+    return {begin, begin + ph.groups_each + (i < ph.groups_left)};
 }
 
 static __device__ __forceinline__ struct range blocks_of(const struct phase &ph, int warp) {

@@ -14,16 +14,11 @@ struct item {
     int t, kv_head, first_query, n_queries, split;
 };
 
-/* A warp's part of shared memory has values of a cache block, 16 bytes of a lane beside those of
- * the others, and in the end its record: outputs (n_queries, P), then maximum and sum of each
- * query. */
-enum { RECORD_FLOATS = QUERIES * (MAX_D + 2) };
-static_assert(WARPS * RECORD_FLOATS <= SUMS_FLOATS, "the records stand where sums do");
-static_assert(TOKENS * MAX_D * sizeof(bf16) <= RECORD_FLOATS * sizeof(float), "values do too");
-
-static __device__ __forceinline__ float *record_of(int warp) {
-    return sums() + warp * RECORD_FLOATS;
+/* A warp's record: outputs (n_queries, P), then maximum and sum of each query. */
+static __device__ __forceinline__ int record_floats(int n_queries, int P) {
+    return n_queries * (P + 2);
 }
+static_assert(WARPS * QUERIES * (MAX_D + 2) <= SUMS_FLOATS, "the records stand where sums do");
 
 static __device__ __forceinline__ struct item item_of(const struct program &p, int i) {
     const int group = p.heads / p.kv_heads, tiles = (group + QUERIES - 1) / QUERIES;
@@ -38,10 +33,6 @@ static __device__ __forceinline__ struct item item_of(const struct program &p, i
     return item;
 }
 
-static __device__ __forceinline__ int first_head(const struct program &p, struct item item) {
-    return item.kv_head * (p.heads / p.kv_heads) + item.first_query;
-}
-
 /* The block's first item is the same in every layer, so it is worked out once. */
 static __device__ __forceinline__ struct item *first_item(void) {
     return (struct item *)(shared + ITEM_AT);
@@ -52,13 +43,8 @@ static __device__ __forceinline__ int n_items(const struct program &p) {
     return p.T * p.kv_heads * tiles * p.splits;
 }
 
-static __device__ __forceinline__ int n_cache_blocks(int t) {
-    return slot_of(t)->position / TOKENS + 1;
-}
-
-static __device__ __forceinline__ int cache_block(const struct program &p, int t, int b) {
-    return b < NEAR ? near_blocks(t)[b]
-                    : p.batch.blocks[(int64_t)p.batch.row_seq[t] * p.max_blocks + b];
+static __device__ __forceinline__ int n_cache_blocks(const struct program &p, int t) {
+    return p.batch.row_pos[t] / TOKENS + 1;
 }
 
 /* Where this warp of the block's first item will begin, on its way into L2. */
@@ -67,8 +53,8 @@ static __device__ __forceinline__ void prefetch_cache(const struct program &p,
     if ((int)blockIdx.x >= n_items(p)) return;
     const struct item item = *first_item();
     const int b = item.split * WARPS + warp;
-    if (warp >= WARPS || b >= n_cache_blocks(item.t)) return;
-    const int64_t block = cache_block(p, item.t, b);
+    if (warp >= WARPS || b >= n_cache_blocks(p, item.t)) return;
+    const int64_t block = p.batch.blocks[(int64_t)p.batch.row_seq[item.t] * p.max_blocks + b];
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
     for (int i = lane * 64; i < TOKENS * p.D; i += WARP * 64) { /* 128 bytes each */
         prefetch_line(ph.keys + block * p.k_ld + head_at + i);
@@ -79,36 +65,15 @@ static __device__ __forceinline__ void prefetch_cache(const struct program &p,
 /* Outputs of one warp; out[h][j][i] is dimension 64h + 8g + 2j + i/2 of query 2c + i%2. */
 template <int P> struct result { float top[2], sum[2], out[P / 64][4][4]; };
 
-/* load_values by way of shared memory, where they need no registers while keys are multiplied:
- * lanes ask for what they read. */
+/* Cache blocks first, first + step, ... of a row at position `pos`. */
 template <int P>
-static __device__ __forceinline__ void stage_values(const float *record, const bf16 *from, int n,
-                                                    int D, int lane) {
-    const uint32_t to = shared_address(record) + lane * 16;
-#pragma unroll
-    for (int x = 0; x < P / 16; x++) {
-        const int position = lane % 4 * 2 + x % 2 + x / 2 % 2 * 8, d = x / 4 * 64 + lane / 4 * 8;
-        copy_async_or_zeros(to + x * WARP * 16, from + position * D + d, position < n && d < D);
-    }
-}
-
-template <int P>
-static __device__ __forceinline__ void take_values(uint4 values[P / 64][4], const float *record,
-                                                   int lane) {
-    wait_for_all_copies();
-#pragma unroll
-    for (int x = 0; x < P / 16; x++)
-        values[x / 4][x % 4] = ((const uint4 *)record)[x * WARP + lane];
-}
-
-/* Cache blocks first, first + step, ... of the item's row. */
-template <int P>
-static __device__ __forceinline__ void
-attend_blocks(struct result<P> *r, const struct program &p, const struct phase &ph,
-              struct item item, int first, int step, const float *record, int lane) {
-    const int g = lane / 4, c = lane % 4;
-    const int length = slot_of(item.t)->position + 1;
-    const bf16 *q = p.q + ((int64_t)item.t * p.heads + first_head(p, item) + g) * p.D;
+static __device__ __forceinline__ void attend_blocks(struct result<P> *r, const struct program &p,
+                                                     const struct phase &ph, struct item item,
+                                                     int first, int step, int lane) {
+    const int g = lane / 4, c = lane % 4, group = p.heads / p.kv_heads;
+    const int length = p.batch.row_pos[item.t] + 1;
+    const int head = item.kv_head * group + item.first_query;
+    const bf16 *q = p.q + ((int64_t)item.t * p.heads + head + g) * p.D;
     uint4 query[P / 32];
 #pragma unroll
     for (int s = 0; s < P / 32; s++) {
@@ -116,19 +81,21 @@ attend_blocks(struct result<P> *r, const struct program &p, const struct phase &
         query[s] = make_uint4(0, 0, 0, 0);
         if (g < item.n_queries && d < p.D) query[s] = load_fresh16(q + d);
     }
+    const int32_t *table = p.batch.blocks + (int64_t)p.batch.row_seq[item.t] * p.max_blocks;
     const int64_t head_at = (int64_t)item.kv_head * TOKENS * p.D;
     const float scale = rsqrtf((float)p.D) * LOG2_E;
 #pragma unroll 1
     for (int b = first; b * TOKENS < length; b += step) {
-        const int64_t block = cache_block(p, item.t, b);
+        const int64_t block = table[b];
         const int n = length - b * TOKENS;
         float score[4], shrink[2];
         {
             uint4 keys[P / 32][2];
             load_keys<P>(keys, ph.keys + block * p.k_ld + head_at, p.D);
-            stage_values<P>(record, ph.values + block * p.v_ld + head_at, n, p.D, lane);
             multiply_keys<P>(score, keys, query);
         }
+        uint4 values[P / 64][4];
+        load_values<P>(values, ph.values + block * p.v_ld + head_at, n, p.D);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             score[j] = g < n ? score[j] * scale : -INFINITY;
@@ -144,17 +111,15 @@ attend_blocks(struct result<P> *r, const struct program &p, const struct phase &
         }
 #pragma unroll
         for (int x = 0; x < P / 64 * 16; x++) r->out[x / 16][x / 4 % 4][x % 4] *= shrink[x % 2];
-        uint4 values[P / 64][4];
-        take_values<P>(values, record, lane);
         multiply_values<P>(r->out, values, score);
     }
 }
 
 template <int P>
-static __device__ __forceinline__ void leave_record(struct result<P> *r, struct item item,
-                                                    float *record, int lane) {
-    const int g = lane / 4, c = lane % 4;
-    __syncwarp();
+static __device__ __forceinline__ void leave_record(struct result<P> *r, struct item item, int warp,
+                                                    int lane) {
+    const int g = lane / 4, c = lane % 4, floats = record_floats(item.n_queries, P);
+    float *record = sums() + warp * floats;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
 #pragma unroll
@@ -199,17 +164,19 @@ static __device__ __forceinline__ float combine(int n, State state, Out out, flo
  * splits. */
 template <int P>
 static __device__ __forceinline__ void combine_records(const struct program &p, struct item item,
-                                                       bf16 *y, int n, bool is_whole) {
-    const int head = first_head(p, item);
+                                                       int n, bool is_whole) {
+    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
+    const int size = record_floats(item.n_queries, P);
     for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
         const int query = quotient(i, p.by_D), d = i - query * p.D;
         const int state = item.n_queries * P + 2 * query, at = query * P + d;
         float2 top_sum;
         const float out = combine(
-            n, [=](int w) { return *(const float2 *)(record_of(w) + state); },
-            [=](int w) { return record_of(w)[at]; }, &top_sum);
+            n, [=](int w) { return *(const float2 *)(sums() + w * size + state); },
+            [=](int w) { return sums()[w * size + at]; }, &top_sum);
         if (is_whole) {
-            leave_pair(y + query * p.D + d, out / top_sum.y, 0xffffu << (threadIdx.x & 16));
+            p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
+                __float2bfloat16(out / top_sum.y);
             continue;
         }
         float *to = partial_at(p, item.t, head + query, item.split);
@@ -234,8 +201,8 @@ static __device__ __forceinline__ bool is_last(const struct program &p, int i, i
 }
 
 static __device__ __forceinline__ void combine_splits(const struct program &p, struct item item,
-                                                      bf16 *y, int n) {
-    const int head = first_head(p, item);
+                                                      int n) {
+    const int head = item.kv_head * (p.heads / p.kv_heads) + item.first_query;
     for (int i = threadIdx.x; i < item.n_queries * p.D; i += THREADS) {
         const int query = quotient(i, p.by_D), d = i - query * p.D;
         float2 top_sum;
@@ -245,7 +212,8 @@ static __device__ __forceinline__ void combine_splits(const struct program &p, s
                 return __ldcg((const float2 *)(partial_at(p, item.t, head + query, s) + p.D));
             },
             [=](int s) { return __ldcg(partial_at(p, item.t, head + query, s) + d); }, &top_sum);
-        leave_pair(y + query * p.D + d, out / top_sum.y, 0xffffu << (threadIdx.x & 16));
+        p.attended[((int64_t)item.t * p.heads + head + query) * p.D + d] =
+            __float2bfloat16(out / top_sum.y);
     }
 }
 
@@ -255,7 +223,7 @@ static __device__ __forceinline__ void attend_to(const struct program &p, const 
     const int n = n_items(p);
     for (int i = blockIdx.x; i < n; i += gridDim.x) {
         const struct item item = i == (int)blockIdx.x ? *first_item() : item_of(p, i);
-        const int blocks = n_cache_blocks(item.t), first = item.split * WARPS;
+        const int blocks = n_cache_blocks(p, item.t), first = item.split * WARPS;
         const int busy = min(WARPS, blocks - first);
         const int splits = min(p.splits, (blocks + WARPS - 1) / WARPS);
         if (busy <= 0) continue;
@@ -263,14 +231,12 @@ static __device__ __forceinline__ void attend_to(const struct program &p, const 
             struct result<P> r = {
                 {-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}
             };
-            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * WARPS, record_of(warp),
-                             lane);
-            leave_record<P>(&r, item, record_of(warp), lane);
+            attend_blocks<P>(&r, p, ph, item, first + warp, p.splits * WARPS, lane);
+            leave_record<P>(&r, item, warp, lane);
         }
         __syncthreads();
-        bf16 *y = ph.y + ((int64_t)item.t * p.heads + first_head(p, item)) * p.D;
-        if (warp < WARPS) combine_records<P>(p, item, y, busy, splits == 1);
-        if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, y, splits);
+        if (warp < WARPS) combine_records<P>(p, item, busy, splits == 1);
+        if (splits > 1 && is_last(p, i, splits) && warp < WARPS) combine_splits(p, item, splits);
         __syncthreads();
     }
 }

@@ -26,8 +26,7 @@ static __device__ __forceinline__ float dot8(uint4 a, uint4 b) {
     return sum;
 }
 
-/* u of one row of A, for the term's rows of x: rows of u[r] are `rows` floats apart. Summed again
- * until all of x was there. */
+/* u of one row of A, for the term's rows of x: rows of u[r] are `rows` floats apart. */
 static __device__ __forceinline__ void shrink_row(const struct phase &ph, const gn_lora &term,
                                                   const gn_lora_pair &pair, int r, float *u,
                                                   int lane) {
@@ -35,25 +34,16 @@ static __device__ __forceinline__ void shrink_row(const struct phase &ph, const 
     const int K = ph.blocks * GN_BLOCK;
     const bf16 *a = (const bf16 *)pair.a.data + r * pair.a.ld;
     for (int t0 = 0; t0 < term.rows; t0 += AT_ONCE) {
-        float sums[AT_ONCE];
+        float sums[AT_ONCE] = {};
         const bf16 *x = ph.x + (int64_t)(term.row0 + t0) * K;
-        bool is_whole;
-        do {
-            is_whole = true;
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) sums[i] = 0.0f;
 #pragma unroll 4
-            for (int k = lane * 8; k < K; k += WARP * 8) {
-                const uint4 weights = __ldg((const uint4 *)(a + k));
+        for (int k = lane * 8; k < K; k += WARP * 8) {
+            const uint4 weights = __ldg((const uint4 *)(a + k));
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    if (t0 + i >= term.rows) continue;
-                    const uint4 v = load_relaxed16(x + (int64_t)i * K + k);
-                    is_whole &= max(max(v.x, v.y), max(v.z, v.w)) != ARMED;
-                    sums[i] += dot8(weights, v);
-                }
-            }
-        } while (__ballot_sync(~0u, !is_whole));
+            for (int i = 0; i < AT_ONCE; i++)
+                if (t0 + i < term.rows)
+                    sums[i] += dot8(weights, load_fresh16(x + (int64_t)i * K + k));
+        }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             const float sum = warp_sum(sums[i]);
@@ -82,9 +72,11 @@ static __device__ __forceinline__ void meet_helpers(const struct program &p, uin
                                                     int lane) {
     __syncwarp();
     if (lane == 0) {
-        fetch_add_release(&p.sync[2], 1);
+        __threadfence();
+        atomicAdd(&p.sync[2], 1u);
         while (load_acquire(&p.sync[2]) < times * gridDim.x * HELPERS) {
         }
+        __threadfence();
     }
     __syncwarp();
 }

@@ -14,26 +14,13 @@ struct columns {
 
 static __device__ __forceinline__ struct columns fetch_columns(const bf16 *at, bool exists) {
     struct columns x = {};
-    if (exists) x = {load_relaxed16(at), load_relaxed16(at + 8)};
+    if (exists) x = {load_fresh16(at), load_fresh16(at + 8)};
     return x;
 }
 
 static __device__ __forceinline__ void place(uint32_t x[8], struct columns from) {
     x[0] = from.low.x, x[1] = from.low.y, x[2] = from.low.z, x[3] = from.low.w;
     x[4] = from.high.x, x[5] = from.high.y, x[6] = from.high.z, x[7] = from.high.w;
-}
-
-static __device__ __forceinline__ bool is_missing(const uint32_t x[8]) {
-    uint32_t most = x[0];
-#pragma unroll
-    for (int i = 1; i < 8; i++) most = max(most, x[i]);
-    return most == ARMED;
-}
-
-/* What was fetched from `at`, once it is there for all lanes. */
-static __device__ __forceinline__ void await_columns(uint32_t x[8], const bf16 *at) {
-    while (__ballot_sync(~0u, is_missing(x)))
-        if (is_missing(x)) place(x, fetch_columns(at, true));
 }
 
 /* The lane's part of the B operand: of row lane / 4, 16 columns of each of the UNITS blocks from
@@ -46,75 +33,35 @@ static __device__ __forceinline__ void load_rows(uint32_t x[UNITS][8], const str
 #pragma unroll
     for (int j = 0; j < UNITS; j++)
         place(x[j], fetch_columns(from + j * GN_BLOCK, t < p.T && block + j < end_block));
-#pragma unroll
-    for (int j = 0; j < UNITS; j++) await_columns(x[j], from + j * GN_BLOCK);
 }
 
 /* A single row has its blocks in columns of their own: block j in column 2j, and zeros elsewhere.
  * So a lane has 16 columns of one block, or zeros. */
-static __device__ __forceinline__ const bf16 *row_at(const struct phase &ph, int block, int lane) {
-    return ph.x + (block + lane / 8) * GN_BLOCK + lane % 4 * 16;
-}
 static __device__ __forceinline__ struct columns fetch_row(const struct phase &ph, int block,
                                                            int end_block, int lane) {
-    return fetch_columns(row_at(ph, block, lane),
-                         lane / 4 % 2 == 0 && block + lane / 8 < end_block);
+    const int g = lane / 4, j = g / 2;
+    return fetch_columns(ph.x + (block + j) * GN_BLOCK + lane % 4 * 16,
+                         g % 2 == 0 && block + j < end_block);
 }
-static __device__ __forceinline__ void place_row(uint32_t x[UNITS][8], const struct phase &ph,
-                                                 int block, struct columns fetched, int lane) {
-    uint32_t own[8];
-    place(own, fetched);
-    await_columns(own, row_at(ph, block, lane));
+static __device__ __forceinline__ void place_row(uint32_t x[UNITS][8], struct columns own,
+                                                 int lane) {
 #pragma unroll
-    for (int j = 0; j < UNITS; j++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[j][i] = lane / 8 == j ? own[i] : 0;
-}
-
-/* Of the squares that RMSNorm divides by, this warp's share: those of a row by some lanes. */
-template <int MOST> static constexpr int ROW_LANES = MOST == 1 ? WARP : WARP / MAX_T;
-
-template <int MOST>
-static __device__ __forceinline__ float load_squares(const struct program &p,
-                                                     const struct phase &ph, int warp, int lane) {
-    enum { AT_ONCE = MOST == 1 ? 1 : 4, STEP = ROW_LANES<MOST> };
-    const int n = p.hidden / GROUP_ROWS, t = lane / STEP;
-    const int begin = n * warp / WARPS, end = t < rows_of<MOST>(p) ? n * (warp + 1) / WARPS : 0;
-    const uint32_t *from = (const uint32_t *)ph.squares + t * n;
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int i = begin + lane % STEP; i < end; i += AT_ONCE * STEP) {
-        uint32_t square[AT_ONCE];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++)
-            square[j] = i + j * STEP < end ? load_relaxed(from + i + j * STEP) : 0;
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            while (square[j] == ARMED) square[j] = load_relaxed(from + i + j * STEP);
-            sum += __uint_as_float(square[j]);
-        }
+    for (int j = 0; j < UNITS; j++) {
+        const struct columns none = {};
+        place(x[j], lane / 8 == j ? own : none);
     }
-    return sum;
 }
 
+/* RMSNorm's factors, a warp a row. */
 template <int MOST>
-static __device__ __forceinline__ void leave_squares(const struct program &p, float sum, int warp,
-                                                     int lane) {
-    const int t = lane / ROW_LANES<MOST>;
-#pragma unroll
-    for (int d = ROW_LANES<MOST> / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    if (lane % ROW_LANES<MOST> == 0 && t < rows_of<MOST>(p))
-        ((float *)(shared + SQUARES_AT))[t * WARPS + warp] = sum;
-}
-
-/* RMSNorm's factor of row t. */
-static __device__ __forceinline__ float factor_of(const struct program &p, int t) {
-    const float4 *squares = (const float4 *)(shared + SQUARES_AT) + t * (WARPS / 4);
+static __device__ __forceinline__ void load_factors(const struct program &p, int warp, int lane) {
+    if (warp >= rows_of<MOST>(p)) return;
+    const int n = p.hidden / GROUP_ROWS;
     float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < WARPS / 4; i++)
-        sum += (squares[i].x + squares[i].y) + (squares[i].z + squares[i].w);
-    return rsqrtf(sum / (float)p.hidden + p.eps);
+#pragma unroll 8
+    for (int i = lane; i < n; i += WARP) sum += __ldcg(p.squares + warp * n + i);
+    sum = warp_sum(sum);
+    if (lane == 0) ((float *)(shared + FACTORS_AT))[warp] = rsqrtf(sum / (float)p.hidden + p.eps);
 }
 
 /* ---- the product ---- */
@@ -266,7 +213,7 @@ static __device__ __forceinline__ void finish_heads(const struct program &p, con
     if (which > 0) {
         const struct slot slot = *slot_of(t);
         to = which == 1 ? ph.keys + slot.block * p.k_ld : ph.values + slot.block * p.v_ld;
-        to += (head * TOKENS + slot.position % TOKENS) * p.D;
+        to += (head * TOKENS + slot.token) * p.D;
     }
     to[j] = __float2bfloat16(low);
     to[j + half] = __float2bfloat16(high);
@@ -316,15 +263,12 @@ static __device__ __forceinline__ void finish_stream(const struct program &p,
             x += total<MOST, LORA>(o.group, o.row, o.t);
             p.x[o.t * p.x_ld + o.n] = x;
         }
-        if (!ph.norm) continue;
-        const uint32_t half = 0xffffu << (threadIdx.x & 16);
-        leave_pair(ph.y + o.t * p.hidden + o.n, x * before.norm, half);
+        p.normed[(int64_t)o.t * p.hidden + o.n] = __float2bfloat16(x * before.norm);
         float square = x * x;
+        const uint32_t half = 0xffffu << (threadIdx.x & 16);
 #pragma unroll
         for (int d = GROUP_ROWS / 2; d > 0; d /= 2) square += __shfl_xor_sync(half, square, d);
-        if (o.row == 0)
-            store_relaxed((uint32_t *)ph.squares + (o.t * p.hidden + o.n) / GROUP_ROWS,
-                          __float_as_uint(square));
+        if (o.row == 0) p.squares[(o.t * p.hidden + o.n) / GROUP_ROWS] = square;
     }
 }
 
@@ -335,13 +279,12 @@ static __device__ __forceinline__ void finish_pairs(const struct program &p, con
     for (int i = threadIdx.x; i < n * GN_CUDA_TILE_ROWS * rows_of<MOST>(p); i += THREADS) {
         const int row = i % GN_CUDA_TILE_ROWS, group = by_rows<MOST>(p, i / GN_CUDA_TILE_ROWS);
         const int t = i / GN_CUDA_TILE_ROWS - group * rows_of<MOST>(p);
-        const float factor = factor_of(p, t);
+        const float factor = ((const float *)(shared + FACTORS_AT))[t];
         const float v = total<MOST, LORA>(group, row, t) * factor;
         const float other = total<MOST, LORA>(group, row + GN_CUDA_TILE_ROWS, t) * factor;
         if (ph.kind == SWIGLU)
-            leave_pair(ph.y + (int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS +
-                           row,
-                       v / (1.0f + __expf(-v)) * other, 0xffu << (threadIdx.x & 24));
+            p.h[(int64_t)t * p.intermediate + (first + group) * GN_CUDA_TILE_ROWS + row] =
+                __float2bfloat16(v / (1.0f + __expf(-v)) * other);
         else
             finish_heads(p, ph, first + group, row, t, v, other);
     }
@@ -374,7 +317,7 @@ multiply_batch(uint32_t x[UNITS][8], struct columns *ahead, const struct program
     for (int block = blocks.begin; block < blocks.end; block += UNITS) {
         const int n = min(UNITS, blocks.end - block);
         if (MOST == 1 && !has_x) {
-            place_row(x, ph, block, *ahead, lane);
+            place_row(x, *ahead, lane);
             const int next = block + UNITS < blocks.end ? block + UNITS : blocks.begin;
             if (next != block) *ahead = fetch_row(ph, next, blocks.end, lane);
         } else if (!has_x) {
@@ -405,7 +348,7 @@ static __device__ __forceinline__ void multiply(const struct program &p, int cur
     uint32_t x[UNITS][8];
     struct columns ahead = {};
     if (MOST == 1) ahead = fetch_row(ph, blocks.begin, blocks.end, lane);
-    if (ph.kind != ADD) leave_squares<MOST>(p, load_squares<MOST>(p, ph, warp, lane), warp, lane);
+    if (ph.kind != ADD) load_factors<MOST>(p, warp, lane);
     for (int begin = groups.begin; begin < groups.end; begin += p.batch_groups) {
         const int end = min(begin + p.batch_groups, groups.end), n = end - begin;
         struct before early = {};

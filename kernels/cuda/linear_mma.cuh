@@ -70,6 +70,14 @@ static __device__ __forceinline__ void copy_bulk_to(uint16_t blocks, uint32_t to
                  : "memory");
 }
 
+/* ---- global memory ---- */
+
+/* What the block's other threads wrote before they met this one at a barrier is seen by whoever
+ * sees the sum (load_acquire). */
+static __device__ __forceinline__ void add_release(uint32_t *at, uint32_t v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+}
+
 /* ---- products of a warpgroup ---- */
 
 /* Describes rows of 128 bytes, swizzled, as the K-major operand: eights of rows 1024 bytes apart.

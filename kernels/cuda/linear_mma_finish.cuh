@@ -135,7 +135,7 @@ static __device__ __forceinline__ void leave(const struct product &p, float (&ac
     }
     if (whole) return;
     sync_warpgroup(warpgroup);
-    if (thread == 0) (void)fetch_add_release(counters_of(p, tile), 1);
+    if (thread == 0) add_release(counters_of(p, tile), 1);
 }
 
 /* Of a tile that several clusters have a part of: finishes every n-th eight of its tokens, when all

@@ -65,30 +65,6 @@ static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *at) {
     return v;
 }
 
-/* What another block may be writing: each word as it was or as it will be. */
-static __device__ __forceinline__ uint4 load_relaxed16(const void *at) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at)
-                 : "memory");
-    return v;
-}
-
-/* What this thread, and those that it met before, wrote is to be seen by who acquires the sum. */
-static __device__ __forceinline__ uint32_t fetch_add_release(uint32_t *at, uint32_t by) {
-    uint32_t before;
-    asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(at), "r"(by)
-                 : "memory");
-    return before;
-}
-
-static __device__ __forceinline__ void store_relaxed(uint32_t *at, uint32_t v) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
-}
-
 /* What is read once, so that it stays out of L1, where n > 0; else v keeps what it has. */
 static __device__ __forceinline__ void load_once(uint2 &v, const void *at, int n) {
     asm volatile("{\n"

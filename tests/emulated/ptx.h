@@ -35,17 +35,6 @@ static inline uint32_t load_acquire(const uint32_t *at) {
 static inline uint32_t load_relaxed(const uint32_t *at) {
     return load_acquire(at);
 }
-static inline uint4 load_relaxed16(const void *at) {
-    const uint32_t *words = (const uint32_t *)at;
-    return make_uint4(load_relaxed(words), load_relaxed(words + 1), load_relaxed(words + 2),
-                      load_relaxed(words + 3));
-}
-static inline uint32_t fetch_add_release(uint32_t *at, uint32_t by) {
-    return __atomic_fetch_add(at, by, __ATOMIC_RELEASE);
-}
-static inline void store_relaxed(uint32_t *at, uint32_t v) {
-    __atomic_store_n(at, v, __ATOMIC_RELAXED);
-}
 template <typename T> static inline void load_once(T &v, const void *at, int n) {
     if (n > 0) v = *(const T *)at;
 }

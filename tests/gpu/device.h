@@ -25,7 +25,7 @@ typedef struct {
     gn_dtype compute;
 } sides;
 
-enum { STAGE_ROWS = 4096, STAGE_SEQS = 128, STAGE_BLOCKS = 4096, STAGE_TERMS = 64 };
+enum { STAGE_ROWS = 4096, STAGE_SEQS = 64, STAGE_BLOCKS = 4096, STAGE_TERMS = 64 };
 
 static inline gn_ctx *open_on(const char *device, gn_dtype compute) {
     gn_ctx *ctx = NULL;

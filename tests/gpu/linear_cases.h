@@ -482,8 +482,9 @@ static norms *row_norms_of(const gn_tensor *t) {
 static int roundings_of_x(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.norm ? 2 : 0;
 }
+enum { WEIGHT_ROUNDINGS = 3 };
 static int roundings_of_w(const problem *p) {
-    return p->sides->compute == GN_BF16 && p->w->type.qtype != GN_Q_NONE ? 3 : 0;
+    return p->sides->compute == GN_BF16 && p->w->type.qtype != GN_Q_NONE ? WEIGHT_ROUNDINGS : 0;
 }
 static int roundings_of_lora(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.lora_dtype == GN_F32;

@@ -285,8 +285,9 @@ static void check_weights_one_by_one(tally *tally, const sides *s, const weights
         for (int t = 0; t < n && !why; t++)
             for (int i = 0; i < N; i++) {
                 const double expected = dense[i * K + t0 + t];
-                /* codes and scales may be rounded apart; a scale is a sum with an offset */
-                const double off = is_exact ? 0 : 2 * U16 * fabs(expected) + 2 * U32;
+                /* what is expected is rounded too; a scale is a sum with an offset */
+                const double off =
+                    is_exact ? 0 : (1 + WEIGHT_ROUNDINGS) * U16 * fabs(expected) + 2 * U32;
                 judge(&v, t0 + t, i, y[t * N + i], expected, off);
             }
     }
