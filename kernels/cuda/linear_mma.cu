@@ -2,16 +2,17 @@
  * prefill of short prompts, decoding of many streams.
  *
  * Past some 50 rows it is the tensor cores that bound a product, before that the memory: so what
- * matters is that neither waits. A weight is decoded once for up to 128 rows of x, in registers.
+ * matters is that neither waits. A weight is decoded once for up to 256 rows of x, in registers.
  *   - wgmma m64nNk16: 64 weight rows, decoded into registers, are its A operand; N rows of x are B,
- *     in shared memory. Four of them make a 64-wide block's float32 sums, to which the block's
- *     scales are applied as they are added up: exactly, once a sum. Meanwhile the warpgroup decodes
- *     the next block, by linear_decode.cu's table (a byte, a lookup, two bf16 codes).
+ *     in shared memory. A warpgroup decodes the next 64-wide block while the tensor cores multiply
+ *     this one: by linear_decode.cu's table (a byte, a lookup, two bf16 codes), times the block's
+ *     scale as bf16. So sums stay where they are made until a tile of outputs ends, at the price of
+ *     three roundings of a weight to bf16 where dequantizing has one.
  *   - Weights lie in memory as lanes hold them: so they are loaded straight into registers, a step
  *     of some blocks ahead, and asked for into L2 some steps ahead. The first do not wait for the
  *     kernel before (pdl_wait).
- *   - x comes through a ring of stages, a step each, which the two blocks of a cluster get
- *     together, each asking L2 for half in one copy: x is most of the traffic. One thread copies.
+ *   - x comes through a ring of stages, which the two blocks of a cluster get together, each asking
+ *     L2 for half in one copy: x is most of the traffic. One thread copies.
  *   - x comes from a kernel before this one, normalised, rounded, and in the very order that
  *     stages have: by block of K, swizzled, its columns permuted as tiles permute those of weights.
  *     Its blocks have room beside those of products: so it starts while the product before ends,
@@ -21,11 +22,10 @@
  *     memory; those who share a tile wait for each other when they have nothing else left to do,
  *     and each finishes a part of its outputs, adding in a fixed order.
  *
- * What one 64-wide block of 64 rows costs an SM at least (docs/performance.md has what it was
- * measured to cost, two to three times that), in cycles, with 64 (128) rows of x: the tensor
- * cores 128 (256); each of four schedulers 32 for lookups, 32 (64) for scales, some 60 around them;
- * shared memory 64 for lookups, 64 (128) for B, and x. Reading its 2064 bytes from memory at
- * 4.3 TB/s takes 114. */
+ * What one 64-wide block of 64 rows costs an SM at least (docs/performance.md has what products were
+ * measured to take), in cycles, with 64 (256) rows of x: the tensor cores 128 (512); each of four
+ * schedulers 48 for lookups and scales, some 50 around them; shared memory 64 for lookups, 64 (256)
+ * for B, and x. Reading its 2064 bytes from memory at 4.3 TB/s takes 114. */
 #include "linear_mma_finish.cuh"
 
 /* The table of pairs, a private copy for each lane (see linear_decode.cu), and what decodes scales:
