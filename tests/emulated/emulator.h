@@ -108,7 +108,6 @@ GN_EMULATED_SHARED(uint8_t, shared);
 
 #define cudaLaunchKernelEx                    emulator::launch
 #define cudaFuncSetAttribute(...)             cudaSuccess
-#define cudaMemset(at, value, bytes)          (memset(at, value, bytes), cudaSuccess)
 #define cudaStreamIsCapturing(stream, status) (*(status) = cudaStreamCaptureStatusNone, cudaSuccess)
 
 static inline void __syncwarp(uint32_t mask = ~0u) {

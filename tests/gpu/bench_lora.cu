@@ -42,7 +42,8 @@ static void check(gn_status status, const char *what) {
 static void *allocate(gn_ctx *ctx, int64_t bytes) {
     void *memory = gn_ctx_alloc(ctx, (size_t)bytes);
     if (!memory) check(GN_ENOMEM, "allocating");
-    check(gn_cuda_status(cudaMemset(memory, 0x3c, (size_t)bytes)), "filling"); /* 0.0115 */
+    check(gn_cuda_status(cudaMemsetAsync(memory, 0x3c, (size_t)bytes, gn_cuda_stream(ctx))),
+          "filling"); /* 0.0115 */
     return memory;
 }
 
