@@ -59,15 +59,6 @@ extern __shared__ __align__(1024) uint8_t shared[];
 
 /* ---- memory ---- */
 
-/* Weights: read once, so they stay out of L1. */
-static __device__ __forceinline__ uint2 load_weights(const uint8_t *at) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y)
-                 : "l"(at));
-    return v;
-}
-
 /* The floats at the same place of another block of the cluster. */
 static __device__ __forceinline__ float load_peer(const float *at, int rank) {
     float v = 0.0f;

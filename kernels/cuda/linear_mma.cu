@@ -22,10 +22,10 @@
  *     memory; those who share a tile wait for each other when they have nothing else left to do,
  *     and each finishes a part of its outputs, adding in a fixed order.
  *
- * What one 64-wide block of 64 rows costs an SM at least (docs/performance.md has what products were
- * measured to take), in cycles, with 64 (256) rows of x: the tensor cores 128 (512); each of four
- * schedulers 48 for lookups and scales, some 50 around them; shared memory 64 for lookups, 64 (256)
- * for B, and x. Reading its 2064 bytes from memory at 4.3 TB/s takes 114. */
+ * What one 64-wide block of 64 rows costs an SM at least, in cycles, with 64 (256) rows of x: the
+ * tensor cores 128 (512); each of four schedulers 48 for lookups and scales, some 50 around them;
+ * shared memory 64 for lookups, 64 (256) for B, and x. Reading its 2064 bytes from memory at
+ * 4.3 TB/s takes 114. docs/performance.md has what products were measured to take. */
 #include "linear_mma_finish.cuh"
 
 /* The table of pairs, a private copy for each lane (see linear_decode.cu), and what decodes scales:
@@ -159,15 +159,6 @@ template <int STEP> struct step_weights {
     uint32_t codes[STEP / 2];
     float absmax[STEP / 2];
 };
-
-/* What is read once, so that it stays out of L1. */
-static __device__ __forceinline__ uint2 load_weights(const uint8_t *at) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y)
-                 : "l"(at));
-    return v;
-}
 
 /* Block j of the source's step. */
 template <int STEP>

@@ -116,10 +116,10 @@ template <int N> static __device__ __forceinline__ void wgmma_wait(float (&c)[N]
 #define GN_C16_5     "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define GN_C16_6     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define GN_C16_7     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define GN_C64       GN_C16_0 "," GN_C16_1 "," GN_C16_2 "," GN_C16_3
+#define GN_C64_0     GN_C16_0 "," GN_C16_1 "," GN_C16_2 "," GN_C16_3
 #define GN_C4(c, i)  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define GN_C16(c, i) GN_C4(c, i), GN_C4(c, i + 4), GN_C4(c, i + 8), GN_C4(c, i + 12)
-#define GN_C64_(c)   GN_C16(c, 0), GN_C16(c, 16), GN_C16(c, 32), GN_C16(c, 48)
+#define GN_C64(c)    GN_C16(c, 0), GN_C16(c, 16), GN_C16(c, 32), GN_C16(c, 48)
 
 /* c (64, n) += a b: a (64, 16) in registers, b (16, n) as described. Operands after c's are
  * numbered from a0 on. */
@@ -141,15 +141,15 @@ static __device__ __forceinline__ void wgmma(float (&c)[32], const uint32_t *a, 
     GN_WGMMA(64, GN_C16_0 "," GN_C16_1, 32, 33, 34, 35, 36, GN_C16(c, 0), GN_C16(c, 16));
 }
 static __device__ __forceinline__ void wgmma(float (&c)[64], const uint32_t *a, uint32_t rows) {
-    GN_WGMMA(128, GN_C64, 64, 65, 66, 67, 68, GN_C64_(c));
+    GN_WGMMA(128, GN_C64_0, 64, 65, 66, 67, 68, GN_C64(c));
 }
 static __device__ __forceinline__ void wgmma(float (&c)[96], const uint32_t *a, uint32_t rows) {
-    GN_WGMMA(192, GN_C64 "," GN_C16_4 "," GN_C16_5, 96, 97, 98, 99, 100, GN_C64_(c), GN_C16(c, 64),
+    GN_WGMMA(192, GN_C64_0 "," GN_C16_4 "," GN_C16_5, 96, 97, 98, 99, 100, GN_C64(c), GN_C16(c, 64),
              GN_C16(c, 80));
 }
 static __device__ __forceinline__ void wgmma(float (&c)[128], const uint32_t *a, uint32_t rows) {
-    GN_WGMMA(256, GN_C64 "," GN_C16_4 "," GN_C16_5 "," GN_C16_6 "," GN_C16_7, 128, 129, 130, 131,
-             132, GN_C64_(c), GN_C16(c, 64), GN_C16(c, 80), GN_C16(c, 96), GN_C16(c, 112));
+    GN_WGMMA(256, GN_C64_0 "," GN_C16_4 "," GN_C16_5 "," GN_C16_6 "," GN_C16_7, 128, 129, 130, 131,
+             132, GN_C64(c), GN_C16(c, 64), GN_C16(c, 80), GN_C16(c, 96), GN_C16(c, 112));
 }
 
 #endif

@@ -10,13 +10,14 @@
  * (c = lane % 4); with SWIGLU of one row, the second of up. In bf16 its outputs are others: of
  * token lane / 4 of an eight, two rows side by side, and those 8 further. */
 struct outputs {
-    char *y;              /* the first */
-    int64_t token;        /* bytes from a token to the next */
-    int tokens;           /* that exist, counted from the first output's, or sum's */
-    bool has[2];          /* whether its rows exist */
-    const float *lora[2]; /* what is added to its sums of the first token */
-    bool has_lora[2];
+    char *y;       /* the first */
+    int64_t token; /* bytes from a token to the next */
+    int tokens;    /* that exist, counted from the first output's */
+    bool has[2];   /* whether the rows of its outputs exist */
+    /* with LoRA, what is added to its sums, of the first token; and the same of them */
+    const float *lora[2];
     int lora_tokens;
+    bool has_lora[2];
 };
 
 template <int N>

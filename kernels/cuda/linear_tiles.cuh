@@ -36,4 +36,13 @@ static inline bool is_matrix(const gn_matrix *m) {
            is_aligned(m->absmax_u8 ? (const void *)m->absmax_u8 : m->absmax, scale);
 }
 
+/* Weights: read once, so they stay out of L1. */
+static __device__ __forceinline__ uint2 load_weights(const uint8_t *at) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(at));
+    return v;
+}
+
 #endif

@@ -19,7 +19,7 @@ typedef struct {
 static const shape shapes[] = {
     {3, 256, 704, 4, 4, 64, 2, 1, {37}, true, 0, {{0}}},
     {8, 64, 128, 1, 1, 128, 1, 1, {700}, true, 0, {{0}}}, /* splits of a context */
-    {3, 64, 128, 1, 1, 64, 1, 1, {8300}, true, 0, {{0}}}, /* more blocks than are kept at hand */
+    {3, 64, 128, 1, 1, 64, 1, 1, {8300}, true, 0, {{0}}}, /* a long context */
     {5, 640, 1728, 8, 8, 80, 1, 1, {5}, true, 1, {{0, 1, 8}}},
     {2, 64, 64, 1, 1, 64, 2, 1, {0}, true, 2, {{0, 1, 3}, {0, 1, 33}}},
     {4, 512, 1408, 8, 2, 64, 1, 1, {600}, false, 0, {{0}}},
@@ -191,7 +191,7 @@ Test(emulated_decoder, does_what_the_ops_do, .timeout = 300) {
     conclude(&tally, "decoder");
 }
 
-/* Nothing that is waited for may look as if it were not there. */
+/* NaN goes through, and nothing waits for it. */
 Test(emulated_decoder, ends_where_values_are_no_numbers, .timeout = 60) {
     for (int i = 0; i < COUNT(shapes); i += 6) {
         model m;

@@ -5,6 +5,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* With a pool of its own. */
+static void open_schedule(gn_schedule *s, int32_t blocks, bool prefix_cache, int32_t max_seqs,
+                          int32_t max_rows, int32_t prefill_chunk) {
+    gn_kv_pool *pool;
+    cr_assert_eq(gn_kv_pool_open(&pool, blocks, prefix_cache), GN_OK);
+    cr_assert_eq(gn_schedule_open(s, pool, max_seqs, max_rows, prefill_chunk), GN_OK);
+}
+
+static void close_schedule(gn_schedule *s) {
+    gn_kv_pool *pool = s->pool;
+    gn_schedule_close(s);
+    gn_kv_pool_close(pool);
+}
+
 static gn_sequence *sequence(uint64_t id, int32_t n_prompt, int32_t max_tokens, int32_t first) {
     gn_sequence *s = calloc(1, sizeof *s);
     const size_t capacity = (size_t)(n_prompt + max_tokens);
@@ -46,11 +60,9 @@ static int32_t run_step(gn_schedule *s, int32_t *n_done) {
 }
 
 Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
+    open_schedule(&s, 100, true, 4, 128, 16);
     gn_schedule_add(&s, sequence(1, 10, 100, 0));
     cr_assert_eq(run_step(&s, &done), 10);
     gn_schedule_add(&s, sequence(2, 300, 2, 1000));
@@ -60,18 +72,15 @@ Test(schedule, prefills_in_chunks_and_leaves_room_for_replies) {
     while (run_step(&s, &done) > 0) {
     }
     cr_assert_eq(done, 2);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 /* Prompts that come together take whole steps as long as no reply is under way, then a chunk of
  * each step, whoever it is of. */
 Test(schedule, prompts_take_all_rows_until_somebody_generates) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, false), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 8, 128, 64), GN_OK);
+    open_schedule(&s, 100, false, 8, 128, 64);
     for (int i = 0; i < 6; i++) gn_schedule_add(&s, sequence((uint64_t)i + 1, 50, 20, 1000 * i));
     cr_assert_eq(run_step(&s, &done), 128, "two prompts, and 28 tokens of the third");
     cr_assert_eq(run_step(&s, &done), 2 + 64, "the rest of it, and 42 tokens of the fourth");
@@ -81,16 +90,13 @@ Test(schedule, prompts_take_all_rows_until_somebody_generates) {
     while (run_step(&s, &done) > 0) {
     }
     cr_assert_eq(done, 6);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 Test(schedule, shares_a_known_prefix_but_computes_the_last_token) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256, 16), GN_OK);
+    open_schedule(&s, 100, true, 4, 256, 16);
     gn_schedule_add(&s, sequence(1, 64, 1, 0));
     cr_assert_eq(run_step(&s, &done), 64);
     gn_schedule_add(&s, sequence(2, 64, 1, 0));
@@ -100,16 +106,13 @@ Test(schedule, shares_a_known_prefix_but_computes_the_last_token) {
     gn_schedule_add(&s, other);
     cr_assert_eq(run_step(&s, &done), 64, "another adapter shares nothing");
     cr_assert_eq(done, 3);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 Test(schedule, admits_first_come_first_served) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 8, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 256, 16), GN_OK);
+    open_schedule(&s, 8, true, 4, 256, 16);
     gn_schedule_add(&s, sequence(1, 60, 20, 0));
     gn_schedule_add(&s, sequence(2, 100, 4, 500)); /* does not fit beside the first */
     gn_schedule_add(&s, sequence(3, 4, 4, 900));   /* would, but came later */
@@ -119,8 +122,7 @@ Test(schedule, admits_first_come_first_served) {
     while (run_step(&s, &done) > 0) {
     }
     cr_assert_eq(done, 3);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 /* Many sequences in far too few blocks: all end, and nothing is left in use. */
@@ -128,11 +130,9 @@ Test(schedule, preempts_and_still_finishes_everything) {
     enum { SEQUENCES = 300, BLOCKS = 24 };
     srand(3);
     for (int cache = 0; cache < 2; cache++) {
-        gn_kv_pool *pool;
         gn_schedule s;
         int32_t done = 0, added = 0, steps = 0;
-        cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, cache), GN_OK);
-        cr_assert_eq(gn_schedule_open(&s, pool, 16, 64, 16), GN_OK);
+        open_schedule(&s, BLOCKS, cache, 16, 64, 16);
         while (done < SEQUENCES) {
             while (added < SEQUENCES && rand() % 2) {
                 const int32_t prompt = 1 + rand() % 200, reply = 1 + rand() % 150;
@@ -150,20 +150,17 @@ Test(schedule, preempts_and_still_finishes_everything) {
                 done++;
             }
         }
-        cr_assert_eq(gn_kv_pool_free(pool), BLOCKS);
-        gn_schedule_close(&s);
-        gn_kv_pool_close(pool);
+        cr_assert_eq(gn_kv_pool_free(s.pool), BLOCKS);
+        close_schedule(&s);
     }
 }
 
 /* While tokens are on their way nobody can be computed again: such a plan comes out empty, and the
  * next one, with the tokens there, finds everything as it was. */
 Test(schedule, plans_ahead_of_tokens_unless_it_must_preempt) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 4, false), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
+    open_schedule(&s, 4, false, 4, 128, 16);
     gn_schedule_add(&s, sequence(1, 31, 20, 0));
     gn_schedule_add(&s, sequence(2, 30, 10, 500));
     gn_schedule_plan(&s, true);
@@ -192,18 +189,15 @@ Test(schedule, plans_ahead_of_tokens_unless_it_must_preempt) {
     while (run_step(&s, &done) > 0) {
     }
     cr_assert_eq(done, 2);
-    cr_assert_eq(gn_kv_pool_free(pool), 4);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    cr_assert_eq(gn_kv_pool_free(s.pool), 4);
+    close_schedule(&s);
 }
 
 /* A sequence whose last token is on its way is not planned. */
 Test(schedule, what_is_complete_but_for_its_token_waits) {
-    gn_kv_pool *pool;
     gn_schedule s;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 4, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
+    open_schedule(&s, 4, true, 4, 128, 16);
     gn_schedule_add(&s, sequence(1, 20, 1, 0));
     gn_schedule_plan(&s, true);
     gn_sequence *q = s.planned[0];
@@ -214,9 +208,8 @@ Test(schedule, what_is_complete_but_for_its_token_waits) {
     cr_assert_eq(run_step(&s, &done), 0);
     gn_schedule_remove(&s, q);
     discard(q);
-    cr_assert_eq(gn_kv_pool_free(pool), 4);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    cr_assert_eq(gn_kv_pool_free(s.pool), 4);
+    close_schedule(&s);
 }
 
 /* ---- adapters ---- */
@@ -284,13 +277,11 @@ static void run_fetching(gn_schedule *s, fake_room *r, int32_t *n_done, uint64_t
 }
 
 Test(schedule, an_adapter_on_its_way_holds_nobody_up) {
-    gn_kv_pool *pool;
     gn_schedule s;
     fake_room room = {.capacity = 1, .polls = 3};
     uint64_t began[8] = {0};
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 4, 128, 16), GN_OK);
+    open_schedule(&s, 100, true, 4, 128, 16);
     s.fetch = fake_fetch;
     s.user = &room;
     gn_schedule_add(&s, with_adapter(1, 10, 2, 0));
@@ -311,20 +302,17 @@ Test(schedule, an_adapter_on_its_way_holds_nobody_up) {
     while (s.n_running > 0) run_fetching(&s, &room, &done, began);
     cr_assert_eq(done, 4);
     cr_assert_null(s.waiting);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 /* When every slot is taken, adapters of those who are next come meanwhile: of no more than can run
  * at once, and none that there is no room for. */
 Test(schedule, adapters_of_the_next_come_while_slots_are_full) {
-    gn_kv_pool *pool;
     gn_schedule s;
     fake_room room = {.capacity = 4, .polls = 3};
     uint64_t began[8] = {0};
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, 2, 128, 16), GN_OK);
+    open_schedule(&s, 100, true, 2, 128, 16);
     s.fetch = fake_fetch;
     s.user = &room;
     for (int i = 0; i < 2; i++) gn_schedule_add(&s, sequence((uint64_t)i + 1, 10, 6, 1000 * i));
@@ -340,21 +328,18 @@ Test(schedule, adapters_of_the_next_come_while_slots_are_full) {
     cr_assert(room.here[2] && room.here[3]);
     while (s.n_running > 0 || s.waiting) run_fetching(&s, &room, &done, began);
     cr_assert_eq(done, 6);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 /* Requests for one adapter come without end and keep it in use; one for another gets its turn, and
  * some of them pass it meanwhile. */
 Test(schedule, nobody_waits_forever_for_room) {
     enum { MAX_SEQS = 4, STEPS = 200 };
-    gn_kv_pool *pool;
     gn_schedule s;
     fake_room room = {.capacity = 1};
     uint64_t began[STEPS + 10] = {0}, id = 0;
     int32_t done = 0;
-    cr_assert_eq(gn_kv_pool_open(&pool, 100, true), GN_OK);
-    cr_assert_eq(gn_schedule_open(&s, pool, MAX_SEQS, 128, 16), GN_OK);
+    open_schedule(&s, 100, true, MAX_SEQS, 128, 16);
     s.fetch = fake_fetch;
     s.user = &room;
     for (int i = 0; i < 2; i++) gn_schedule_add(&s, with_adapter(++id, 5, 6, 0));
@@ -371,8 +356,7 @@ Test(schedule, nobody_waits_forever_for_room) {
     cr_assert(passed >= 1 && passed <= MAX_SEQS, "%d passed it", passed);
     while (s.n_running > 0 || s.waiting) run_fetching(&s, &room, &done, began);
     cr_assert_eq((uint64_t)done, id);
-    gn_schedule_close(&s);
-    gn_kv_pool_close(pool);
+    close_schedule(&s);
 }
 
 /* Everything ends, whatever the order: adapters, room, preemption, cancellation. */
@@ -380,13 +364,11 @@ Test(schedule, adapters_come_and_go_until_all_is_done) {
     enum { SEQUENCES = 300, BLOCKS = 24 };
     srand(5);
     for (int capacity = 1; capacity <= 3; capacity++) {
-        gn_kv_pool *pool;
         gn_schedule s;
         fake_room room = {.capacity = capacity, .polls = 2};
         uint64_t began[SEQUENCES + 1] = {0};
         int32_t done = 0, added = 0, steps = 0;
-        cr_assert_eq(gn_kv_pool_open(&pool, BLOCKS, true), GN_OK);
-        cr_assert_eq(gn_schedule_open(&s, pool, 8, 64, 16), GN_OK);
+        open_schedule(&s, BLOCKS, true, 8, 64, 16);
         s.fetch = fake_fetch;
         s.user = &room;
         while (done < SEQUENCES) {
@@ -407,8 +389,7 @@ Test(schedule, adapters_come_and_go_until_all_is_done) {
             done++;
         }
         for (int i = 0; i < ADAPTERS; i++) cr_assert_eq(room.users[i], 0);
-        cr_assert_eq(gn_kv_pool_free(pool), BLOCKS);
-        gn_schedule_close(&s);
-        gn_kv_pool_close(pool);
+        cr_assert_eq(gn_kv_pool_free(s.pool), BLOCKS);
+        close_schedule(&s);
     }
 }

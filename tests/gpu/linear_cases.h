@@ -475,16 +475,21 @@ static norms *row_norms_of(const gn_tensor *t) {
     return out;
 }
 
+/* Whether so many rows may go to kernels/cuda/linear_mma.cu, which rounds scales to bfloat16. */
+static bool rounds_scales(const weights *w, int rows) {
+    return rows >= 9 && w->s.K % 256 == 0 && gn_qtype_is_4bit(w->type.qtype);
+}
+
 /* Where bfloat16 is computed in: roundings of the factors of x W, A x and B u that may differ. x is
- * rounded after its norm, or its scale is applied to the sums; a weight is rounded, or its code is,
- * its block's scale and their product; u may be rounded or not, A and B too when they are float32,
- * and what a mask leaves of x. */
+ * rounded after its norm, or its scale is applied to the sums; so it is with a block's codes, or
+ * its scale is rounded, too, and their product; u may be rounded or not, A and B too when they are
+ * float32, and what a mask leaves of x. */
 static int roundings_of_x(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.norm ? 2 : 0;
 }
-enum { WEIGHT_ROUNDINGS = 3 };
 static int roundings_of_w(const problem *p) {
-    return p->sides->compute == GN_BF16 && p->w->type.qtype != GN_Q_NONE ? WEIGHT_ROUNDINGS : 0;
+    if (p->sides->compute == GN_F32 || p->w->type.qtype == GN_Q_NONE) return 0;
+    return rounds_scales(p->w, p->c.T) ? 3 : 2;
 }
 static int roundings_of_lora(const problem *p) {
     return p->sides->compute == GN_BF16 && p->c.lora_dtype == GN_F32;

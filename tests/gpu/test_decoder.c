@@ -201,7 +201,7 @@ Test(gpu_decoder, repeats_itself_to_the_bit) {
     close_sides(&s);
 }
 
-/* Nothing that is waited for may look as if it were not there. */
+/* NaN goes through, and nothing waits for it. */
 Test(gpu_decoder, ends_where_values_are_no_numbers) {
     enum { T = 3 };
     sides s = open_sides(GN_BF16);

@@ -281,13 +281,13 @@ static void check_weights_one_by_one(tally *tally, const sides *s, const weights
     for (int t0 = 0; t0 < K && !why; t0 += rows) {
         const int n = K - t0 < rows ? K - t0 : rows;
         snprintf(v.name, sizeof v.name, "identity, %d rows at a time: %s", rows, p.name);
+        const int roundings = rounds_scales(w, n) ? 4 : 2;
         why = solve(&p, t0, n, outputs);
         for (int t = 0; t < n && !why; t++)
             for (int i = 0; i < N; i++) {
                 const double expected = dense[i * K + t0 + t];
-                /* what is expected is rounded too; a scale is a sum with an offset */
-                const double off =
-                    is_exact ? 0 : (1 + WEIGHT_ROUNDINGS) * U16 * fabs(expected) + 2 * U32;
+                /* what is expected is rounded, and a code; a scale is a sum with an offset */
+                const double off = is_exact ? 0 : roundings * U16 * fabs(expected) + 2 * U32;
                 judge(&v, t0 + t, i, y[t * N + i], expected, off);
             }
     }
